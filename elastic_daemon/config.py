@@ -1,0 +1,109 @@
+"""Settings of the daemon: flags over environment (`ELASTIC_*`) over one TOML file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from elastic_daemon.errors import ConfigError
+
+BUNDLED_MODEL = Path(__file__).parent / "models" / "tiny_moe"
+BUNDLED_NAME = "tiny-moe"
+BUNDLED_FLAGS = ("--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20))
+BUNDLED_SURVIVE_LOSSES = 2
+
+CONFIG_VARIABLE = "ELASTIC_CONFIG"
+
+
+class Device(StrEnum):
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def default_runtime_dir() -> Path:
+    """`$RUNTIME_DIRECTORY` under systemd, else `$XDG_RUNTIME_DIR/elastic-daemon`, else a private temporary directory."""
+    if directory := os.environ.get("RUNTIME_DIRECTORY"):
+        return Path(directory.split(":")[0])
+    if directory := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(directory, "elastic-daemon")
+    return Path(tempfile.gettempdir(), f"elastic-daemon-{os.getuid()}")
+
+
+class Settings(BaseSettings):
+    """Everything the supervisor needs to know. `engine_flags` go to vLLM as they are."""
+
+    model_config = SettingsConfigDict(env_prefix="ELASTIC_", frozen=True, extra="forbid")
+
+    model: str | None = None
+    data_parallel_size: int = Field(4, ge=1, le=1024)
+    device: Device = Device.CPU
+    survive_losses: int | None = Field(None, ge=0)
+    hold_timeout: float = Field(60.0, ge=0)
+    start_timeout: float = Field(300.0, gt=0)
+    shutdown_timeout: float = Field(5.0, ge=0)
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    runtime_dir: Path = Field(default_factory=default_runtime_dir)
+    engine_flags: Annotated[tuple[str, ...], NoDecode] = ()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        assert isinstance(init_settings, InitSettingsSource)
+        file = os.environ.get(CONFIG_VARIABLE)
+        return (init_settings, env_settings, *([TomlConfigSettingsSource(settings_cls, Path(file))] if file else []))
+
+    @property
+    def bundled(self) -> bool:
+        return self.model is None
+
+    @property
+    def losses_to_survive(self) -> int:
+        if self.survive_losses is not None:
+            return self.survive_losses
+        wanted = BUNDLED_SURVIVE_LOSSES if self.bundled else 1
+        return min(wanted, self.data_parallel_size - 1)
+
+    @property
+    def vllm_flags(self) -> tuple[str, ...]:
+        """The flags of vLLM's own server for this deployment; the user's come last and win."""
+        if self.bundled:
+            model = ("--model", str(BUNDLED_MODEL), "--served-model-name", BUNDLED_NAME, *BUNDLED_FLAGS)
+        else:
+            model = ("--model", str(self.model))
+        return (*model, *self.engine_flags)
+
+
+def load_settings(flags: dict[str, Any]) -> Settings:
+    """Settings from given flags (only those that were set), environment and file.
+
+    Raises:
+        ConfigError: names the setting and what is wrong with it.
+    """
+    try:
+        return Settings(**flags)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
+        raise ConfigError(f"{name}: {first['msg']} (got {first['input']!r})") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{os.environ.get(CONFIG_VARIABLE)}: {error}") from error

@@ -1,0 +1,176 @@
+"""What the controller knows, what it shows of it (status, health, one sentence), and its outbox. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any
+
+from elastic_daemon.deadlines import Deadlines
+from elastic_daemon.membership import IN_GROUP, Membership, Rank, RankState, Status
+from elastic_daemon.placement import Placement, expert_safety, survivable_losses
+from elastic_daemon.policy import Policy
+from elastic_daemon.protocol import (
+    Action,
+    Column,
+    HealthSnapshot,
+    Publish,
+    RankHealth,
+    RecordEvent,
+    RecoveryKind,
+    RecoveryReport,
+    Snapshot,
+)
+from elastic_daemon.recovery import Recovery, Timer
+
+
+class Phase(StrEnum):
+    STARTING = "starting"  # until every target rank is on standby
+    FENCING = "fencing"
+    REGROUPING = "regrouping"
+    RESUMING = "resuming"  # ranks step again, the front end places its requests
+    SERVING = "serving"
+    UNAVAILABLE = "unavailable"  # the ranks left, all parked, cannot hold every expert
+    STOPPING = "stopping"  # running requests may finish
+    EXITED = "exited"  # nothing is done or heard any more
+
+
+TIMERS = {Phase.FENCING: Timer.FENCE, Phase.REGROUPING: Timer.REGROUP, Phase.RESUMING: Timer.RESUME}
+
+
+class Frontend(StrEnum):
+    DOWN = "down"
+    STARTING = "starting"
+    READY = "ready"
+
+
+class ControlState:
+    def __init__(self, policy: Policy, now: float) -> None:
+        self._policy = policy
+        self._now = now
+        self._phase = Phase.STARTING
+        self._ranks = Membership()
+        self._deadlines = Deadlines()
+        self._out: list[Action] = []
+        self._layers: int | None = None  # MoE layers, as the first rank that was ready said
+        self._columns: dict[int, Column] = {}  # what parked ranks say they hold
+        self._regrouped: dict[int, Mapping[str, float]] = {}  # who has regrouped in this epoch, and how fast
+        self._placement: Placement | None = None  # of the last group that was planned
+        self._recovery: Recovery | None = None  # the one under way, start-up's first regroup included
+        self._fault: tuple[float, str] | None = None  # the first one reported in this epoch: when, what
+        self._frontend = Frontend.DOWN
+        self._frontend_exits: deque[float] = deque()
+        self._opened = False  # whether the endpoint has ever served
+        self._hold = True  # whether requests are held while nothing is served
+        self._trouble = ""  # why it is unavailable, or ends
+        self._last: dict[RecoveryKind, RecoveryReport] = {}
+        self._last_recovery: RecoveryReport | None = None
+
+    @property
+    def phase(self) -> Phase:
+        return self._phase
+
+    @property
+    def epoch(self) -> int:
+        return self._ranks.epoch
+
+    @property
+    def status(self) -> Status:
+        match self._phase:
+            case Phase.STOPPING | Phase.EXITED:
+                return Status.STOPPING
+            case Phase.UNAVAILABLE:
+                return Status.UNAVAILABLE
+            case Phase.RESUMING | Phase.SERVING if self._frontend is Frontend.READY:
+                return Status.OK if len(self._group) == self._policy.target else Status.DEGRADED
+            case _:
+                return Status.RECOVERING if self._opened else Status.STARTING
+
+    @property
+    def reason(self) -> str:
+        """Why the status is not ok."""
+        match self.status:
+            case Status.OK:
+                return ""
+            case Status.UNAVAILABLE | Status.STOPPING:
+                return self._trouble
+            case Status.DEGRADED:
+                gone = self._ranks.where(RankState.EXCLUDED, RankState.RETIRED)
+                return "; ".join(f"rank {row.rank}: {row.reason}" for row in gone)
+            case _:
+                if self._recovery is not None:
+                    return self._recovery.cause
+                return "ranks are starting" if self._phase is Phase.STARTING else f"the front end is {self._frontend}"
+
+    def describe(self) -> str:
+        """One sentence: what goes on, and what it waits for."""
+        match self._phase:
+            case Phase.EXITED:
+                return f"exited: {self._trouble}"
+            case Phase.STARTING | Phase.STOPPING:
+                doing = self._phase.value
+            case Phase.UNAVAILABLE:
+                doing = f"unavailable in epoch {self.epoch}: {self._trouble}"
+            case Phase.SERVING:
+                doing = f"serving epoch {self.epoch} with {len(self._group)} of {self._policy.target} ranks"
+            case _:
+                doing = f"{self._phase} epoch {self.epoch}"
+        waits = self._deadlines.describe(self._now)
+        return f"{doing}; waiting for {waits}" if waits else doing
+
+    def snapshot(self, now: float) -> HealthSnapshot:
+        self._now = max(self._now, now)
+        safety = None
+        if self._placement is not None:
+            left = {row.rank for row in self._group} & set(self._placement.ranks)
+            safety = expert_safety(self._placement.restricted(left)) if left else -1
+        active = len(self._group)
+        return HealthSnapshot(
+            status=self.status,
+            reason=self.reason,
+            doing=self.describe(),
+            epoch=self.epoch,
+            target=self._policy.target,
+            active=active,
+            expert_safety=safety,
+            survivable_losses=survivable_losses(self._policy.experts, active, self._policy.slots),
+            ranks=tuple(RankHealth(row.rank, row.state, row.since, row.reason, row.incarnation) for row in self._ranks),
+            last_recovery=self._last_recovery,
+            last_shrink=self._last.get(RecoveryKind.SHRINK),
+            last_grow=None,
+        )
+
+    @property
+    def _group(self) -> tuple[Rank, ...]:
+        return self._ranks.where(*IN_GROUP)
+
+    def _publish(self) -> None:
+        self._opened = self._opened or self.status in (Status.OK, Status.DEGRADED)
+        members = tuple(row.identity for row in self._ranks.members)
+        excluded = self._recovery.lost if self._recovery else ()
+        self._emit(Publish(Snapshot(self.epoch, self.status, self.reason, members, excluded, self._hold)))
+
+    def _column_error(self, column: Column) -> str | None:
+        """What is wrong with the experts a rank says it holds."""
+        layers, slots, experts = self._layers, self._policy.slots, self._policy.experts
+        if len(column) != layers or any(len(row) != slots for row in column):
+            return f"reports experts for {len(column)} layers, expected {layers} layers of {slots} slots"
+        if any(not -1 <= expert < experts for row in column for expert in row):
+            return f"reports an expert outside -1..{experts - 1}"
+        return None
+
+    def _lap(self) -> None:
+        """The phase of the recovery under way, if any, ends here."""
+        if self._recovery is not None and self._phase in TIMERS:
+            self._recovery.lap(TIMERS[self._phase], self._now)
+
+    def _record(self, name: str, **fields: Any) -> None:
+        self._emit(RecordEvent(name, fields))
+
+    def _emit(self, action: Action) -> None:
+        self._out.append(action)
+
+    def _flush(self) -> tuple[Action, ...]:
+        out, self._out = tuple(self._out), []
+        return out

@@ -1,0 +1,407 @@
+"""The control core: hears events, decides, asks for actions.
+
+Pure: no I/O, no clock, no tasks. The shell around it sends every event with the time, carries out the actions in order,
+and sends a Tick no later than `next_deadline()`.
+
+Start-up and recovery share one path, and never more than one is under way:
+
+    members parked -> plan -> Regroup all -> all regrouped -> Resume all, publish -> the front end is in step
+
+Start-up comes to it with ranks that are parked because they have just been built; a recovery opens a new epoch and
+fences every member first. Whatever goes wrong on the way (one more death, silence, a failed regroup) leads back to
+fencing, in the next epoch, with the members that are left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import assert_never
+
+import numpy as np
+
+from elastic_daemon.control_state import ControlState, Frontend, Phase
+from elastic_daemon.deadlines import Wait
+from elastic_daemon.membership import MEMBERS, Rank, RankState
+from elastic_daemon.placement import NotEnoughSlots, Placement, repair
+from elastic_daemon.protocol import (
+    Action,
+    DrainComplete,
+    Event,
+    Exit,
+    Fence,
+    FrontendEvent,
+    FrontendExited,
+    FrontendReady,
+    FrontendSynced,
+    KillFrontend,
+    KillRank,
+    OperatorEvent,
+    RankEvent,
+    RankExited,
+    RankFault,
+    RankFenced,
+    RankReady,
+    RankRegrouped,
+    RecoveryDone,
+    Regroup,
+    RegroupFailed,
+    RequestCounts,
+    Resume,
+    StartFrontend,
+    StartRank,
+    StopAll,
+    StopRequested,
+    Tick,
+)
+from elastic_daemon.recovery import Recovery
+
+EXIT_STOPPED, EXIT_START, EXIT_FRONTEND = 0, 3, 4
+
+
+class Controller(ControlState):
+    def start(self, now: float) -> tuple[Action, ...]:
+        """To be called once, first."""
+        self._now = now
+        for rank in range(self._policy.target):
+            self._start_rank(rank)
+        self._start_frontend()
+        return self._flush()
+
+    def handle(self, event: Event, now: float) -> tuple[Action, ...]:
+        self._now = max(self._now, now)
+        if self._phase is Phase.EXITED:
+            return ()
+        match event:
+            case Tick():
+                self._on_tick()
+            case FrontendReady() | FrontendExited() | FrontendSynced():
+                self._on_frontend(event)
+            case StopRequested() | DrainComplete():
+                self._on_operator(event)
+            case _:
+                # An old incarnation, or one that was given up, is a zombie, whatever it says.
+                if row := self._ranks.current(event.rank, event.incarnation):
+                    self._on_rank(event, row)
+        return self._flush()
+
+    def next_deadline(self) -> float | None:
+        """When the shell must send Tick at the latest. None: nothing that is waited for can be late."""
+        return self._deadlines.next
+
+    # --- events --------------------------------------------------------------------------------------------------
+
+    def _on_rank(self, event: RankEvent, row: Rank) -> None:
+        match event:
+            case RankReady():
+                self._on_ready(event, row)
+            case RankExited():
+                self._lose({row.rank: event.status})
+            case _ if event.epoch != self.epoch:
+                pass  # belongs to an epoch that is over
+            case RankFenced():
+                self._on_fenced(event)
+            case RankRegrouped():
+                self._on_regrouped(event)
+            case RegroupFailed():
+                if self._phase is Phase.REGROUPING:
+                    self._regroup_failed((row.rank,), event.error)
+            case RankFault():
+                self._on_fault(event, row)
+            case _:
+                assert_never(event)
+
+    def _on_frontend(self, event: FrontendEvent) -> None:
+        match event:
+            case FrontendReady():
+                if self._frontend is Frontend.STARTING:
+                    self._frontend = Frontend.READY
+                    self._deadlines.disarm(Wait.FRONTEND_START)
+                    self._record("frontend_ready")
+                    self._publish()
+            case FrontendExited():
+                if self._frontend is not Frontend.DOWN:
+                    self._on_frontend_exited(event.status)
+            case FrontendSynced():
+                if self._phase is Phase.RESUMING and event.epoch == self.epoch:
+                    self._finish(RequestCounts(event.kept, event.replayed, event.restarted, event.lost))
+            case _:
+                assert_never(event)
+
+    def _on_operator(self, event: OperatorEvent) -> None:
+        match event:
+            case StopRequested():
+                self._on_stop(event.timeout_s)
+            case DrainComplete():
+                if self._phase is Phase.STOPPING:
+                    self._exit(EXIT_STOPPED, "drained")
+            case _:
+                assert_never(event)
+
+    def _on_tick(self) -> None:
+        policy, now, due = self._policy, self._now, self._deadlines.pop_due
+        if due(Wait.DRAIN, now):
+            return self._exit(EXIT_STOPPED, "the time to drain is over")
+        if ranks := due(Wait.RANK_START, now):
+            self._lose(dict.fromkeys(ranks, f"not ready {policy.start_timeout_s:g} s after its start"), kill=True)
+        for rank in due(Wait.RANK_RESTART, now):
+            self._start_rank(rank)
+        if ranks := due(Wait.FENCE, now):
+            self._lose(dict.fromkeys(ranks, f"not parked {policy.fence_timeout_s:g} s after it was fenced"), kill=True)
+        if ranks := due(Wait.REGROUP, now):
+            # One hung rank keeps all others waiting: silence alone does not say who is at fault. The next fence
+            # does, since whoever is alive answers it.
+            self._regroup_failed(ranks, f"not done within {policy.regroup_timeout_s:g} s")
+        if due(Wait.SYNC, now):
+            self._record("frontend_not_in_step", epoch=self.epoch)
+            self._finish(None)
+        if due(Wait.GRACE, now) and self._fault is not None:
+            self._open_recovery(self._fault[1])
+            self._new_epoch()
+        if due(Wait.HOLD, now):
+            self._hold = False
+            self._record("hold_over", reason=self._trouble)
+            self._publish()
+        if due(Wait.FRONTEND_START, now):
+            self._watch_frontend()  # until its exit is reported
+            self._emit(KillFrontend(f"not ready within {policy.frontend_start_timeout_s:g} s"))
+        if due(Wait.FRONTEND_RESTART, now):
+            self._start_frontend()
+
+    # --- starting ------------------------------------------------------------------------------------------------
+
+    def _start_rank(self, rank: int) -> None:
+        row = self._ranks.start(rank, self._now)
+        self._deadlines.arm(Wait.RANK_START, self._now + self._policy.start_timeout_s, rank)
+        self._record("rank_starting", rank=rank, incarnation=row.incarnation, attempt=row.starts)
+        self._emit(StartRank(rank, row.incarnation, tuple(range(self._policy.target)), self._policy.slots))
+
+    def _on_ready(self, event: RankReady, row: Rank) -> None:
+        if row.state is not RankState.STARTING:
+            return  # said twice
+        if self._layers is None:
+            self._layers = event.layers
+        if error := self._column_error(event.column):
+            return self._lose({row.rank: error}, kill=True)
+        self._ranks.move(row.rank, RankState.STANDBY, self._now)
+        self._deadlines.disarm(Wait.RANK_START, row.rank)
+        self._columns[row.rank] = event.column
+        self._record("rank_standby", rank=row.rank, incarnation=row.incarnation)
+        # A rank that comes up later stays on standby. To grow is to fence the group in a new epoch and to enlist it,
+        # as here; to start short is to ask for fewer than the target.
+        standby = self._ranks.where(RankState.STANDBY)
+        if self._phase is Phase.STARTING and len(standby) == self._policy.target:
+            self._ranks.next_epoch()
+            self._open_recovery("start")
+            for standby_row in standby:
+                self._ranks.move(standby_row.rank, RankState.JOINING, self._now)
+            self._regroup()
+
+    # --- losing ranks --------------------------------------------------------------------------------------------
+
+    def _lose(self, reasons: Mapping[int, str], *, kill: bool = False) -> None:
+        """These ranks are dead, or (`kill`) given up, which is the same from now on: nobody waits for a corpse."""
+        lost_members = []
+        for rank, reason in reasons.items():
+            if self._ranks[rank].state in MEMBERS:
+                lost_members.append(self._ranks[rank].identity)
+            row = self._ranks.move(rank, RankState.EXCLUDED, self._now, reason)
+            self._deadlines.disarm(Wait.RANK_START, rank)
+            self._columns.pop(rank, None)
+            self._record("rank_excluded", rank=rank, incarnation=row.incarnation, reason=reason)
+            if kill:
+                self._emit(KillRank(rank, row.incarnation, reason))
+        if self._phase is Phase.STARTING:
+            self._restart_later(reasons)
+        elif self._phase is Phase.STOPPING and lost_members:
+            self._exit(EXIT_STOPPED, "a rank was lost while draining")
+        elif lost_members:
+            cause = "; ".join(f"rank {rank}: {reason}" for rank, reason in reasons.items())
+            self._open_recovery(cause).lose(lost_members, cause)
+            if self._phase is Phase.UNAVAILABLE:
+                self._ranks.next_epoch()
+                self._regroup()  # says how few are left now; the survivors stay parked
+            else:
+                self._new_epoch()
+
+    def _restart_later(self, reasons: Mapping[int, str]) -> None:
+        for rank, reason in reasons.items():
+            starts = self._ranks[rank].starts
+            if starts >= self._policy.max_start_attempts:
+                return self._exit(EXIT_START, f"rank {rank} did not start in {starts} attempts, the last: {reason}")
+            self._deadlines.arm(Wait.RANK_RESTART, self._now + self._policy.backoff(starts), rank)
+
+    def _on_fault(self, event: RankFault, row: Rank) -> None:
+        reason = f"rank {row.rank}: {event.error}"
+        match self._phase:
+            case Phase.REGROUPING:
+                self._regroup_failed((row.rank,), event.error)
+            case Phase.STOPPING:
+                self._exit(EXIT_STOPPED, f"a fault while draining: {reason}")
+            case Phase.RESUMING | Phase.SERVING:
+                if row.state is RankState.ACTIVE:
+                    self._ranks.move(row.rank, RankState.SUSPECT, self._now, event.error)
+                    self._record("rank_fault", rank=row.rank, incarnation=row.incarnation, error=event.error)
+                if self._fault is None:  # a death may follow that explains it
+                    self._fault = (self._now, reason)
+                    self._deadlines.arm(Wait.GRACE, self._now + self._policy.fault_grace_s)
+
+    # --- the path: fence, regroup, resume ------------------------------------------------------------------------
+
+    def _open_recovery(self, cause: str) -> Recovery:
+        """The recovery under way; a new one if there is none."""
+        if self._recovery is None:
+            evidence_at = self._fault[0] if self._fault else self._now
+            self._recovery = Recovery(cause, evidence_at, self._now)
+            self._record("recovery_started", cause=cause)
+        return self._recovery
+
+    def _new_epoch(self) -> None:
+        """Void the current epoch and fence every member in the next. The world stops here."""
+        self._lap()
+        # Who has not answered the fence before this one is not given more time.
+        promised = self._deadlines.of(Wait.FENCE)
+        self._deadlines.clear(Wait.FENCE, Wait.REGROUP, Wait.SYNC, Wait.GRACE, Wait.HOLD)
+        self._fault, self._hold = None, True
+        self._columns = {row.rank: self._columns[row.rank] for row in self._ranks.where(RankState.STANDBY)}
+        self._phase = Phase.FENCING
+        epoch = self._ranks.next_epoch()
+        self._publish()
+        for row in self._ranks.members:
+            at = promised.get(row.rank, self._now + self._policy.fence_timeout_s)
+            self._deadlines.arm(Wait.FENCE, at, row.rank)
+            self._emit(Fence(row.rank, epoch))
+        if not self._ranks.members:
+            self._regroup()
+
+    def _on_fenced(self, event: RankFenced) -> None:
+        if self._phase is not Phase.FENCING:
+            return
+        if error := self._column_error(event.column):
+            return self._lose({event.rank: error}, kill=True)
+        self._columns[event.rank] = event.column
+        self._deadlines.disarm(Wait.FENCE, event.rank)
+        if not self._deadlines.of(Wait.FENCE):
+            self._regroup()
+
+    def _regroup(self) -> None:
+        """All members are parked and have said what they hold: one plan for all, or none that could serve."""
+        self._lap()
+        members = tuple(row.rank for row in self._ranks.members)
+        policy = self._policy
+        if len(members) * policy.slots < policy.experts:
+            return self._unavailable(NotEnoughSlots(policy.experts, len(members) * policy.slots, len(members)))
+        held = Placement(policy.experts, {rank: np.array(self._columns[rank]) for rank in members})
+        plan = repair(held, members)
+        self._phase = Phase.REGROUPING
+        self._placement = plan.placement
+        self._regrouped = {}
+        self._record("regrouping", epoch=self.epoch, members=members, loads=len(plan.loads))
+        for rank in members:
+            self._deadlines.arm(Wait.REGROUP, self._now + policy.regroup_timeout_s, rank)
+            loads = tuple(load for load in plan.loads if load.rank == rank)
+            self._emit(Regroup(rank, self.epoch, members, plan.placement, loads))
+
+    def _on_regrouped(self, event: RankRegrouped) -> None:
+        if self._phase is not Phase.REGROUPING:
+            return
+        self._regrouped[event.rank] = event.seconds
+        self._deadlines.disarm(Wait.REGROUP, event.rank)
+        if not self._deadlines.of(Wait.REGROUP):
+            self._resume()
+
+    def _regroup_failed(self, ranks: tuple[int, ...], error: str) -> None:
+        recovery = self._open_recovery(error)
+        recovery.regroup_failed(ranks)
+        self._record("regroup_failed", epoch=self.epoch, ranks=ranks, error=error)
+        if recovery.failed_regroups < self._policy.max_regroup_failures:
+            return self._new_epoch()
+        culprit = recovery.most_blamed(row.rank for row in self._ranks.members)
+        self._lose({culprit: f"{recovery.failed_regroups} regroups failed, the last: {error}"}, kill=True)
+
+    def _resume(self) -> None:
+        assert self._recovery is not None
+        self._recovery.regrouped(self._regrouped.values(), self._now)
+        for row in self._ranks.members:
+            if row.state in (RankState.JOINING, RankState.SUSPECT):
+                self._ranks.move(row.rank, RankState.ACTIVE, self._now)
+            self._emit(Resume(row.rank, self.epoch))
+        self._phase = Phase.RESUMING
+        self._publish()
+        if self._frontend is Frontend.READY:
+            self._deadlines.arm(Wait.SYNC, self._now + self._policy.sync_timeout_s)
+        else:
+            self._finish(None)  # no front end, no requests
+
+    def _finish(self, requests: RequestCounts | None) -> None:
+        """The recovery is over; a start that has never served counts as its first."""
+        assert self._recovery is not None
+        self._lap()
+        report = self._recovery.report(self.epoch, not self._last, requests, self._now)
+        self._recovery = None
+        self._phase = Phase.SERVING
+        self._deadlines.disarm(Wait.SYNC)
+        self._last_recovery = self._last[report.kind] = report
+        self._emit(RecoveryDone(report))
+        self._watch_frontend()
+
+    def _unavailable(self, why: NotEnoughSlots) -> None:
+        """Ranks stay parked. When capacity returns, on standby, a new epoch plans again."""
+        if self._phase is not Phase.UNAVAILABLE:
+            self._phase = Phase.UNAVAILABLE
+            self._deadlines.arm(Wait.HOLD, self._now + self._policy.hold_timeout_s)
+        self._trouble = str(why)
+        self._record("unavailable", epoch=self.epoch, reason=self._trouble)
+        self._publish()
+
+    # --- front end and end ---------------------------------------------------------------------------------------
+
+    def _start_frontend(self) -> None:
+        self._frontend = Frontend.STARTING
+        self._emit(StartFrontend())
+        self._watch_frontend()
+
+    def _watch_frontend(self) -> None:
+        """Its time to start runs only once the ranks serve: it may have to wait for them."""
+        if self._frontend is Frontend.STARTING and self._phase is Phase.SERVING:
+            self._deadlines.arm(Wait.FRONTEND_START, self._now + self._policy.frontend_start_timeout_s)
+
+    def _on_frontend_exited(self, status: str) -> None:
+        """Costs its requests; ranks and weights are untouched."""
+        self._frontend = Frontend.DOWN
+        self._deadlines.disarm(Wait.FRONTEND_START)
+        self._record("frontend_exited", status=status)
+        if self._phase is Phase.STOPPING:
+            return self._exit(EXIT_STOPPED, "the front end is gone, and its requests with it")
+        exits, window = self._frontend_exits, self._policy.frontend_window_s
+        exits.append(self._now)
+        while exits[0] < self._now - window:
+            exits.popleft()
+        if len(exits) > self._policy.max_frontend_exits:
+            return self._exit(EXIT_FRONTEND, f"the front end ended {len(exits)} times in {window:g} s, last: {status}")
+        self._deadlines.arm(Wait.FRONTEND_RESTART, self._now + self._policy.backoff(len(exits)))
+        if self._phase is Phase.RESUMING:
+            self._finish(None)
+        self._publish()
+
+    def _on_stop(self, timeout_s: float) -> None:
+        deadline = self._now + timeout_s
+        if self._phase is Phase.STOPPING:  # asked again: may shorten the wait
+            deadline = min(deadline, *self._deadlines.of(Wait.DRAIN).values())
+        elif self._phase not in (Phase.RESUMING, Phase.SERVING) or self._frontend is not Frontend.READY:
+            return self._exit(EXIT_STOPPED, "stopped on request; nothing was being served")
+        elif self._recovery is not None:
+            self._finish(None)
+        self._phase = Phase.STOPPING
+        self._trouble = "stop requested"
+        self._deadlines.clear()
+        self._deadlines.arm(Wait.DRAIN, deadline)
+        self._publish()
+
+    def _exit(self, code: int, reason: str) -> None:
+        self._phase = Phase.EXITED
+        self._trouble = reason
+        self._deadlines.clear()
+        self._record("exit", code=code, reason=reason)
+        self._publish()
+        self._emit(StopAll())
+        self._emit(Exit(code, reason))

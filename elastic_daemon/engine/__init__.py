@@ -1,0 +1,1 @@
+"""The only part of the daemon that touches vLLM internals."""

@@ -1,0 +1,294 @@
+"""The front end's side of the engines: routes requests to ranks and survives any rank's death.
+
+Speaks vLLM's ZMQ protocol to engine cores that others start, in place of vLLM's client, engine manager and coordinator.
+Identities are incarnations, not ranks: what a dead process still has in a socket buffer is never taken for its
+replacement's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import itertools
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+import structlog
+import zmq
+import zmq.asyncio
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_fixed
+from vllm.config import VllmConfig
+from vllm.exceptions import GracefulHTTPError
+from vllm.utils.network_utils import make_zmq_socket
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
+from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources, _process_utility_output
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from elastic_daemon.engine.core import WAVES_PER_EPOCH
+from elastic_daemon.engine.resume import resuming_params
+from elastic_daemon.requests import Handover, Ledger
+
+log = structlog.get_logger(__name__)
+
+NOBODY = 0xFFFF
+"""An engine index that no incarnation has: START_DP_WAVE then excludes nobody."""
+
+CONNECT_TIMEOUT_S = 5.0
+
+
+class NotServed(GracefulHTTPError):
+    """A request could not be served within the hold timeout. vLLM's handlers make a 503 of it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"no capacity to serve this request now: {reason}", HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+@dataclass(frozen=True)
+class Membership:
+    """What the supervisor says about the group. Requests of incarnations that are not members are void."""
+
+    epoch: int
+    serving: bool
+    hold: bool
+    reason: str
+    ranks: dict[int, int]  # incarnation -> rank
+    ready: dict[int, str]  # incarnation -> vLLM's ready response, base64
+
+
+class ElasticClient(AsyncMPClient):
+    """An engine client whose set of engines changes while requests are in flight."""
+
+    def __init__(self, config: VllmConfig, input_address: str, output_address: str, hold_timeout_s: float) -> None:
+        # Not MPClient.__init__: it starts engines, waits for a fixed set of them and ends with the first that dies.
+        self.vllm_config = config
+        self._renderer = None
+        self._effective_attention_block_sizes: set[int | None] = set()
+        self._kv_event_sources = {}
+        context = zmq.Context(io_threads=2)
+        self.ctx = zmq.asyncio.Context(context)
+        self.resources = BackgroundResources(ctx=context)
+        self._finalizer = weakref.finalize(self, self.resources)
+        self.input_socket = make_zmq_socket(self.ctx, input_address, zmq.ROUTER, bind=True)
+        self.input_socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.resources.input_socket = self.input_socket
+        self.resources.output_socket = make_zmq_socket(self.ctx, output_address, zmq.PULL)
+        self.encoder, self.decoder = MsgpackEncoder(), MsgpackDecoder(EngineCoreOutputs)
+        self.client_count, self.client_index = 1, 0
+        self.stats_update_address = None
+        self.engines_running = False
+        self.current_wave = 0
+        self.engine_ranks_managed = list(range(config.parallel_config.elastic_ep_max_dp_size))
+        self.core_engines: list[bytes] = []
+        self.utility_results: dict[int, Any] = {}
+        self._utilities_of: dict[int, set[int]] = {}
+        self._call_ids = itertools.count(1)
+        self.outputs_queue: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
+        self._engine_status = {}
+        self._hold_timeout_s = hold_timeout_s
+        self._membership = Membership(0, False, True, "starting", {}, {})
+        self._serving = asyncio.Event()
+        self._handover = Handover(0, (), ())
+        self._waiting = 0
+        self.ledger: Ledger[EngineCoreRequest] = Ledger()
+
+    # --- membership -------------------------------------------------------------------------------------------------
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.ledger) + self._waiting
+
+    def in_flight_by_rank(self) -> dict[int, int]:
+        return {rank: self.ledger.load(incarnation) for incarnation, rank in self._membership.ranks.items()}
+
+    async def apply(self, membership: Membership) -> Handover | None:
+        """Follow a change of the group. Returns what became of the requests once the group serves again."""
+        if membership.epoch < self._membership.epoch:
+            return None
+        gone = self._membership.ranks.keys() - membership.ranks.keys()
+        for incarnation in membership.ranks.keys() - self._membership.ranks.keys():
+            self._apply_ready_response(base64.b64decode(membership.ready[incarnation]))
+        self._membership = membership
+        self.core_engines = [_identity(incarnation) for incarnation in membership.ranks]
+        if self.core_engines:
+            self.core_engine = self.core_engines[0]
+        if gone:
+            self._void(gone)
+        if not membership.serving:
+            self._serving.clear()
+            return None
+        self.current_wave = membership.epoch * WAVES_PER_EPOCH
+        self.engines_running = True
+        for request_id in self.ledger.orphans():
+            await self._readmit(request_id)
+        handover, self._handover = self._handover, Handover(0, (), ())
+        self._serving.set()
+        return Handover(len(self.ledger) - len(handover.moved), handover.replayed, handover.restarted)
+
+    def _void(self, gone: set[int]) -> None:
+        handover = self.ledger.void(gone)
+        for incarnation in gone:
+            for call_id in self._utilities_of.pop(incarnation, set()):
+                if (future := self.utility_results.pop(call_id, None)) is not None and not future.done():
+                    future.set_exception(NotServed("the rank that was asked has died"))
+        self._handover = Handover(
+            0, self._handover.replayed + handover.replayed, self._handover.restarted + handover.restarted
+        )
+
+    async def _readmit(self, request_id: str) -> None:
+        owner = self.ledger.least_loaded(tuple(self._membership.ranks))
+        entry = self.ledger.adopt(request_id, owner)
+        request = entry.request
+        if request.sampling_params is not None and entry.output:
+            request.sampling_params = resuming_params(request.sampling_params, entry.output)
+        log.info("request_readmitted", request=request_id, rank=self._membership.ranks[owner], tokens=len(entry.output))
+        await self._add(request, owner)
+
+    async def _until_serving(self) -> None:
+        """Hold a new request while the group regroups or lacks capacity, for at most the hold timeout.
+
+        Raises:
+            NotServed: the time is over, or the supervisor has given up holding.
+        """
+        if not self._membership.hold:
+            raise NotServed(self._membership.reason)
+        self._waiting += 1
+        try:
+            await asyncio.wait_for(self._serving.wait(), self._hold_timeout_s)
+        except TimeoutError as error:
+            raise NotServed(self._membership.reason) from error
+        finally:
+            self._waiting -= 1
+
+    # --- requests ---------------------------------------------------------------------------------------------------
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        request.client_index = self.client_index
+        if not self._serving.is_set():
+            await self._until_serving()
+        owner = self.ledger.least_loaded(tuple(self._membership.ranks))
+        self.ledger.admit(request.request_id, request, owner)
+        await self._add(request, owner)
+
+    async def _add(self, request: EngineCoreRequest, owner: int) -> None:
+        request.current_wave = self.current_wave
+        await self._send(EngineCoreRequestType.ADD, request, owner)
+        if not self.engines_running:
+            await self._start_wave(NOBODY)
+
+    async def _start_wave(self, awake: int) -> None:
+        """Wake sleeping engines: all take part in each step of the one that has work."""
+        self.engines_running = True
+        for incarnation in tuple(self._membership.ranks):
+            if incarnation != awake:
+                await self._send(EngineCoreRequestType.START_DP_WAVE, (self.current_wave, awake), incarnation)
+
+    async def _send(self, kind: EngineCoreRequestType, message: Any, incarnation: int) -> None:
+        """Send to one engine. One that cannot be reached and is no member any more is none of our business."""
+        parts = (_identity(incarnation), kind.value, *self.encoder.encode(message))
+        try:
+            async for attempt in AsyncRetrying(
+                retry=retry_if_exception(lambda error: self._unreachable(error) and incarnation in self._membership.ranks),
+                stop=stop_after_delay(CONNECT_TIMEOUT_S),
+                wait=wait_fixed(0.005),
+                reraise=True,
+            ):
+                with attempt:
+                    await self.input_socket.send_multipart(parts, copy=False)
+        except zmq.ZMQError as error:
+            if not self._unreachable(error):
+                raise
+            # Its requests stay in the ledger: the supervisor sees a process without connection die or hang.
+            log.warning("engine_unreachable", incarnation=incarnation, message=kind.name)
+
+    @staticmethod
+    def _unreachable(error: BaseException) -> bool:
+        return isinstance(error, zmq.ZMQError) and error.errno == zmq.EHOSTUNREACH
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        by_owner: dict[int, list[str]] = {}
+        for request_id in request_ids:
+            if (owner := self.ledger.owner(request_id)) is not None:
+                by_owner.setdefault(owner, []).append(request_id)
+            self.ledger.forget(request_id)
+        for owner, owned in by_owner.items():
+            await self._send(EngineCoreRequestType.ABORT, owned, owner)
+
+    # --- outputs ----------------------------------------------------------------------------------------------------
+
+    def _ensure_output_queue_task(self) -> None:
+        if self.resources.output_queue_task is None:
+            self.resources.output_queue_task = asyncio.create_task(self._receive(), name="engine-outputs")
+
+    async def _receive(self) -> None:
+        output_socket = self.resources.output_socket
+        assert output_socket is not None
+        try:
+            while True:
+                frames = await output_socket.recv_multipart(copy=False)
+                await self._take(self.decoder.decode(frames))
+        except Exception as error:
+            self.outputs_queue.put_nowait(error)
+
+    async def _take(self, outputs: EngineCoreOutputs) -> None:
+        incarnation = outputs.engine_index
+        rank = self._membership.ranks.get(incarnation)
+        if rank is None:
+            return  # a message of a dead or fenced process, late
+        if outputs.utility_output is not None:
+            call_id = outputs.utility_output.call_id
+            self._utilities_of.get(incarnation, set()).discard(call_id)
+            if call_id in self.utility_results:
+                _process_utility_output(outputs.utility_output, self.utility_results)
+            return
+        if outputs.start_wave is not None and outputs.start_wave >= self.current_wave:
+            self.current_wave = outputs.start_wave
+            await self._start_wave(incarnation)
+        if outputs.wave_complete is not None and outputs.wave_complete >= self.current_wave:
+            self.current_wave = outputs.wave_complete + 1
+            self.engines_running = False
+        outputs.engine_index = rank
+        outputs.outputs = [
+            output
+            for output in outputs.outputs
+            if self.ledger.deliver(output.request_id, incarnation, output.new_token_ids, output.finished)
+        ]
+        if outputs.outputs or outputs.scheduler_stats:
+            self.outputs_queue.put_nowait(outputs)
+
+    # --- utilities --------------------------------------------------------------------------------------------------
+
+    async def call_utility_async(self, method: str, *args: Any) -> Any:
+        """Ask all engines; the first answer counts, as in vLLM's load-balancing client."""
+        if not self._serving.is_set():
+            await self._until_serving()
+        return (await self.call_utility_all_async(method, *args))[0]
+
+    async def _call_utility_async(self, method: str, *args: Any, engine: bytes) -> Any:
+        incarnation = int.from_bytes(engine, "little")
+        call_id = next(self._call_ids)
+        future = self.utility_results[call_id] = asyncio.get_running_loop().create_future()
+        self._utilities_of.setdefault(incarnation, set()).add(call_id)
+        await self._send(EngineCoreRequestType.UTILITY, (self.client_index, call_id, method, args), incarnation)
+        return await future
+
+    async def get_supported_tasks_async(self) -> tuple[str, ...]:
+        return ("generate",)
+
+
+def _identity(incarnation: int) -> bytes:
+    return incarnation.to_bytes(2, "little")
+
+
+def membership_from_message(message: dict[str, Any]) -> Membership:
+    members: Sequence[dict[str, Any]] = message["members"]
+    return Membership(
+        message["epoch"],
+        message["status"] in ("ok", "degraded"),
+        message["hold"],
+        message["reason"],
+        {member["incarnation"]: member["rank"] for member in members},
+        {member["incarnation"]: member["response"] for member in members},
+    )

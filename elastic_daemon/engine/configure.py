@@ -1,0 +1,115 @@
+"""From vLLM flags to a configuration for ranks and front end."""
+
+from __future__ import annotations
+
+import copy
+import io
+from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from elastic_daemon.engine.worker import ELASTIC_CONFIG, LocalExecutor, RankPlan
+from elastic_daemon.errors import ConfigError
+from elastic_daemon.flags import refusals
+from elastic_daemon.placement import PlacementError, slots_per_rank
+
+CPU_KV_CACHE_BYTES = 256 << 20
+"""Default KV cache of a CPU rank. vLLM's own default takes most of the machine's memory, for each rank."""
+
+BUNDLED_MODEL = Path(__file__).parents[1] / "models" / "tiny_moe"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A validated deployment: what the supervisor needs to know about a model without importing vLLM."""
+
+    args: Namespace
+    config: VllmConfig
+    model: str
+    experts: int
+    slots: int
+
+
+def configure(arguments: Sequence[str], ranks: int, survive_losses: int, device: str) -> Deployment:
+    """Parse vLLM flags, refuse what cannot work, and size the expert slots.
+
+    Raises:
+        ConfigError: with one line that names the flag or model and what to do.
+    """
+    args = _parse(arguments)
+    if problems := refusals(vars(args), device):
+        raise ConfigError("; ".join(problems))
+    if not Path(args.model).is_dir() and Path(args.model).is_absolute():
+        raise ConfigError(f"no such model directory: {args.model}")
+    if device == "cpu":
+        args.enforce_eager = True
+        if args.kv_cache_memory_bytes is None:
+            args.kv_cache_memory_bytes = CPU_KV_CACHE_BYTES
+    try:
+        config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+    except Exception as error:
+        raise ConfigError(f"model {args.model} cannot be served: {_first_line(error)}") from error
+    experts = config.model_config.get_num_experts()
+    if not config.model_config.is_moe or experts < 2:
+        raise ConfigError(f"{args.model} is a dense model: without experts there is nothing to shrink")
+    try:
+        slots = slots_per_rank(experts, ranks, survive_losses)
+    except PlacementError as error:
+        raise ConfigError(f"--data-parallel-size {ranks} with --survive-losses {survive_losses}: {error}") from error
+    _make_elastic(config, ranks, slots * ranks - experts)
+    return Deployment(args, config, args.served_model_name[0] if args.served_model_name else args.model, experts, slots)
+
+
+def _parse(arguments: Sequence[str]) -> Namespace:
+    parser = make_arg_parser(FlexibleArgumentParser(prog="elastic-daemon serve"))
+    messages = io.StringIO()
+    try:
+        with redirect_stderr(messages), redirect_stdout(messages):
+            return parser.parse_args(list(arguments))
+    except SystemExit as error:
+        raise ConfigError(messages.getvalue().strip().splitlines()[-1] if messages.getvalue() else "bad flags") from error
+    except Exception as error:
+        raise ConfigError(_first_line(error)) from error
+
+
+def _make_elastic(config: VllmConfig, ranks: int, redundant: int) -> None:
+    # Set after validation: vLLM refuses load balancing on CPU, and reserves ports for groups that the daemon builds.
+    parallel = config.parallel_config
+    parallel.data_parallel_size = ranks
+    parallel.elastic_ep_max_dp_size = ranks
+    parallel.enable_expert_parallel = True
+    parallel.enable_eplb = True
+    parallel.eplb_config.num_redundant_experts = redundant
+    parallel.eplb_config.use_async = False
+    parallel.eplb_config.communicator = "torch_nccl"  # torch's point-to-point calls, over gloo for tensors on CPU
+    parallel.all2all_backend = "allgather_reducescatter"
+    parallel.worker_cls = "elastic_daemon.engine.worker.ElasticCPUWorker"
+    parallel.distributed_executor_backend = LocalExecutor
+    config.scheduler_config.scheduler_cls = "elastic_daemon.engine.scheduler.ElasticScheduler"
+
+
+def for_rank(config: VllmConfig, plan: RankPlan) -> VllmConfig:
+    """The configuration of one rank, independent of all others."""
+    own = copy.deepcopy(config)
+    own.additional_config = {ELASTIC_CONFIG: plan}
+    own.parallel_config.data_parallel_rank = plan.position
+    own.parallel_config.data_parallel_index = plan.position
+    own.parallel_config.data_parallel_rank_local = 0
+    own.parallel_config.data_parallel_size = len(plan.members)
+    return own
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    # pydantic puts the reason in the third line of its report
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    reason = next((line for line in lines if line.startswith("Value error,")), lines[0])
+    return reason.removeprefix("Value error, ").split(" [type=")[0]

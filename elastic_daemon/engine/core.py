@@ -1,0 +1,301 @@
+"""The engine core of a rank: steps while its epoch lasts, parks when fenced, goes on in the next epoch.
+
+Three threads matter. The main thread steps, or is parked and takes instructions. The control thread reads the
+supervisor's messages and can interrupt the main thread wherever it is, also inside a collective. vLLM's input thread
+keeps receiving requests meanwhile; they wait in its queue.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import structlog
+from torch.distributed import Store, TCPStore
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.logging_utils.dump_input import dump_engine_exception
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
+from vllm.v1.engine.core import DPEngineCoreProc, EngineCoreProc
+from vllm.v1.engine.utils import EngineZmqAddresses
+from vllm.v1.request import Request
+
+from elastic_daemon.engine.experts import SlotContent
+from elastic_daemon.engine.groups import GlooGroup
+from elastic_daemon.engine.resume import restore_output
+from elastic_daemon.engine.scheduler import ElasticScheduler
+from elastic_daemon.engine.worker import LocalExecutor, executor_worker, rank_plan
+from elastic_daemon.errors import ControlClosed, Fenced, PeerLost
+from elastic_daemon.messages import ControlClient, Message
+from elastic_daemon.placement import Placement
+
+log = structlog.get_logger(__name__)
+
+WAVES_PER_EPOCH = 1_000_000
+"""Waves of an epoch start here times its number, so that a late START_DP_WAVE of an old epoch starts nothing."""
+
+
+def is_peer_fault(error: BaseException) -> bool:
+    """Whether `error` says that a member of the group is gone, as opposed to a defect of our own.
+
+    gloo raises plain RuntimeErrors; the path of its source is part of the message.
+    """
+    if isinstance(error, PeerLost):
+        return True
+    return isinstance(error, RuntimeError) and "gloo" in str(error)
+
+
+class ElasticEngineCore(DPEngineCoreProc):
+    """A data-parallel engine core without coordinator, whose group changes with every epoch."""
+
+    scheduler: ElasticScheduler
+
+    def __init__(
+        self, config: VllmConfig, incarnation: int, addresses: EngineZmqAddresses, control: ControlClient, store: Store
+    ) -> None:
+        self._addresses = addresses
+        self._control = control
+        self._store = store
+        self._instructions: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._fence_epoch = 0
+        self.epoch = 0
+        self.plan = rank_plan(config)
+        # What DPEngineCoreProc.__init__ sets up; it takes the rank for the identity, and ours is the incarnation: a
+        # message of a dead process can then never be taken for one of its replacement.
+        self.prefill_schedule_interval = config.scheduler_config.prefill_schedule_interval
+        self.dp_sync_interval = config.parallel_config.dp_sync_interval
+        self.step_counter = 0
+        self.current_wave = 0
+        self.pending_pause = False
+        self.ignore_start_dp_wave = False
+        self.eep_scaling_state = None
+        EngineCoreProc.__init__(
+            self, config, True, "", LocalExecutor, log_stats=True, engine_index=incarnation
+        )
+        self.enable_fault_tolerance = True
+        self.ft_sentinel = Parking(self)
+        self.worker = executor_worker(self.model_executor)
+
+    @contextlib.contextmanager
+    def _perform_handshakes(self, *_: Any, **__: Any) -> Iterator[EngineZmqAddresses]:
+        yield self._addresses
+
+    def _init_data_parallel(self, vllm_config: VllmConfig) -> None:
+        self.dp_rank, self.dp_size = self.plan.position, len(self.plan.members)
+        self.dp_group = None
+
+    def preprocess_add_request(self, request: EngineCoreRequest) -> tuple[Request, int]:
+        admitted, wave = super().preprocess_add_request(request)
+        restore_output(admitted)
+        return admitted, wave
+
+    def add_request(self, request: Request, request_wave: int = 0) -> None:
+        super().add_request(request, request_wave)
+        if not self.engines_running:
+            # The others sleep. The front end wakes them: without a coordinator nobody else knows them all.
+            self.engines_running = True
+            self.output_queue.put_nowait((0, EngineCoreOutputs(start_wave=self.current_wave)))
+
+    def _process_input_queue(self) -> None:
+        self._raise_if_fenced()
+        super()._process_input_queue()
+        self._raise_if_fenced()
+
+    def _handle_client_request(self, request_type: EngineCoreRequestType, request: Any) -> None:
+        super()._handle_client_request(request_type, request)
+        if request_type == EngineCoreRequestType.WAKEUP:
+            self._raise_if_fenced()
+            self._answer_pending_calls()
+
+    @contextlib.contextmanager
+    def log_error_detail(self, scheduler_output: SchedulerOutput) -> Iterator[None]:
+        """vLLM dumps its whole state with any error of a step; the loss of a peer is not one of ours."""
+        try:
+            yield
+        except Exception as error:
+            if not is_peer_fault(error):
+                dump_engine_exception(self.vllm_config, scheduler_output, self.scheduler.make_stats())
+            raise
+
+    def _raise_if_fenced(self) -> None:
+        if self._fence_epoch > self.epoch:
+            raise Fenced(self._fence_epoch)
+
+    # --- control thread ---------------------------------------------------------------------------------------------
+
+    def listen(self) -> None:
+        """Body of the control thread. The process ends with the connection: without a supervisor nobody fences it."""
+        for message in self._control.messages():
+            if message["type"] == "fence":
+                # Before the message itself: its answer allows the next group, which this must not break.
+                self._fence(int(message["epoch"]))
+            self._instructions.put(message)
+            self.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+        log.warning("supervisor_gone", rank=self.plan.rank)
+        os._exit(1)
+
+    def _fence(self, epoch: int) -> None:
+        if epoch <= self._fence_epoch:
+            return
+        self._fence_epoch = epoch
+        broken = self.worker.groups.abort()
+        log.info("fenced", rank=self.plan.rank, epoch=epoch, connections_broken=broken)
+
+    # --- main thread ------------------------------------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Report what this rank holds, wait for the first epoch, then step until told otherwise."""
+        threading.Thread(target=self.listen, name="control", daemon=True).start()
+        ready = base64.b64encode(msgspec.msgpack.encode(self._make_ready_response())).decode()
+        column = self.worker.column()
+        self._control.send("ready", layers=len(column), column=column.tolist(), response=ready)
+        self.park()
+        self.run_busy_loop()
+
+    def leave(self, error: BaseException) -> None:
+        """End the current epoch here: nothing of its last step counts."""
+        traceback.clear_frames(error.__traceback__)
+        self.worker.leave_group()
+        kept = self.scheduler.void_step()
+        self.dp_group = None
+        log.info("parked", rank=self.plan.rank, epoch=self.epoch, kept=kept, because=str(error).splitlines()[0][:200])
+
+    def park(self) -> None:
+        """Follow the supervisor's instructions until it resumes the epoch that this rank has joined."""
+        joined = 0
+        while True:
+            message = self._instructions.get()
+            kind, epoch = message["type"], int(message.get("epoch", 0))
+            if kind == "call":
+                self._answer_call(message)
+            elif epoch < self._fence_epoch:
+                log.info("instruction_dropped", rank=self.plan.rank, kind=kind, epoch=epoch)
+            elif kind == "fence":
+                joined = 0
+                self.worker.groups.release()
+                self._control.send("fenced", epoch=epoch, column=self.worker.column().tolist())
+            elif kind == "regroup":
+                joined = epoch if self._regroup(message, epoch) else 0
+            elif kind == "resume" and epoch == joined:
+                self._start_epoch(epoch)
+                return
+
+    def _regroup(self, message: Message, epoch: int) -> bool:
+        try:
+            started = time.monotonic()
+            placement = Placement.from_json(message["placement"])
+            self._load_slots(message["loads"])
+            repaired = time.monotonic()
+            group = GlooGroup(
+                self._store, f"epoch/{epoch}", placement.ranks.index(self.plan.rank), len(placement.ranks)
+            )
+            self.worker.join_group(group, placement)
+            self.dp_group = group.process_group
+            self.dp_rank, self.dp_size = group.process_group.rank(), group.process_group.size()
+        except PeerLost as error:
+            self.worker.groups.release()
+            self._control.send("regroup_failed", epoch=epoch, error=str(error))
+            return False
+        seconds = {"repair": repaired - started, "group": time.monotonic() - repaired}
+        self._control.send("regrouped", epoch=epoch, seconds=seconds)
+        return True
+
+    def _load_slots(self, loads: list[Message]) -> None:
+        if not loads:
+            return
+        with set_current_vllm_config(self.vllm_config):
+            written = self.worker.model_runner.expert_slots.load(
+                SlotContent(load["layer"], load["slot"], load["expert"]) for load in loads
+            )
+        log.info("experts_loaded", rank=self.plan.rank, slots=len(loads), bytes=written)
+
+    def _start_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.current_wave = epoch * WAVES_PER_EPOCH
+        self.step_counter = 0
+        self.pending_pause = self.ignore_start_dp_wave = False
+        self.engines_running = True
+
+    def _answer_call(self, message: Message) -> None:
+        """Run one of `_CALLS` here, in the main thread, and send its result or error back."""
+        try:
+            result, error = _CALLS[message["name"]](self), None
+        except Exception as caught:
+            log.exception("call_failed", rank=self.plan.rank, name=message["name"])
+            result, error = None, f"{type(caught).__name__}: {caught}"
+        self._control.send("reply", id=message["id"], result=result, error=error)
+
+    def wrong_slots(self) -> list[list[int]]:
+        """(layer, slot, expert) of slots whose weights are not those of the expert they stand for."""
+        with set_current_vllm_config(self.vllm_config):
+            wrong = self.worker.model_runner.expert_slots.wrong_slots(self.worker.column())
+        return [[content.layer, content.slot, content.expert] for content in wrong]
+
+    def _answer_pending_calls(self) -> None:
+        """Serve calls while stepping; instructions of a recovery stay queued for `park`."""
+        if self._instructions.empty():
+            return
+        pending = [self._instructions.get() for _ in range(self._instructions.qsize())]
+        for message in pending:
+            if message["type"] == "call":
+                self._answer_call(message)
+            else:
+                self._instructions.put(message)
+
+
+_CALLS: dict[str, Callable[[ElasticEngineCore], Any]] = {
+    "wrong_slots": ElasticEngineCore.wrong_slots,
+    "column": lambda core: core.worker.column().tolist(),
+}
+
+
+class Parking:
+    """Takes the place of vLLM's fault sentinel: what happens when the busy loop of a rank is interrupted."""
+
+    engine_recovery_timeout_sec = 0
+
+    def __init__(self, core: ElasticEngineCore) -> None:
+        self._core = core
+        self.resumed = threading.Event()
+        self.resumed.set()
+
+    def on_fault(self, error: Exception) -> None:
+        """Park after a fence or the loss of a peer. Any other error is this rank's own and ends it."""
+        core = self._core
+        if is_peer_fault(error):
+            core._control.send("fault", epoch=core.epoch, error=str(error).splitlines()[0][:500])
+        elif not isinstance(error, Fenced):
+            raise error
+        core.leave(error)
+        core.park()
+
+
+def connect_store(host: str, port: int) -> Store:
+    """The rank's one client of the supervisor's rendezvous store."""
+    return TCPStore(host, port, is_master=False, wait_for_workers=False)
+
+
+def run_rank(config: VllmConfig, spec: Message) -> None:
+    """Be rank `spec["rank"]` until the process ends. Called in a fresh fork of the zygote."""
+    control = ControlClient(spec["control"])
+    try:
+        control.send("hello", role="rank", rank=spec["rank"], incarnation=spec["incarnation"])
+        store = connect_store(spec["store_host"], spec["store_port"])
+        core = ElasticEngineCore(
+            config,
+            spec["incarnation"],
+            EngineZmqAddresses(inputs=[spec["input_address"]], outputs=[spec["output_address"]]),
+            control,
+            store,
+        )
+        core.serve()
+    except ControlClosed:
+        log.warning("supervisor_gone", rank=spec["rank"])

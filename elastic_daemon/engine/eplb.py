@@ -1,0 +1,130 @@
+"""Expert load balancing that a death cannot corrupt.
+
+vLLM moves the weights of all layers first and commits all tables afterwards: a death in between leaves moved weights under
+old tables, and wrong text. Here each layer's table is committed with its weights. A layer's weights are overwritten only
+after its transfer is complete, so at any moment a rank's column says exactly what its slots hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from vllm.config import ModelConfig
+from vllm.distributed.eplb import eplb_state as vllm_eplb
+from vllm.distributed.eplb.eplb_state import EplbState
+from vllm.distributed.eplb.rebalance_execute import move_from_buffer, move_to_buffer
+from vllm.distributed.parallel_state import get_ep_group
+from vllm.model_executor.models.interfaces import MixtureOfExperts
+
+from elastic_daemon.placement import IntArray
+
+TransferHook = Callable[[int, str], None]
+"""Called as hook(layer, point) at each boundary of a transfer; tests use it to die there."""
+
+
+class ElasticEplbState(EplbState):
+    """EPLB state that follows the membership and stays consistent when a rearrangement is cut short."""
+
+    on_transfer: TransferHook | None = None
+
+    def adopt(self, model_config: ModelConfig, model: MixtureOfExperts, physical_to_logical: IntArray) -> None:
+        """Start over with `physical_to_logical` [layers, N * S] and the group sizes of a new epoch.
+
+        Load statistics restart: counts of an old epoch are indexed by physical experts that no longer exist.
+        """
+        first = not self.model_states
+        if first:
+            self.add_model(model, model_config)
+        state = self.model_states[model_config.compute_hash()]
+        layers, physical = physical_to_logical.shape
+        if first or physical != state.physical_to_logical_map.shape[1]:
+            self._resize(state, layers, physical)
+            model.set_eplb_state(
+                state.expert_load_pass_buffer, state.logical_to_physical_map, state.logical_replica_count
+            )
+            assert state.num_unpadded_tokens_tensors is not None
+            self._propagate_shared_tensors(model, state.num_unpadded_tokens_tensors)
+        state.expert_load_pass_buffer.zero_()
+        state.expert_load_window.zero_()
+        vllm_eplb._commit_eplb_maps(state, torch.from_numpy(physical_to_logical.copy()))
+        self.expert_load_window_step = 0
+        self.expert_rearrangement_step = 0
+        self._update_layer_should_record()
+
+    def _resize(self, state: vllm_eplb.EplbModelState, layers: int, physical: int) -> None:
+        device = self.device
+        table = torch.full((layers, physical), -1, dtype=torch.int64, device=device)
+        state.physical_to_logical_map = state.physical_to_logical_map_buffer = table
+        load = torch.zeros((layers, physical), dtype=torch.int32, device=device)
+        state.expert_load_pass = state.expert_load_pass_buffer = load
+        state.expert_load_window = torch.zeros(
+            (self.expert_load_window_size, layers, physical), dtype=torch.int32, device=device
+        )
+
+    def column(self, position: int, slots: int) -> IntArray:
+        """What the slots of the rank at dense `position` hold now, [layers, slots]."""
+        (state,) = self.model_states.values()
+        table: IntArray = state.physical_to_logical_map[:, position * slots : (position + 1) * slots].cpu().numpy()
+        return table.copy()
+
+    def rearrange(
+        self,
+        is_profile: bool = False,
+        rank_mapping: dict[int, int] | None = None,
+        use_last_expert_load: bool = False,
+    ) -> None:
+        """Balance experts by the load of the window, layer by layer, each layer whole or not at all."""
+        if is_profile:
+            return
+        for state in self.model_states.values():
+            model = state.model
+            load = torch.zeros(
+                (model.num_moe_layers, model.num_logical_experts), dtype=torch.int64, device=self.device
+            )
+            load.scatter_add_(1, state.physical_to_logical_map, state.expert_load_window.sum(dim=0, dtype=torch.int64))
+            (load,) = self._allreduce_list([load])
+            state.last_expert_load = load
+            group = get_ep_group().device_group
+            new = self.policy.rebalance_experts(
+                load.cpu(),
+                model.num_physical_experts,
+                model.num_expert_groups,
+                1,
+                group.size(),
+                state.physical_to_logical_map.cpu(),
+            )
+            for layer in range(model.num_moe_layers):
+                self._move_layer(state, layer, new[layer], group)
+
+    def _move_layer(
+        self, state: vllm_eplb.EplbModelState, layer: int, new: torch.Tensor, group: torch.distributed.ProcessGroup
+    ) -> None:
+        weights = state.model.expert_weights[layer]
+        old = state.physical_to_logical_map[layer].cpu().numpy()
+        self._boundary(layer, "transfer")
+        metadata = move_to_buffer(
+            num_local_experts=weights[0].shape[0],
+            old_indices=old,
+            new_indices=new.numpy(),
+            expert_weights=weights,
+            expert_weights_buffers=state.expert_buffer,
+            stream=None,
+            ep_rank=group.rank(),
+            communicator=state.communicator,
+            layer_idx=layer,
+        )
+        self._boundary(layer, "commit")
+        move_from_buffer(
+            expert_weights=weights,
+            expert_weights_buffers=state.expert_buffer,
+            transfer_metadata=metadata,
+            new_indices=new.numpy(),
+            ep_rank=group.rank(),
+        )
+        vllm_eplb._commit_eplb_maps_for_layer(state, new, layer)
+        self._boundary(layer, "done")
+
+    def _boundary(self, layer: int, point: str) -> None:
+        if self.on_transfer is not None:
+            self.on_transfer(layer, point)

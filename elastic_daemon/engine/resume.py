@@ -1,0 +1,63 @@
+"""The boundary between prompt and output of a request that goes on elsewhere.
+
+A request whose rank died is admitted on a survivor with the tokens that its client already has *as output*, as after a
+preemption. Sent again as prompt they would restart penalties, grammars, seeds and token budgets.
+
+The tokens travel in `SamplingParams.extra_args`, a public passage that reaches the scheduler and every worker unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.sampling_params import SamplingParams
+from vllm.v1.request import Request
+from vllm.v1.worker import gpu_model_runner
+from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+RESUME_KEY = "elastic_output_token_ids"
+
+
+def resuming_params(params: SamplingParams, output_token_ids: Sequence[int]) -> SamplingParams:
+    """A copy of `params` that admits its request with `output_token_ids` already generated."""
+    resumed = params.clone()
+    resumed.extra_args = {**(params.extra_args or {}), RESUME_KEY: list(output_token_ids)}
+    return resumed
+
+
+def resumed_output(params: SamplingParams | None) -> list[int]:
+    """The output tokens a request is admitted with; empty for a fresh one."""
+    extra: dict[str, Any] = (params.extra_args if params is not None else None) or {}
+    return list(extra.get(RESUME_KEY, ()))
+
+
+def restore_output(request: Request) -> None:
+    """Give a scheduler request the output tokens it was admitted with."""
+    output = resumed_output(request.sampling_params)
+    if output:
+        request.append_output_token_ids(output)
+
+
+def remember_output(request: Request) -> None:
+    """Let a request that has to start over in its own worker keep what it generated so far."""
+    if request.sampling_params is not None and request.num_output_tokens:
+        request.sampling_params = resuming_params(request.sampling_params, request.output_token_ids)
+
+
+class ResumableRequestState(CachedRequestState):
+    """Worker-side request state (model runner V1) that starts with the output tokens of its request.
+
+    Without them the runner would not know the input ids beyond the prompt. Model runner V2 takes all token ids from the
+    scheduler and needs nothing.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.output_token_ids:
+            self.output_token_ids = resumed_output(self.sampling_params)
+
+
+def enable_resume() -> None:
+    """Make model runner V1 build `ResumableRequestState`. Idempotent."""
+    gpu_model_runner.CachedRequestState = ResumableRequestState

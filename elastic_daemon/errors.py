@@ -1,0 +1,39 @@
+"""Errors of the daemon.
+
+    ElasticError
+    +-- ConfigError              bad flag, environment variable, file or model; the message names it   (exit 2)
+    +-- StartError               a start that cannot succeed: port, runtime directory, checkpoint      (exit 3)
+    +-- PeerLost                 a collective or a rendezvous failed because another member is gone
+    +-- Fenced                   this rank was told to stop stepping: its epoch has ended
+    +-- ControlClosed            the control connection to the supervisor or from a child is gone
+"""
+
+from __future__ import annotations
+
+
+class ElasticError(Exception):
+    """Base of all errors that the daemon raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(ElasticError):
+    exit_code = 2
+
+
+class StartError(ElasticError):
+    exit_code = 3
+
+
+class PeerLost(ElasticError):
+    pass
+
+
+class Fenced(ElasticError):
+    def __init__(self, epoch: int) -> None:
+        super().__init__(f"fenced by epoch {epoch}")
+        self.epoch = epoch
+
+
+class ControlClosed(ElasticError):
+    pass

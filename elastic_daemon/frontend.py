@@ -1,0 +1,155 @@
+"""The front-end process: vLLM's OpenAI server on the daemon's listening socket.
+
+It accepts connections, answers inference itself, and passes control paths on to the supervisor. Its crash costs the
+requests in flight, never ranks or weights: the supervisor then answers on the same socket and starts another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from typing import Any
+
+import httpx
+import structlog
+import uvicorn
+from prometheus_client import generate_latest
+from starlette.background import BackgroundTask
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from elastic_daemon.control_routes import is_control_path
+from elastic_daemon.engine.client import ElasticClient, NotServed, membership_from_message
+from elastic_daemon.engine.configure import Deployment
+from elastic_daemon.engine.openai_app import fail_in_flight, make_app, make_llm
+from elastic_daemon.messages import MAX_LINE_BYTES, Message, decode, encode
+
+log = structlog.get_logger(__name__)
+
+STATS_INTERVAL_S = 0.5
+
+
+class ControlProxy:
+    """ASGI application that sends control paths to the supervisor and everything else to vLLM's application."""
+
+    def __init__(self, app: ASGIApp, socket_path: str) -> None:
+        self._app = app
+        self._supervisor = httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(uds=socket_path), base_url="http://supervisor", timeout=None
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and is_control_path(scope["path"]):
+            response = await self._forward(Request(scope, receive))
+            await response(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _forward(self, request: Request) -> Response:
+        headers = [(k, v) for k, v in request.headers.raw if k != b"connection"]
+        forwarded = self._supervisor.build_request(
+            request.method, request.url.path, params=request.query_params, headers=headers, content=await request.body()
+        )
+        try:
+            answer = await self._supervisor.send(forwarded, stream=True)
+        except httpx.TransportError as error:
+            return JSONResponse({"error": f"the supervisor does not answer: {error}"}, 503)
+        if request.url.path == "/metrics":
+            own = generate_latest().decode()
+            return Response(own + (await answer.aread()).decode(), answer.status_code, media_type="text/plain")
+        return StreamingResponse(
+            answer.aiter_raw(), answer.status_code, dict(answer.headers), background=BackgroundTask(answer.aclose)
+        )
+
+
+class Frontend:
+    """Ties vLLM's server, the engine client and the supervisor's instructions together."""
+
+    def __init__(self, deployment: Deployment, spec: Message) -> None:
+        self._deployment = deployment
+        self._spec = spec
+        self._client: ElasticClient
+        self._llm: AsyncLLM
+        self._server: uvicorn.Server
+        self._writer: asyncio.StreamWriter
+
+    async def run(self) -> None:
+        spec = self._spec
+        reader, self._writer = await asyncio.open_unix_connection(spec["control"], limit=MAX_LINE_BYTES)
+        self._say("hello", role="frontend")
+        self._client = ElasticClient(
+            self._deployment.config, spec["input_address"], spec["output_address"], spec["hold_timeout_s"]
+        )
+        self._llm = make_llm(self._deployment, self._client)
+        app = ControlProxy(await make_app(self._deployment, self._llm), spec["http_socket"])
+        self._server = uvicorn.Server(
+            uvicorn.Config(app, lifespan="on", log_level="warning", access_log=False, timeout_keep_alive=30)
+        )
+        self._server.install_signal_handlers = lambda: None  # type: ignore[method-assign]
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._stop)
+        listener = socket.socket(fileno=os.dup(spec["listen_fd"]))
+        async with asyncio.TaskGroup() as tasks:
+            instructions = tasks.create_task(self._follow(reader))
+            stats = tasks.create_task(self._report_stats())
+            serving = tasks.create_task(self._server.serve(sockets=[listener]))
+            while not self._server.started:
+                await asyncio.sleep(0.01)
+                if serving.done():
+                    break
+            self._say("ready")
+            await serving
+            self._say("drained")
+            instructions.cancel()
+            stats.cancel()
+        self._llm.shutdown()
+
+    def _say(self, type_: str, **fields: Any) -> None:
+        self._writer.write(encode({"type": type_, **fields}))
+
+    def _stop(self) -> None:
+        self._server.should_exit = True
+
+    async def _follow(self, reader: asyncio.StreamReader) -> None:
+        while line := await reader.readline():
+            message = decode(line)
+            if message["type"] == "membership":
+                await self._apply(message)
+            elif message["type"] == "drain":
+                self._server.config.timeout_graceful_shutdown = max(1, int(message["timeout_s"]))
+                self._stop()
+        self._stop()
+
+    async def _apply(self, message: Message) -> None:
+        membership = membership_from_message(message)
+        handover = await self._client.apply(membership)
+        if handover is not None:
+            self._say(
+                "synced",
+                epoch=membership.epoch,
+                kept=handover.kept,
+                replayed=len(handover.replayed),
+                restarted=len(handover.restarted),
+                lost=0,
+            )
+        elif not membership.hold:
+            failed = fail_in_flight(self._llm, self._client, NotServed(membership.reason))
+            if failed:
+                log.warning("requests_failed", count=len(failed), reason=membership.reason)
+
+    async def _report_stats(self) -> None:
+        while True:
+            self._say("stats", in_flight=self._client.in_flight, by_rank=self._client.in_flight_by_rank())
+            with contextlib.suppress(ConnectionError):
+                await self._writer.drain()
+            await asyncio.sleep(STATS_INTERVAL_S)
+
+
+def run_frontend(deployment: Deployment, spec: Message) -> None:
+    """Be the front end until told to drain. Called in a fresh fork of the zygote."""
+    asyncio.run(Frontend(deployment, spec).run())

@@ -1,0 +1,90 @@
+"""`/health`: the controller's snapshot together with what only the supervisor knows. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from elastic_daemon.membership import RankState, Status
+from elastic_daemon.protocol import HealthSnapshot, RankHealth, RecoveryReport
+
+SERVING = (Status.OK, Status.DEGRADED, Status.RECOVERING)
+"""Statuses that `/health` answers with 200: a load balancer must not give up on a recovery."""
+
+
+@dataclass(frozen=True)
+class HealthView:
+    """`epoch_start`: what to add to the monotonic times of `snapshot` to get wall-clock seconds."""
+
+    snapshot: HealthSnapshot | None
+    model: str
+    target: int
+    in_flight: int
+    in_flight_by_rank: Mapping[int, int]
+    pids: Mapping[tuple[int, int], int]
+    epoch_start: float
+    host: str = "localhost"
+
+    @property
+    def status(self) -> Status:
+        return self.snapshot.status if self.snapshot is not None else Status.STARTING
+
+    @property
+    def http_status(self) -> int:
+        return 200 if self.status in SERVING else 503
+
+    def to_json(self) -> dict[str, Any]:
+        """The body of section "health" in docs/api.md."""
+        snapshot = self.snapshot
+        if snapshot is None:
+            return {"status": Status.STARTING.value, "reason": "importing the engine", "epoch": 0, "model": self.model}
+        return {
+            "status": snapshot.status.value,
+            "reason": snapshot.reason,
+            "doing": snapshot.doing,
+            "epoch": snapshot.epoch,
+            "model": self.model,
+            "data_parallel_size": {"target": snapshot.target, "active": snapshot.active},
+            "expert_safety": snapshot.expert_safety,
+            "survivable_losses": snapshot.survivable_losses,
+            "in_flight": self.in_flight,
+            "ranks": [self._rank(rank) for rank in snapshot.ranks],
+            "last_recovery": _report(snapshot.last_recovery),
+            "last_shrink": _report(snapshot.last_shrink),
+            "last_grow": _report(snapshot.last_grow),
+        }
+
+    def _rank(self, rank: RankHealth) -> dict[str, Any]:
+        pid = self.pids.get((rank.rank, rank.incarnation))
+        since = datetime.fromtimestamp(rank.since + self.epoch_start, UTC)
+        return {
+            "rank": rank.rank,
+            "state": rank.state.value,
+            "host": self.host,
+            "gpu": None,
+            "pids": [pid] if pid is not None else [],
+            "since": since.isoformat(timespec="milliseconds"),
+            "reason": rank.reason,
+            "in_flight": self.in_flight_by_rank.get(rank.rank, 0) if rank.state is RankState.ACTIVE else 0,
+        }
+
+
+def _report(report: RecoveryReport | None) -> dict[str, Any] | None:
+    if report is None:
+        return None
+    counts = report.requests
+    requests = (
+        None
+        if counts is None
+        else {"kept": counts.kept, "replayed": counts.replayed, "restarted": counts.restarted, "lost": counts.lost}
+    )
+    return {
+        "epoch": report.epoch,
+        "kind": report.kind.value,
+        "ranks": list(report.ranks),
+        "cause": report.cause,
+        "seconds": {phase: round(spent, 6) for phase, spent in report.seconds.items()},
+        "requests": requests,
+    }

@@ -1,0 +1,31 @@
+"""How patient the controller is, and how large the deployment. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`slots` are per rank and layer. Durations in seconds."""
+
+    target: int
+    experts: int
+    slots: int
+    start_timeout_s: float = 300.0  # process start -> standby
+    max_start_attempts: int = 3  # per rank, during start-up
+    restart_backoff_s: float = 0.5  # doubles with every further attempt
+    max_backoff_s: float = 10.0
+    fault_grace_s: float = 0.5  # a fault is often the first sign of a death: how long to wait for the second
+    fence_timeout_s: float = 3.0
+    regroup_timeout_s: float = 3.0
+    max_regroup_failures: int = 5  # in a row, with the same members
+    sync_timeout_s: float = 5.0  # ranks resumed -> the front end has placed every request
+    hold_timeout_s: float = 60.0  # how long requests are held while unavailable
+    frontend_start_timeout_s: float = 180.0
+    max_frontend_exits: int = 5  # within frontend_window_s
+    frontend_window_s: float = 60.0
+
+    def backoff(self, attempt: int) -> float:
+        """Before the next try, after `attempt` failed ones."""
+        return min(self.restart_backoff_s * 2.0 ** min(attempt - 1, 32), self.max_backoff_s)

@@ -1,0 +1,308 @@
+"""What the controller hears (events), what it asks for (actions), and what it reports.
+
+Plain frozen data; times are monotonic seconds, durations are seconds. Whatever a rank says carries its incarnation, and
+its epoch where it belongs to one: the controller drops what an old process or an old epoch says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from elastic_daemon.membership import RankState, Status
+from elastic_daemon.placement import Placement, SlotLoad
+
+Column = tuple[tuple[int, ...], ...]  # expert ids by layer and slot: what a rank really holds
+Identity = tuple[int, int]  # (rank, incarnation)
+
+
+# --- events ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RankReady:
+    """Constructed alone, weights loaded, parked."""
+
+    rank: int
+    incarnation: int
+    layers: int
+    column: Column
+
+
+@dataclass(frozen=True)
+class RankExited:
+    """Its process is dead, confirmed by the operating system."""
+
+    rank: int
+    incarnation: int
+    status: str
+
+
+@dataclass(frozen=True)
+class RankFault:
+    """A collective failed in it and it parked itself; no process died as far as it knows."""
+
+    rank: int
+    incarnation: int
+    epoch: int
+    error: str
+
+
+@dataclass(frozen=True)
+class RankFenced:
+    """Out of its collectives, stepping no more, until it is told to regroup."""
+
+    rank: int
+    incarnation: int
+    epoch: int
+    column: Column
+
+
+@dataclass(frozen=True)
+class RankRegrouped:
+    """Group built, experts in place; waits for Resume. `seconds` has the keys 'group' and 'repair'."""
+
+    rank: int
+    incarnation: int
+    epoch: int
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class RegroupFailed:
+    rank: int
+    incarnation: int
+    epoch: int
+    error: str
+
+
+@dataclass(frozen=True)
+class FrontendReady:
+    pass
+
+
+@dataclass(frozen=True)
+class FrontendExited:
+    """Reported before the next front end is started, so there is only ever one to speak of."""
+
+    status: str
+
+
+@dataclass(frozen=True)
+class FrontendSynced:
+    """Every request has found its place in this epoch."""
+
+    epoch: int
+    kept: int
+    replayed: int
+    restarted: int
+    lost: int
+
+
+@dataclass(frozen=True)
+class StopRequested:
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class DrainComplete:
+    pass
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time has passed. Deadlines expire on this event only."""
+
+
+RankEvent = RankReady | RankExited | RankFault | RankFenced | RankRegrouped | RegroupFailed
+FrontendEvent = FrontendReady | FrontendExited | FrontendSynced
+OperatorEvent = StopRequested | DrainComplete
+Event = RankEvent | FrontendEvent | OperatorEvent | Tick
+
+
+# --- actions ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StartRank:
+    """`members`: who is planned to be in the group, for the initial placement of this rank's experts."""
+
+    rank: int
+    incarnation: int
+    members: tuple[int, ...]
+    slots: int
+
+
+@dataclass(frozen=True)
+class KillRank:
+    """Kill without waiting: the controller already counts it as dead."""
+
+    rank: int
+    incarnation: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Fence:
+    rank: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Regroup:
+    """`placement` is that of all members, `loads` are this rank's own."""
+
+    rank: int
+    epoch: int
+    members: tuple[int, ...]
+    placement: Placement
+    loads: tuple[SlotLoad, ...]
+
+
+@dataclass(frozen=True)
+class Resume:
+    rank: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class StartFrontend:
+    pass
+
+
+@dataclass(frozen=True)
+class KillFrontend:
+    """It did not become ready in time. Repeated until its exit is reported."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The membership, as the front end needs it."""
+
+    epoch: int
+    status: Status
+    reason: str
+    active: tuple[Identity, ...]
+    excluded: tuple[Identity, ...]  # so far in this recovery
+    hold: bool = True  # while not serving: hold requests; False once the hold timeout has passed: refuse them (503)
+
+
+@dataclass(frozen=True)
+class Publish:
+    """For the front end.
+
+    ok, degraded: put the requests of ranks that are not in `active` onto ones that are, open, then answer
+    FrontendSynced(epoch). stopping: take nothing new, finish what runs. Anything else: hold what comes in, and
+    deliver nothing more from `excluded`.
+    """
+
+    membership: Snapshot
+
+
+@dataclass(frozen=True)
+class RecordEvent:
+    """For `/events` and the log."""
+
+    name: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RecoveryDone:
+    report: RecoveryReport
+
+
+@dataclass(frozen=True)
+class StopAll:
+    """End the front end and every rank process, whatever they are doing."""
+
+
+@dataclass(frozen=True)
+class Exit:
+    """The last action ever: 0 stopped, 3 start-up impossible, 4 the front end keeps dying."""
+
+    code: int
+    reason: str
+
+
+Action = (
+    StartRank
+    | KillRank
+    | Fence
+    | Regroup
+    | Resume
+    | StartFrontend
+    | KillFrontend
+    | Publish
+    | RecordEvent
+    | RecoveryDone
+    | StopAll
+    | Exit
+)
+
+
+# --- reports ---------------------------------------------------------------------------------------------------------
+
+
+class RecoveryKind(StrEnum):
+    START = "start"
+    SHRINK = "shrink"
+    REGROUP = "regroup"  # the same members again, after a fault without a death
+
+
+@dataclass(frozen=True)
+class RequestCounts:
+    kept: int
+    replayed: int
+    restarted: int
+    lost: int
+
+
+@dataclass(frozen=True)
+class RecoveryReport:
+    """`seconds`: detect, fence, regroup, repair, resume, total; the phases add up to the total.
+
+    `requests` is None where no front end was there to tell.
+    """
+
+    epoch: int
+    kind: RecoveryKind
+    ranks: tuple[int, ...]  # lost in it
+    cause: str
+    seconds: Mapping[str, float]
+    requests: RequestCounts | None
+
+
+@dataclass(frozen=True)
+class RankHealth:
+    rank: int
+    state: RankState
+    since: float
+    reason: str | None
+    incarnation: int
+
+
+@dataclass(frozen=True)
+class HealthSnapshot:
+    """`/health`, less what only the shell knows (pids, GPUs, requests in flight, wall-clock time).
+
+    `expert_safety` and `survivable_losses` are -1 when an expert is in no rank's memory, or finds no slot;
+    `expert_safety` is None before the first placement. `doing`: one sentence on what goes on and what it waits for.
+    """
+
+    status: Status
+    reason: str
+    doing: str
+    epoch: int
+    target: int
+    active: int
+    expert_safety: int | None
+    survivable_losses: int
+    ranks: tuple[RankHealth, ...]
+    last_recovery: RecoveryReport | None
+    last_shrink: RecoveryReport | None
+    last_grow: RecoveryReport | None

@@ -1,0 +1,426 @@
+"""The supervisor: the impure shell around the controller.
+
+It owns the listening socket, the runtime directory, the rendezvous store and all processes. It turns what happens into
+events for the controller and carries out the actions that come back, in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import time
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime
+from typing import Any
+
+import structlog
+import uvicorn
+
+from elastic_daemon import protocol as p
+from elastic_daemon.app import make_control_app
+from elastic_daemon.config import Settings
+from elastic_daemon.control_server import ControlServer, Peer
+from elastic_daemon.controller import EXIT_START, Controller
+from elastic_daemon.errors import ControlClosed, ElasticError, StartError
+from elastic_daemon.events import EventLog
+from elastic_daemon.health import HealthView
+from elastic_daemon.launcher import Child, Zygote
+from elastic_daemon.messages import Message
+from elastic_daemon.metrics import Metrics
+from elastic_daemon.policy import Policy
+from elastic_daemon.runtime_dir import RuntimeDir
+from elastic_daemon.store import RendezvousStore
+
+log = structlog.get_logger(__name__)
+
+LOOP_STALE_S = 5.0
+"""`/livez` fails when the control loop has not turned for this long."""
+
+HEARTBEAT_S = 0.5
+
+Identity = tuple[int, int]
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """The listening socket. Raises StartError with the reason when the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise StartError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+
+
+class Supervisor:
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.events = EventLog()
+        self.metrics = Metrics()
+        self.model = settings.model or "tiny-moe"
+        self._started = time.monotonic()
+        self._last_turn = time.monotonic()
+        self._controller: Controller | None = None
+        self._children: dict[Identity, Child] = {}
+        self._frontend: Child | None = None
+        self._peers: dict[Identity, Peer] = {}
+        self._frontend_peer: Peer | None = None
+        self._ready: dict[int, str] = {}
+        self._published: p.Snapshot | None = None
+        self._stats: Message = {"in_flight": 0, "by_rank": {}}
+        self._exit: asyncio.Future[p.Exit]
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._fallback: uvicorn.Server | None = None
+        self._wake = asyncio.Event()
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> int:
+        """Serve until stopped. Returns the exit code; raises ElasticError when the start fails at once."""
+        loop = asyncio.get_running_loop()
+        self._exit = loop.create_future()
+        self._runtime = RuntimeDir(self.settings.runtime_dir)
+        try:
+            self._listener = bind(self.settings.host, self.settings.port)
+            self.port = int(self._listener.getsockname()[1])
+            with self._listener:
+                return await self._run_with_zygote()
+        finally:
+            self._runtime.close()
+
+    async def _run_with_zygote(self) -> int:
+        self.events.record("starting", {"host": self.settings.host, "port": self.port, "runtime_dir": str(self._runtime.path)})
+        self._zygote = Zygote(self._listener)
+        try:
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self._stop_requested)
+            await self._zygote.connect()
+            control = ControlServer(self._on_message, self._on_hello)
+            await control.start(self._runtime.control_socket)
+            app = make_control_app(self)
+            internal = self._serve_http(app, uds=self._runtime.http_socket)
+            self._answer_ourselves(app)
+            preparing = asyncio.gather(asyncio.to_thread(RendezvousStore), self._configure())
+            await asyncio.wait({preparing, self._exit}, return_when=asyncio.FIRST_COMPLETED)
+            if preparing.done():
+                self._store, policy = await preparing
+                self._begin(policy)
+            ended = await self._supervise()
+            internal.should_exit = True
+            await control.close()
+            return ended.code
+        finally:
+            self._zygote.stop()
+            for task in self._tasks:
+                task.cancel()
+
+    async def _configure(self) -> Policy:
+        settings = self.settings
+        answer = await self._zygote.ask(
+            "configure",
+            arguments=settings.vllm_flags,
+            ranks=settings.data_parallel_size,
+            survive_losses=settings.losses_to_survive,
+            device=settings.device,
+        )
+        self.model = answer["model"]
+        self.events.record(
+            "configured",
+            {
+                "model": self.model,
+                "experts": answer["experts"],
+                "slots_per_rank": answer["slots"],
+                "ranks": settings.data_parallel_size,
+                "seconds": round(time.monotonic() - self._started, 2),
+            },
+        )
+        return Policy(
+            target=settings.data_parallel_size,
+            experts=answer["experts"],
+            slots=answer["slots"],
+            start_timeout_s=settings.start_timeout,
+            hold_timeout_s=settings.hold_timeout,
+        )
+
+    def _begin(self, policy: Policy) -> None:
+        self._controller = Controller(policy, time.monotonic())
+        self._carry_out(self._controller.start(time.monotonic()))
+
+    async def _supervise(self) -> p.Exit:
+        """The control loop: sends Tick when something is due, and proves with each turn that it lives."""
+        while not self._exit.done():
+            self._last_turn = time.monotonic()
+            deadline = self._controller.next_deadline() if self._controller is not None else None
+            delay = HEARTBEAT_S if deadline is None else min(HEARTBEAT_S, max(0.0, deadline - time.monotonic()))
+            self._wake.clear()
+            waker = asyncio.ensure_future(self._wake.wait())
+            await asyncio.wait({waker, self._exit}, timeout=delay, return_when=asyncio.FIRST_COMPLETED)
+            waker.cancel()
+            if deadline is not None and time.monotonic() >= deadline:
+                self._tell(p.Tick())
+        ended = self._exit.result()
+        self.events.record("stopped", {"code": ended.code, "reason": ended.reason})
+        return ended
+
+    def _stop_requested(self) -> None:
+        if self._controller is None:
+            self._finish(p.Exit(0, "stopped while starting"))
+        else:
+            self._tell(p.StopRequested(self.settings.shutdown_timeout))
+
+    def _finish(self, ended: p.Exit) -> None:
+        if not self._exit.done():
+            self._exit.set_result(ended)
+
+    # --- events -------------------------------------------------------------------------------------------------------
+
+    def _tell(self, event: p.Event) -> None:
+        if self._controller is not None and not self._exit.done():
+            self._carry_out(self._controller.handle(event, time.monotonic()))
+            self._wake.set()
+
+    def _on_hello(self, peer: Peer) -> None:
+        if peer.role == "rank":
+            self._peers[peer.rank, peer.incarnation] = peer
+        else:
+            self._frontend_peer = peer
+            self._send_membership()
+
+    def _on_message(self, peer: Peer, message: Message) -> None:
+        if peer.role == "frontend":
+            if peer is self._frontend_peer:
+                self._on_frontend_message(message)
+            return
+        rank, incarnation = peer.rank, peer.incarnation
+        match message["type"]:
+            case "ready":
+                self._ready[incarnation] = message["response"]
+                self._tell(p.RankReady(rank, incarnation, message["layers"], _column(message)))
+            case "fault":
+                self._tell(p.RankFault(rank, incarnation, message["epoch"], message["error"]))
+            case "fenced":
+                self._tell(p.RankFenced(rank, incarnation, message["epoch"], _column(message)))
+            case "regrouped":
+                self._tell(p.RankRegrouped(rank, incarnation, message["epoch"], message["seconds"]))
+            case "regroup_failed":
+                self._tell(p.RegroupFailed(rank, incarnation, message["epoch"], message["error"]))
+            case other:
+                log.warning("message_unknown", rank=rank, type=other)
+
+    def _on_frontend_message(self, message: Message) -> None:
+        match message["type"]:
+            case "ready":
+                self._stop_answering_ourselves()
+                self._tell(p.FrontendReady())
+            case "synced":
+                counts = (message["kept"], message["replayed"], message["restarted"], message["lost"])
+                self._tell(p.FrontendSynced(message["epoch"], *counts))
+            case "stats":
+                self._stats = message
+            case "drained":
+                self._tell(p.DrainComplete())
+
+    # --- actions ------------------------------------------------------------------------------------------------------
+
+    def _carry_out(self, actions: tuple[p.Action, ...]) -> None:
+        for action in actions:
+            self._handlers[type(action)](self, action)
+
+    def _start_rank(self, action: p.StartRank) -> None:
+        self._spawn(self._fork_rank(action))
+
+    async def _fork_rank(self, action: p.StartRank) -> None:
+        identity = (action.rank, action.incarnation)
+        try:
+            child = await self._zygote.fork(
+                "rank",
+                f"rank {action.rank}",
+                lambda child: self._spawn(self._rank_exited(identity, child)),
+                rank=action.rank,
+                incarnation=action.incarnation,
+                members=action.members,
+                slots=action.slots,
+                scratch_dir=str(self._runtime.scratch),
+                control=self._runtime.control_socket,
+                store_host=self._store.host,
+                store_port=self._store.port,
+                **self._zmq_addresses,
+            )
+        except ElasticError as error:
+            self._finish(p.Exit(EXIT_START, str(error)))
+            return
+        self._children[identity] = child
+
+    @property
+    def _zmq_addresses(self) -> dict[str, str]:
+        return {"input_address": self._runtime.zmq("input.sock"), "output_address": self._runtime.zmq("output.sock")}
+
+    async def _rank_exited(self, identity: Identity, child: Child) -> None:
+        # Told first, reaped afterwards: the group must not wait for bookkeeping.
+        self._tell(p.RankExited(*identity, "process ended"))
+        self._children.pop(identity, None)
+        self._peers.pop(identity, None)
+        with contextlib.suppress(ControlClosed):
+            status = await self._zygote.reap(child)
+            self.events.record("rank_reaped", {"rank": identity[0], "pid": child.pid, "status": status})
+
+    def _kill_rank(self, action: p.KillRank) -> None:
+        if child := self._children.get((action.rank, action.incarnation)):
+            child.kill()
+
+    def _fence(self, action: p.Fence) -> None:
+        self._send_to_rank(action.rank, "fence", epoch=action.epoch)
+
+    def _regroup(self, action: p.Regroup) -> None:
+        loads = [{"layer": load.layer, "slot": load.slot, "expert": load.expert} for load in action.loads]
+        placement = action.placement.to_json()
+        self._send_to_rank(action.rank, "regroup", epoch=action.epoch, placement=placement, loads=loads)
+
+    def _resume(self, action: p.Resume) -> None:
+        self._send_to_rank(action.rank, "resume", epoch=action.epoch)
+
+    def _send_to_rank(self, rank: int, type_: str, **fields: Any) -> None:
+        newest = max((identity for identity in self._peers if identity[0] == rank), default=None)
+        if newest is not None:
+            self._peers[newest].send(type_, **fields)
+
+    def _publish(self, action: p.Publish) -> None:
+        self._published = action.membership
+        self._send_membership()
+        if action.membership.status == "stopping" and self._frontend_peer is not None:
+            self._frontend_peer.send("drain", timeout_s=self.settings.shutdown_timeout)
+
+    def _send_membership(self) -> None:
+        snapshot = self._published
+        if snapshot is None or self._frontend_peer is None:
+            return
+        members = [
+            {"rank": rank, "incarnation": incarnation, "response": self._ready[incarnation]}
+            for rank, incarnation in snapshot.active
+        ]
+        self._frontend_peer.send(
+            "membership",
+            epoch=snapshot.epoch,
+            status=snapshot.status,
+            reason=snapshot.reason,
+            hold=snapshot.hold,
+            members=members,
+        )
+
+    def _start_frontend(self, _: p.StartFrontend) -> None:
+        self._spawn(self._fork_frontend())
+
+    async def _fork_frontend(self) -> None:
+        self._frontend = await self._zygote.fork(
+            "frontend",
+            "front end",
+            lambda child: self._spawn(self._frontend_exited(child)),
+            control=self._runtime.control_socket,
+            http_socket=self._runtime.http_socket,
+            listen_fd=self._listener.fileno(),
+            hold_timeout_s=self.settings.hold_timeout,
+            **self._zmq_addresses,
+        )
+
+    async def _frontend_exited(self, child: Child) -> None:
+        self._frontend = self._frontend_peer = None
+        self._stats = {"in_flight": 0, "by_rank": {}}
+        if not self._exit.done():
+            self._answer_ourselves(make_control_app(self))
+        with contextlib.suppress(ControlClosed):
+            self._tell(p.FrontendExited(await self._zygote.reap(child)))
+
+    def _kill_frontend(self, _: p.KillFrontend) -> None:
+        if self._frontend is not None:
+            self._frontend.kill()
+
+    def _record(self, action: p.RecordEvent) -> None:
+        self.events.record(action.name, action.fields)
+
+    def _recovery_done(self, action: p.RecoveryDone) -> None:
+        self.metrics.recovery(action.report)
+        report = action.report
+        seconds = {phase: round(spent, 4) for phase, spent in report.seconds.items()}
+        self.events.record(
+            "recovery_done", {"epoch": report.epoch, "kind": report.kind, "ranks": report.ranks, "seconds": seconds}
+        )
+
+    def _stop_all(self, _: p.StopAll) -> None:
+        for child in (*self._children.values(), self._frontend):
+            if child is not None:
+                child.kill()
+
+    _handlers: dict[type, Callable[[Supervisor, Any], None]] = {
+        p.StartRank: _start_rank,
+        p.KillRank: _kill_rank,
+        p.Fence: _fence,
+        p.Regroup: _regroup,
+        p.Resume: _resume,
+        p.Publish: _publish,
+        p.StartFrontend: _start_frontend,
+        p.KillFrontend: _kill_frontend,
+        p.RecordEvent: _record,
+        p.RecoveryDone: _recovery_done,
+        p.StopAll: _stop_all,
+        p.Exit: _finish,
+    }
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("task_failed", error=f"{type(error).__name__}: {error}")
+            self._finish(p.Exit(1, f"{type(error).__name__}: {error}"))
+
+    # --- answering ----------------------------------------------------------------------------------------------------
+
+    def _serve_http(self, app: Any, uds: str | None = None, sockets: list[socket.socket] | None = None) -> uvicorn.Server:
+        config = uvicorn.Config(app, uds=uds, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
+        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+        self._spawn(server.serve(sockets=sockets))
+        return server
+
+    def _answer_ourselves(self, app: Any) -> None:
+        """Accept on the public socket while no front end does."""
+        if self._fallback is None:
+            self._fallback = self._serve_http(app, sockets=[self._listener.dup()])
+
+    def _stop_answering_ourselves(self) -> None:
+        if self._fallback is not None:
+            self._fallback.should_exit = True
+            self._fallback = None
+
+    @property
+    def is_turning(self) -> bool:
+        return time.monotonic() - self._last_turn < LOOP_STALE_S
+
+    def health(self) -> HealthView:
+        now = time.monotonic()
+        snapshot = self._controller.snapshot(now) if self._controller is not None else None
+        return HealthView(
+            snapshot=snapshot,
+            model=self.model,
+            target=self.settings.data_parallel_size,
+            in_flight=self._stats["in_flight"],
+            in_flight_by_rank={int(rank): count for rank, count in self._stats["by_rank"].items()},
+            pids={identity: child.pid for identity, child in self._children.items()},
+            epoch_start=datetime.now(UTC).timestamp() - now,
+        )
+
+    async def verify_experts(self) -> dict[int, list[list[int]]]:
+        """Per active rank: (layer, slot, expert) of slots that do not hold the expert they stand for."""
+        if self._published is None:
+            return {}
+        members = [self._peers[identity] for identity in self._published.active if identity in self._peers]
+        wrong = await asyncio.gather(*(peer.call("wrong_slots") for peer in members))
+        return {peer.rank: slots for peer, slots in zip(members, wrong, strict=True)}
+
+
+def _column(message: Message) -> p.Column:
+    return tuple(tuple(row) for row in message["column"])
