@@ -43,14 +43,17 @@ WAVES_PER_EPOCH = 1_000_000
 """Waves of an epoch start here times its number, so that a late START_DP_WAVE of an old epoch starts nothing."""
 
 
-def is_peer_fault(error: BaseException) -> bool:
+def is_peer_fault(error: BaseException | None) -> bool:
     """Whether `error` says that a member of the group is gone, as opposed to a defect of our own.
 
-    gloo raises plain RuntimeErrors; the path of its source is part of the message.
+    gloo raises plain RuntimeErrors, with the path of its source in the message; and torch's logging of a failed collective
+    raises another error on top, since it does not know groups that were built without its global state.
     """
-    if isinstance(error, PeerLost):
-        return True
-    return isinstance(error, RuntimeError) and "gloo" in str(error)
+    while error is not None:
+        if isinstance(error, PeerLost) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class ElasticEngineCore(DPEngineCoreProc):
