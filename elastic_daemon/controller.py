@@ -19,47 +19,18 @@ from typing import assert_never
 
 import numpy as np
 
+from elastic_daemon import protocol as p
 from elastic_daemon.control_state import ControlState, Frontend, Phase
 from elastic_daemon.deadlines import Wait
 from elastic_daemon.membership import MEMBERS, Rank, RankState
 from elastic_daemon.placement import NotEnoughSlots, Placement, repair
-from elastic_daemon.protocol import (
-    Action,
-    DrainComplete,
-    Event,
-    Exit,
-    Fence,
-    FrontendEvent,
-    FrontendExited,
-    FrontendReady,
-    FrontendSynced,
-    KillFrontend,
-    KillRank,
-    OperatorEvent,
-    RankEvent,
-    RankExited,
-    RankFault,
-    RankFenced,
-    RankReady,
-    RankRegrouped,
-    RecoveryDone,
-    Regroup,
-    RegroupFailed,
-    RequestCounts,
-    Resume,
-    StartFrontend,
-    StartRank,
-    StopAll,
-    StopRequested,
-    Tick,
-)
 from elastic_daemon.recovery import Recovery
 
 EXIT_STOPPED, EXIT_START, EXIT_FRONTEND = 0, 3, 4
 
 
 class Controller(ControlState):
-    def start(self, now: float) -> tuple[Action, ...]:
+    def start(self, now: float) -> tuple[p.Action, ...]:
         """To be called once, first."""
         self._now = now
         for rank in range(self._policy.target):
@@ -67,16 +38,16 @@ class Controller(ControlState):
         self._start_frontend()
         return self._flush()
 
-    def handle(self, event: Event, now: float) -> tuple[Action, ...]:
+    def handle(self, event: p.Event, now: float) -> tuple[p.Action, ...]:
         self._now = max(self._now, now)
         if self._phase is Phase.EXITED:
             return ()
         match event:
-            case Tick():
+            case p.Tick():
                 self._on_tick()
-            case FrontendReady() | FrontendExited() | FrontendSynced():
+            case p.FrontendReady() | p.FrontendExited() | p.FrontendSynced():
                 self._on_frontend(event)
-            case StopRequested() | DrainComplete():
+            case p.StopRequested() | p.DrainComplete():
                 self._on_operator(event)
             case _:
                 # An old incarnation, or one that was given up, is a zombie, whatever it says.
@@ -85,53 +56,53 @@ class Controller(ControlState):
         return self._flush()
 
     def next_deadline(self) -> float | None:
-        """When the shell must send Tick at the latest. None: nothing that is waited for can be late."""
+        """When the shell must send p.Tick at the latest. None: nothing that is waited for can be late."""
         return self._deadlines.next
 
     # --- events --------------------------------------------------------------------------------------------------
 
-    def _on_rank(self, event: RankEvent, row: Rank) -> None:
+    def _on_rank(self, event: p.RankEvent, row: Rank) -> None:
         match event:
-            case RankReady():
+            case p.RankReady():
                 self._on_ready(event, row)
-            case RankExited():
+            case p.RankExited():
                 self._lose({row.rank: event.status})
             case _ if event.epoch != self.epoch:
                 pass  # belongs to an epoch that is over
-            case RankFenced():
+            case p.RankFenced():
                 self._on_fenced(event)
-            case RankRegrouped():
+            case p.RankRegrouped():
                 self._on_regrouped(event)
-            case RegroupFailed():
+            case p.RegroupFailed():
                 if self._phase is Phase.REGROUPING:
                     self._regroup_failed((row.rank,), event.error)
-            case RankFault():
+            case p.RankFault():
                 self._on_fault(event, row)
             case _:
                 assert_never(event)
 
-    def _on_frontend(self, event: FrontendEvent) -> None:
+    def _on_frontend(self, event: p.FrontendEvent) -> None:
         match event:
-            case FrontendReady():
+            case p.FrontendReady():
                 if self._frontend is Frontend.STARTING:
                     self._frontend = Frontend.READY
                     self._deadlines.disarm(Wait.FRONTEND_START)
                     self._record("frontend_ready")
                     self._publish()
-            case FrontendExited():
+            case p.FrontendExited():
                 if self._frontend is not Frontend.DOWN:
                     self._on_frontend_exited(event.status)
-            case FrontendSynced():
+            case p.FrontendSynced():
                 if self._phase is Phase.RESUMING and event.epoch == self.epoch:
-                    self._finish(RequestCounts(event.kept, event.replayed, event.restarted, event.lost))
+                    self._finish(p.RequestCounts(event.kept, event.replayed, event.restarted, event.lost))
             case _:
                 assert_never(event)
 
-    def _on_operator(self, event: OperatorEvent) -> None:
+    def _on_operator(self, event: p.OperatorEvent) -> None:
         match event:
-            case StopRequested():
+            case p.StopRequested():
                 self._on_stop(event.timeout_s)
-            case DrainComplete():
+            case p.DrainComplete():
                 if self._phase is Phase.STOPPING:
                     self._exit(EXIT_STOPPED, "drained")
             case _:
@@ -163,7 +134,7 @@ class Controller(ControlState):
             self._publish()
         if due(Wait.FRONTEND_START, now):
             self._watch_frontend()  # until its exit is reported
-            self._emit(KillFrontend(f"not ready within {policy.frontend_start_timeout_s:g} s"))
+            self._emit(p.KillFrontend(f"not ready within {policy.frontend_start_timeout_s:g} s"))
         if due(Wait.FRONTEND_RESTART, now):
             self._start_frontend()
 
@@ -173,9 +144,9 @@ class Controller(ControlState):
         row = self._ranks.start(rank, self._now)
         self._deadlines.arm(Wait.RANK_START, self._now + self._policy.start_timeout_s, rank)
         self._record("rank_starting", rank=rank, incarnation=row.incarnation, attempt=row.starts)
-        self._emit(StartRank(rank, row.incarnation, tuple(range(self._policy.target)), self._policy.slots))
+        self._emit(p.StartRank(rank, row.incarnation, tuple(range(self._policy.target)), self._policy.slots))
 
-    def _on_ready(self, event: RankReady, row: Rank) -> None:
+    def _on_ready(self, event: p.RankReady, row: Rank) -> None:
         if row.state is not RankState.STARTING:
             return  # said twice
         if self._layers is None:
@@ -209,7 +180,7 @@ class Controller(ControlState):
             self._columns.pop(rank, None)
             self._record("rank_excluded", rank=rank, incarnation=row.incarnation, reason=reason)
             if kill:
-                self._emit(KillRank(rank, row.incarnation, reason))
+                self._emit(p.KillRank(rank, row.incarnation, reason))
         if self._phase is Phase.STARTING:
             self._restart_later(reasons)
         elif self._phase is Phase.STOPPING and lost_members:
@@ -230,7 +201,7 @@ class Controller(ControlState):
                 return self._exit(EXIT_START, f"rank {rank} did not start in {starts} attempts, the last: {reason}")
             self._deadlines.arm(Wait.RANK_RESTART, self._now + self._policy.backoff(starts), rank)
 
-    def _on_fault(self, event: RankFault, row: Rank) -> None:
+    def _on_fault(self, event: p.RankFault, row: Rank) -> None:
         reason = f"rank {row.rank}: {event.error}"
         match self._phase:
             case Phase.REGROUPING:
@@ -269,11 +240,11 @@ class Controller(ControlState):
         for row in self._ranks.members:
             at = promised.get(row.rank, self._now + self._policy.fence_timeout_s)
             self._deadlines.arm(Wait.FENCE, at, row.rank)
-            self._emit(Fence(row.rank, epoch))
+            self._emit(p.Fence(row.rank, epoch))
         if not self._ranks.members:
             self._regroup()
 
-    def _on_fenced(self, event: RankFenced) -> None:
+    def _on_fenced(self, event: p.RankFenced) -> None:
         if self._phase is not Phase.FENCING:
             return
         if error := self._column_error(event.column):
@@ -299,9 +270,9 @@ class Controller(ControlState):
         for rank in members:
             self._deadlines.arm(Wait.REGROUP, self._now + policy.regroup_timeout_s, rank)
             loads = tuple(load for load in plan.loads if load.rank == rank)
-            self._emit(Regroup(rank, self.epoch, members, plan.placement, loads))
+            self._emit(p.Regroup(rank, self.epoch, members, plan.placement, loads))
 
-    def _on_regrouped(self, event: RankRegrouped) -> None:
+    def _on_regrouped(self, event: p.RankRegrouped) -> None:
         if self._phase is not Phase.REGROUPING:
             return
         self._regrouped[event.rank] = event.seconds
@@ -324,15 +295,16 @@ class Controller(ControlState):
         for row in self._ranks.members:
             if row.state in (RankState.JOINING, RankState.SUSPECT):
                 self._ranks.move(row.rank, RankState.ACTIVE, self._now)
-            self._emit(Resume(row.rank, self.epoch))
         self._phase = Phase.RESUMING
-        self._publish()
+        self._publish()  # before any rank steps, so that the front end knows the epoch its output belongs to
+        for row in self._ranks.members:
+            self._emit(p.Resume(row.rank, self.epoch))
         if self._frontend is Frontend.READY:
             self._deadlines.arm(Wait.SYNC, self._now + self._policy.sync_timeout_s)
         else:
             self._finish(None)  # no front end, no requests
 
-    def _finish(self, requests: RequestCounts | None) -> None:
+    def _finish(self, requests: p.RequestCounts | None) -> None:
         """The recovery is over; a start that has never served counts as its first."""
         assert self._recovery is not None
         self._lap()
@@ -341,7 +313,7 @@ class Controller(ControlState):
         self._phase = Phase.SERVING
         self._deadlines.disarm(Wait.SYNC)
         self._last_recovery = self._last[report.kind] = report
-        self._emit(RecoveryDone(report))
+        self._emit(p.RecoveryDone(report))
         self._watch_frontend()
 
     def _unavailable(self, why: NotEnoughSlots) -> None:
@@ -357,7 +329,7 @@ class Controller(ControlState):
 
     def _start_frontend(self) -> None:
         self._frontend = Frontend.STARTING
-        self._emit(StartFrontend())
+        self._emit(p.StartFrontend())
         self._watch_frontend()
 
     def _watch_frontend(self) -> None:
@@ -403,5 +375,5 @@ class Controller(ControlState):
         self._deadlines.clear()
         self._record("exit", code=code, reason=reason)
         self._publish()
-        self._emit(StopAll())
-        self._emit(Exit(code, reason))
+        self._emit(p.StopAll())
+        self._emit(p.Exit(code, reason))

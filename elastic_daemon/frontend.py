@@ -67,6 +67,26 @@ class ControlProxy:
         )
 
 
+class HoldGate:
+    """ASGI middleware that holds requests for inference while nothing is served, before a response has begun.
+
+    A stream that has begun can only end in an error event; held here, a request still gets its 503.
+    """
+
+    def __init__(self, app: ASGIApp, client: ElasticClient) -> None:
+        self._app = app
+        self._client = client
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            try:
+                await self._client.until_serving()
+            except NotServed as error:
+                body = {"error": {"message": str(error), "type": "ServiceUnavailableError", "code": 503}}
+                return await JSONResponse(body, 503, {"Retry-After": "5"})(scope, receive, send)
+        await self._app(scope, receive, send)
+
+
 class Frontend:
     """Ties vLLM's server, the engine client and the supervisor's instructions together."""
 
@@ -86,7 +106,8 @@ class Frontend:
             self._deployment.config, spec["input_address"], spec["output_address"], spec["hold_timeout_s"]
         )
         self._llm = make_llm(self._deployment, self._client)
-        app = ControlProxy(await make_app(self._deployment, self._llm), spec["http_socket"])
+        gated = HoldGate(await make_app(self._deployment, self._llm), self._client)
+        app = ControlProxy(gated, spec["http_socket"])
         self._server = uvicorn.Server(
             uvicorn.Config(app, lifespan="on", log_level="warning", access_log=False, timeout_keep_alive=30)
         )

@@ -146,12 +146,14 @@ class ElasticClient(AsyncMPClient):
         log.info("request_readmitted", request=request_id, rank=self._membership.ranks[owner], tokens=len(entry.output))
         await self._add(request, owner)
 
-    async def _until_serving(self) -> None:
+    async def until_serving(self) -> None:
         """Hold a new request while the group regroups or lacks capacity, for at most the hold timeout.
 
         Raises:
             NotServed: the time is over, or the supervisor has given up holding.
         """
+        if self._serving.is_set():
+            return
         if not self._membership.hold:
             raise NotServed(self._membership.reason)
         self._waiting += 1
@@ -166,8 +168,7 @@ class ElasticClient(AsyncMPClient):
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         request.client_index = self.client_index
-        if not self._serving.is_set():
-            await self._until_serving()
+        await self.until_serving()
         owner = self.ledger.least_loaded(tuple(self._membership.ranks))
         self.ledger.admit(request.request_id, request, owner)
         await self._add(request, owner)
@@ -262,8 +263,7 @@ class ElasticClient(AsyncMPClient):
 
     async def call_utility_async(self, method: str, *args: Any) -> Any:
         """Ask all engines; the first answer counts, as in vLLM's load-balancing client."""
-        if not self._serving.is_set():
-            await self._until_serving()
+        await self.until_serving()
         return (await self.call_utility_all_async(method, *args))[0]
 
     async def _call_utility_async(self, method: str, *args: Any, engine: bytes) -> Any:

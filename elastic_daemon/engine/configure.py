@@ -53,6 +53,9 @@ def configure(arguments: Sequence[str], ranks: int, survive_losses: int, device:
         args.enforce_eager = True
         if args.kv_cache_memory_bytes is None:
             args.kv_cache_memory_bytes = CPU_KV_CACHE_BYTES
+    redundant = args.eplb_config.num_redundant_experts
+    args.eplb_config.num_redundant_experts = 0  # vLLM checks it against balancing that it believes CPUs cannot do
+    args.enable_eplb = args.enable_expert_parallel = False  # always on here, likewise
     try:
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
     except Exception as error:
@@ -60,12 +63,25 @@ def configure(arguments: Sequence[str], ranks: int, survive_losses: int, device:
     experts = config.model_config.get_num_experts()
     if not config.model_config.is_moe or experts < 2:
         raise ConfigError(f"{args.model} is a dense model: without experts there is nothing to shrink")
-    try:
-        slots = slots_per_rank(experts, ranks, survive_losses)
-    except PlacementError as error:
-        raise ConfigError(f"--data-parallel-size {ranks} with --survive-losses {survive_losses}: {error}") from error
+    slots = _slots(experts, ranks, survive_losses, redundant)
     _make_elastic(config, ranks, slots * ranks - experts)
     return Deployment(args, config, args.served_model_name[0] if args.served_model_name else args.model, experts, slots)
+
+
+def _slots(experts: int, ranks: int, survive_losses: int, redundant: int) -> int:
+    """Expert slots per rank: from the losses to survive, or from vLLM's number of redundant experts where it is set."""
+    if redundant:
+        slots, rest = divmod(experts + redundant, ranks)
+        if rest:
+            raise ConfigError(
+                f"--eplb-config num_redundant_experts {redundant}: {experts} + {redundant} experts do not divide among "
+                f"{ranks} ranks; leave it out and use --survive-losses"
+            )
+        return slots
+    try:
+        return slots_per_rank(experts, ranks, survive_losses)
+    except PlacementError as error:
+        raise ConfigError(f"--data-parallel-size {ranks} with --survive-losses {survive_losses}: {error}") from error
 
 
 def _parse(arguments: Sequence[str]) -> Namespace:
