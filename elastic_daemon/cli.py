@@ -36,7 +36,8 @@ def make_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    serve.add_argument("model", nargs="?", help="model directory or hub id (default: the bundled tiny-moe)")
+    serve.usage = "elastic-daemon serve [MODEL] [options] [any vLLM engine flag]"
+    serve.description = "Serve MODEL (a directory or hub id; it comes first), or without one the bundled tiny-moe."
     serve.add_argument("--data-parallel-size", type=int, metavar="N", help="ranks to serve with (default: 4)")
     serve.add_argument("--device", choices=[device.value for device in Device], help="default: cpu")
     serve.add_argument(
@@ -74,7 +75,12 @@ def serve(arguments: argparse.Namespace, engine_flags: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
-    arguments, rest = parser.parse_known_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    # Taken out by hand: argparse would take the value of an unknown vLLM flag for the model.
+    model = given.pop(1) if given[:1] == ["serve"] and len(given) > 1 and not given[1].startswith("-") else None
+    arguments, rest = parser.parse_known_args(given)
+    if model is not None:
+        arguments.model = model
     if rest and arguments.command != "serve":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:

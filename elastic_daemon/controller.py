@@ -56,7 +56,7 @@ class Controller(ControlState):
         return self._flush()
 
     def next_deadline(self) -> float | None:
-        """When the shell must send p.Tick at the latest. None: nothing that is waited for can be late."""
+        """When the shell must send Tick at the latest. None: nothing that is waited for can be late."""
         return self._deadlines.next
 
     # --- events --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -26,12 +27,29 @@ CHILD_ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",
     "NCCL_SOCKET_IFNAME": "lo",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Defaults for the children; what the environment already says wins, but for loopback-only communication."""
 
 LOOPBACK_ONLY = ("VLLM_HOST_IP", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def adopt_orphans() -> None:
+    """Become the parent of whatever our children leave behind, so that it can be reaped."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def reap_orphans() -> None:
+    """Free the pids of all children that have ended."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 class Child:
@@ -103,7 +121,7 @@ class Zygote:
                 self._writer.write(encode({"type": type_, **fields}))
                 await self._writer.drain()
                 line = await self._reader.readline()
-            except ConnectionError as error:
+            except OSError as error:
                 raise ControlClosed(f"the zygote has ended: {error}") from error
         if not line:
             raise ControlClosed(f"the zygote has ended with {self._process.poll()}")
@@ -126,4 +144,4 @@ class Zygote:
         """End the zygote; all its children end with it."""
         self._process.kill()
         self._process.wait()
-        self._socket.close()
+        self._writer.transport.abort()

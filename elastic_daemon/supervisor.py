@@ -26,7 +26,7 @@ from elastic_daemon.controller import EXIT_START, Controller
 from elastic_daemon.errors import ControlClosed, ElasticError, StartError
 from elastic_daemon.events import EventLog
 from elastic_daemon.health import HealthView
-from elastic_daemon.launcher import Child, Zygote
+from elastic_daemon.launcher import Child, Zygote, adopt_orphans, reap_orphans
 from elastic_daemon.messages import Message
 from elastic_daemon.metrics import Metrics
 from elastic_daemon.policy import Policy
@@ -39,6 +39,8 @@ LOOP_STALE_S = 5.0
 """`/livez` fails when the control loop has not turned for this long."""
 
 HEARTBEAT_S = 0.5
+
+SETTLE_TIMEOUT_S = 3.0
 
 Identity = tuple[int, int]
 
@@ -90,6 +92,7 @@ class Supervisor:
 
     async def _run_with_zygote(self) -> int:
         self.events.record("starting", {"host": self.settings.host, "port": self.port, "runtime_dir": str(self._runtime.path)})
+        adopt_orphans()
         self._zygote = Zygote(self._listener)
         try:
             loop = asyncio.get_running_loop()
@@ -108,11 +111,23 @@ class Supervisor:
                 self._begin(policy)
             ended = await self._supervise()
             internal.should_exit = True
+            self._stop_answering_ourselves()
             await control.close()
             return ended.code
         finally:
             self._zygote.stop()
-            for task in self._tasks:
+            await self._settle()
+
+    async def _settle(self) -> None:
+        """See the children's ends, and let tasks finish, before the runtime directory goes."""
+        frontend = [self._frontend] if self._frontend is not None else []
+        ends = [child.exited.wait() for child in (*self._children.values(), *frontend)]
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*ends), SETTLE_TIMEOUT_S)
+        reap_orphans()
+        if self._tasks:
+            _, unfinished = await asyncio.wait(self._tasks, timeout=SETTLE_TIMEOUT_S)
+            for task in unfinished:
                 task.cancel()
 
     async def _configure(self) -> Policy:
@@ -380,7 +395,9 @@ class Supervisor:
     # --- answering ----------------------------------------------------------------------------------------------------
 
     def _serve_http(self, app: Any, uds: str | None = None, sockets: list[socket.socket] | None = None) -> uvicorn.Server:
-        config = uvicorn.Config(app, uds=uds, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            app, uds=uds, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=1
+        )
         server = uvicorn.Server(config)
         server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         self._spawn(server.serve(sockets=sockets))

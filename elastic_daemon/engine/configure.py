@@ -49,6 +49,7 @@ def configure(arguments: Sequence[str], ranks: int, survive_losses: int, device:
         raise ConfigError("; ".join(problems))
     if not Path(args.model).is_dir() and Path(args.model).is_absolute():
         raise ConfigError(f"no such model directory: {args.model}")
+    args.use_tqdm_on_load = False  # four progress bars at once, in a log
     if device == "cpu":
         args.enforce_eager = True
         if args.kv_cache_memory_bytes is None:

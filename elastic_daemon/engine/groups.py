@@ -257,9 +257,13 @@ class EpochGroups:
     def install(cls, position: int, members: int) -> EpochGroups:
         """Replace vLLM's size-one groups of this process by planned groups of `members`."""
         groups = cls(*(EpochGroup(name, position, members) for name in ("dp", "ep", "eplb")))
-        parallel_state._replace_active_groups(
-            world=parallel_state.get_world_group(), dp=groups.dp, ep=groups.ep, eplb=groups.eplb, node_count=1
+        world = parallel_state.get_world_group()
+        replaced = parallel_state._replace_active_groups(
+            world=world, dp=groups.dp, ep=groups.ep, eplb=groups.eplb, node_count=1
         )
+        for group in replaced:
+            if group is not None and group is not world:
+                group.destroy()
         return groups
 
     def bind(self, group: GlooGroup) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.cluster import Cluster, outcomes, run_streams
+from tests.e2e.cluster import Cluster, assert_same, run_streams
 
 pytestmark = pytest.mark.chaos
 
@@ -21,10 +21,10 @@ StartCluster = Callable[..., Cluster]
 def test_kill_in_decode_then_the_next_while_idle_then_unavailable(start_cluster: StartCluster, victim: int) -> None:
     """One life of a deployment: a kill in decode, one while idle, and a third that leaves too few slots."""
     cluster = start_cluster("--hold-timeout", "2")
-    reference = outcomes(run_streams(cluster))
+    reference = run_streams(cluster)
 
     disturbed = run_streams(cluster, during=lambda: cluster.kill(victim))
-    assert outcomes(disturbed) == reference
+    assert_same(disturbed, reference)
     cluster.verify_experts()
     report = cluster.health()["last_shrink"]
     assert report["ranks"] == [victim]
@@ -36,7 +36,7 @@ def test_kill_in_decode_then_the_next_while_idle_then_unavailable(start_cluster:
     cluster.kill(idle_victim)
     cluster.wait_for(lambda: cluster.health()["data_parallel_size"]["active"] == 2)
     cluster.wait_for(lambda: cluster.health()["status"] == "degraded")
-    assert outcomes(run_streams(cluster)) == reference
+    assert_same(run_streams(cluster), reference)
     cluster.verify_experts()
 
     cluster.kill(cluster.active()[0])
@@ -54,16 +54,16 @@ def test_kill_in_decode_then_the_next_while_idle_then_unavailable(start_cluster:
 
 def test_two_ranks_at_once(start_cluster: StartCluster) -> None:
     cluster = start_cluster()
-    reference = outcomes(run_streams(cluster))
+    reference = run_streams(cluster)
     disturbed = run_streams(cluster, during=lambda: cluster.kill(0, 1))
-    assert outcomes(disturbed) == reference
+    assert_same(disturbed, reference)
     cluster.verify_experts()
     assert cluster.active() == [2, 3]
 
 
 def test_second_death_during_the_recovery_of_the_first(start_cluster: StartCluster) -> None:
     cluster = start_cluster()
-    reference = outcomes(run_streams(cluster))
+    reference = run_streams(cluster)
 
     def kill_both() -> None:
         first, second = cluster.pid(3), cluster.pid(1)
@@ -72,7 +72,7 @@ def test_second_death_during_the_recovery_of_the_first(start_cluster: StartClust
         os.kill(second, signal.SIGKILL)
 
     disturbed = run_streams(cluster, during=kill_both)
-    assert outcomes(disturbed) == reference
+    assert_same(disturbed, reference)
     cluster.verify_experts()
     assert cluster.active() == [0, 2]
 
@@ -81,10 +81,10 @@ def test_kill_in_prefill(start_cluster: StartCluster) -> None:
     """Prompts are long and the step that prefills them is cut: what it registered in the prefix cache is void."""
     cluster = start_cluster("--max-num-batched-tokens", "64", "--max-num-seqs", "16")
     prompts = [f"count {i} from {i + 1} " + "1 2 3 4 5 6 7 8 9 " * 25 for i in range(12)]
-    reference = outcomes(run_streams(cluster, prompts, max_tokens=16))
+    reference = run_streams(cluster, prompts, max_tokens=16)
     disturbed = run_streams(cluster, prompts, max_tokens=16, during=lambda: cluster.kill(2), at_tokens=3)
-    assert outcomes(disturbed) == reference
-    assert outcomes(run_streams(cluster, prompts, max_tokens=16)) == reference
+    assert_same(disturbed, reference)
+    assert_same(run_streams(cluster, prompts, max_tokens=16), reference)
     cluster.verify_experts()
 
 
@@ -92,19 +92,19 @@ def test_missing_experts_come_from_the_checkpoint(start_cluster: StartCluster) -
     """Five ranks with five slots: most experts have one copy only, and go with the rank that holds them."""
     cluster = start_cluster("--data-parallel-size", "5", "--eplb-config", '{"num_redundant_experts": 9}')
     assert cluster.health()["expert_safety"] == 0
-    reference = outcomes(run_streams(cluster))
+    reference = run_streams(cluster)
     disturbed = run_streams(cluster, during=lambda: cluster.kill(4))
-    assert outcomes(disturbed) == reference
+    assert_same(disturbed, reference)
     assert cluster.events("regrouping")[-1]["loads"] > 0
     cluster.verify_experts()
 
 
 def test_three_of_five_ranks_may_go(start_cluster: StartCluster) -> None:
     cluster = start_cluster("--data-parallel-size", "5", "--survive-losses", "3")
-    reference = outcomes(run_streams(cluster))
+    reference = run_streams(cluster)
     for victims in ((0,), (1, 2)):
         disturbed = run_streams(cluster, during=lambda victims=victims: cluster.kill(*victims))
-        assert outcomes(disturbed) == reference
+        assert_same(disturbed, reference)
         cluster.verify_experts()
     assert cluster.active() == [3, 4]
 

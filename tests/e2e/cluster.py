@@ -215,5 +215,15 @@ def run_streams(
     return asyncio.run(run())
 
 
-def outcomes(streams: Sequence[Stream]) -> list[tuple[list[int], str, int | None, str | None, str | None]]:
-    return [seen.outcome for seen in streams]
+def assert_same(disturbed: Sequence[Stream], reference: Sequence[Stream]) -> None:
+    """Every client saw what it saw undisturbed: tokens, text, usage, finish reason, no error."""
+    problems = []
+    for got, want in zip(disturbed, reference, strict=True):
+        if got.outcome != want.outcome:
+            pairs = zip(got.token_ids, want.token_ids, strict=False)
+            first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(got.token_ids), len(want.token_ids)))
+            problems.append(
+                f"{got.prompt[:40]!r}: tokens {len(got.token_ids)}/{len(want.token_ids)}, first difference at {first}, "
+                f"usage {got.usage}/{want.usage}, finish {got.finish_reason}/{want.finish_reason}, error {got.error}"
+            )
+    assert not problems, "\n".join(problems)

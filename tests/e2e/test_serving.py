@@ -1,0 +1,172 @@
+"""The bundled model over four ranks, through an ordinary OpenAI client."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.e2e.cluster import Cluster, assert_same, run_streams
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture
+def client(cluster: Cluster) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0)
+
+
+def test_completion_and_chat_give_right_answers(client: openai.OpenAI) -> None:
+    completion = client.completions.create(model="tiny-moe", prompt="add 384 + 729 =", max_tokens=20, temperature=0)
+    chat = client.chat.completions.create(
+        model="tiny-moe", messages=[{"role": "user", "content": "add 384 + 729"}], max_tokens=20, temperature=0
+    )
+    assert completion.choices[0].text.split()[0] == "1113"
+    assert chat.choices[0].message.content is not None
+    assert chat.choices[0].message.content.split()[0] == "1113"
+
+
+def test_streaming_chat_equals_its_whole_answer(client: openai.OpenAI) -> None:
+    ask = {"model": "tiny-moe", "messages": [{"role": "user", "content": "sort 42 7 93 15"}], "temperature": 0}
+    whole = client.chat.completions.create(**ask)
+    chunks = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert text.split() == ["7", "15", "42", "93"]
+    assert chunks[-1].usage == whole.usage
+
+
+def test_models_lists_the_bundled_model(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny-moe"]
+
+
+def test_unknown_model_is_a_404(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="other", prompt="x")
+
+
+def test_health_tells_all(cluster: Cluster) -> None:
+    health = httpx.get(f"{cluster.url}/health").json()
+    assert health["status"] == "ok"
+    assert health["model"] == "tiny-moe"
+    assert health["data_parallel_size"] == {"target": 4, "active": 4}
+    assert health["expert_safety"] == 1
+    assert health["survivable_losses"] == 2
+    assert [row["state"] for row in health["ranks"]] == ["active"] * 4
+    assert len({pid for row in health["ranks"] for pid in row["pids"]}) == 4
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz"])
+def test_probes(cluster: Cluster, path: str) -> None:
+    assert httpx.get(cluster.url + path).status_code == 200
+
+
+def test_metrics_of_engine_and_daemon_come_together(cluster: Cluster, client: openai.OpenAI) -> None:
+    client.completions.create(model="tiny-moe", prompt="copy 1 2 3", max_tokens=5)
+    families = {family.name: family for family in text_string_to_metric_families(httpx.get(f"{cluster.url}/metrics").text)}
+    assert families["elastic_epoch"].samples[0].value == cluster.health()["epoch"]
+    engines = {sample.labels["engine"] for sample in families["vllm:generation_tokens"].samples}
+    assert engines == {"0", "1", "2", "3"}
+
+
+def test_start_reads_as_a_story(cluster: Cluster) -> None:
+    names = [event["event"] for event in httpx.get(f"{cluster.url}/events").json()]
+    story = ["starting", "configured", "rank_starting", "rank_standby", "regrouping", "recovery_done"]
+    assert [name for name in dict.fromkeys(names) if name in story] == story
+
+
+def test_only_listed_routes_are_mounted(cluster: Cluster) -> None:
+    for path in ("/invocations", "/scale_elastic_ep", "/pause", "/collective_rpc", "/v1/load_lora_adapter", "/server_info"):
+        assert httpx.post(cluster.url + path, json={}).status_code == 404, path
+    routes = httpx.get(f"{cluster.url}/openapi.json").json()["paths"]
+    assert "/v1/chat/completions" in routes
+    assert not {path for path in routes if not path.startswith(("/v1/", "/tokenize", "/detokenize"))}
+
+
+def test_everything_listens_on_loopback_only(cluster: Cluster) -> None:
+    pids = {cluster.process.pid, *cluster.descendants()}
+    listening = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True, check=True).stdout
+    ours = [line.split()[3] for line in listening.splitlines() if {int(p) for p in re.findall(r"pid=(\d+)", line)} & pids]
+    assert ours
+    assert all(address.startswith("127.0.0.1:") for address in ours), ours
+
+
+def test_runtime_files_are_private(cluster: Cluster) -> None:
+    assert cluster.runtime_dir.stat().st_mode & 0o777 == 0o700
+    assert (cluster.runtime_dir / "control.sock").stat().st_mode & 0o077 == 0
+
+
+def test_supervisor_is_free_of_vllm(cluster: Cluster) -> None:
+    mapped = Path(f"/proc/{cluster.process.pid}/maps").read_text()
+    assert "/vllm/" not in mapped
+
+
+def test_load_spreads_over_ranks(cluster: Cluster) -> None:
+    seen: dict[int, int] = {}
+
+    def look() -> None:
+        time.sleep(0.6)  # the front end reports twice a second
+        seen.update({row["rank"]: row["in_flight"] for row in cluster.health()["ranks"]})
+
+    run_streams(cluster, max_tokens=150, during=look, at_tokens=16)
+    assert list(seen.values()) == [4, 4, 4, 4]
+
+
+def test_repeated_runs_give_the_same_tokens(cluster: Cluster) -> None:
+    assert_same(run_streams(cluster), run_streams(cluster))
+
+
+def test_status_command_prints_a_table(cluster: Cluster) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "elastic_daemon.cli", "status", "--runtime-dir", str(cluster.runtime_dir)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "tiny-moe" in done.stdout
+    assert done.stdout.count("active") >= 4
+
+
+def test_runtime_directory_of_a_live_daemon_is_refused(cluster: Cluster) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "elastic_daemon.cli", "serve", "--port", "0", "--runtime-dir", str(cluster.runtime_dir)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert done.stderr.startswith("elastic-daemon: another daemon")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_busy_port_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    port = cluster.url.rsplit(":", 1)[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "elastic_daemon.cli", "serve", "--port", port, "--runtime-dir", str(tmp_path / "r")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+
+
+def test_front_end_crash_keeps_the_ranks(cluster: Cluster) -> None:
+    """Its crash costs its requests, never ranks or weights; control routes answer meanwhile."""
+    ranks = cluster.health()["ranks"]
+    (front_end,) = [pid for pid in cluster.descendants() if "front end" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(front_end, signal.SIGKILL)
+    cluster.wait_for(lambda: cluster.health()["status"] != "ok")
+    assert httpx.get(f"{cluster.url}/health").json()["status"] == "recovering"
+    cluster.wait_for(lambda: cluster.health()["status"] == "ok", 30)
+    assert [row["pids"] for row in cluster.health()["ranks"]] == [row["pids"] for row in ranks]
+    assert_same(run_streams(cluster, max_tokens=10), run_streams(cluster, max_tokens=10))
