@@ -26,7 +26,7 @@ class ControlPlane(Protocol):
 
     def health(self) -> HealthView: ...
 
-    async def verify_experts(self) -> dict[int, list[list[int]]]: ...
+    async def ask_ranks(self, question: str) -> dict[int, Any]: ...
 
 
 def make_control_app(plane: ControlPlane) -> FastAPI:
@@ -61,10 +61,15 @@ def make_control_app(plane: ControlPlane) -> FastAPI:
             return StreamingResponse(_stream(plane.events, since), media_type="text/event-stream")
         return JSONResponse(json.loads(json.dumps(plane.events.since(since), default=str)))
 
+    @app.get("/experts")
+    async def experts() -> JSONResponse:
+        """Which expert each slot of each active rank holds now: rank -> [layers][slots]."""
+        return JSONResponse({"ranks": await plane.ask_ranks("column")})
+
     @app.get("/experts/verify")
     async def verify_experts() -> JSONResponse:
         """Compare every expert slot of every active rank with a fresh load from the checkpoint."""
-        wrong: dict[int, Any] = await plane.verify_experts()
+        wrong = await plane.ask_ranks("wrong_slots")
         return JSONResponse({"ok": not any(wrong.values()), "wrong_slots": wrong})
 
     @app.api_route("/{path:path}", methods=["GET", "POST", "PUT", "DELETE", "PATCH"])

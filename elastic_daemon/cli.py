@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,32 @@ examples:
   elastic-daemon serve Qwen/Qwen3-30B-A3B --device cuda --data-parallel-size 8
   elastic-daemon serve ./model --data-parallel-size 6 --survive-losses 2 --max-model-len 8192
 Any flag that is not listed here goes to vLLM (docs/flags.md says which cannot work).
+"""
+
+STATUS_EXAMPLES = """\
+examples:
+  elastic-daemon status                                  the daemon in the default runtime directory
+  elastic-daemon status --url http://127.0.0.1:8000
+  elastic-daemon status --json | jq .last_recovery.seconds
+exit status: 0 while clients are served (ok, degraded, recovering), 1 otherwise, 3 when no daemon answers
+"""
+
+EVENTS_EXAMPLES = """\
+examples:
+  elastic-daemon events
+  elastic-daemon events --follow | grep rank_excluded
+  elastic-daemon events --url http://127.0.0.1:8000
+exit status: 0, or 3 when no daemon answers (with --follow: for a minute)
+"""
+
+DRILL_EXAMPLES = """\
+examples:
+  elastic-daemon drill                                   the live daemon, or one that is started and stopped for it
+  elastic-daemon drill --kill 0,2 --at 40%               two ranks at once, after 40% of all tokens
+  elastic-daemon drill --streams 32 --tokens 500 --at 2s --seed 7
+  elastic-daemon drill --url http://127.0.0.1:8000 --json > drill.json
+The drill kills processes of the daemon for real. It needs to run on the daemon's machine, as its user.
+exit status: 0 if no stream was lost or changed, 1 otherwise, 2 for bad arguments, 3 when no daemon answers or starts
 """
 
 
@@ -41,7 +68,10 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument("--data-parallel-size", type=int, metavar="N", help="ranks to serve with (default: 4)")
     serve.add_argument("--device", choices=[device.value for device in Device], help="default: cpu")
     serve.add_argument(
-        "--survive-losses", type=int, metavar="K", help="size slots so that any N-K ranks hold every expert (default: 1)"
+        "--survive-losses",
+        type=int,
+        metavar="K",
+        help="size slots so that any N-K ranks hold every expert (default: 1)",
     )
     serve.add_argument("--hold-timeout", type=float, metavar="S", help="hold requests this long without capacity (60)")
     serve.add_argument("--start-timeout", type=float, metavar="S", help="give a rank this long to start (300)")
@@ -50,17 +80,57 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, help="port to listen on (default: 8000; 0: any free one)")
     serve.add_argument("--runtime-dir", type=Path, metavar="DIR", help=f"default: {default_runtime_dir()}")
 
-    status = commands.add_parser("status", help="show ranks and state of a running daemon")
+    status = _add_command(commands, "status", "show ranks and state of a running daemon", STATUS_EXAMPLES)
     _add_target(status)
-    status.add_argument("--json", action="store_true", help="print the body of /health")
-    events = commands.add_parser("events", help="print what happened, oldest first")
+    status.add_argument("--json", action="store_true", help="print the body of /health as it is")
+
+    events = _add_command(commands, "events", "print what happened, oldest first", EVENTS_EXAMPLES)
     _add_target(events)
-    events.add_argument("--follow", "-f", action="store_true", help="go on as things happen")
+    events.add_argument("--follow", "-f", action="store_true", help="go on as things happen, also across a restart")
+
+    drill = _add_command(commands, "drill", "kill a rank under load and compare what clients see", DRILL_EXAMPLES)
+    drill.description = (
+        "Stream completions twice, the second time with SIGKILL of a rank on the way, and compare the two\n"
+        "runs token by token. Uses the daemon at --url or the live one in --runtime-dir; otherwise starts\n"
+        "one of its own."
+    )
+    _add_target(drill)
+    drill.add_argument("--streams", type=int, default=16, metavar="N", help="clients at once (default: %(default)s)")
+    drill.add_argument("--tokens", type=int, default=200, metavar="N", help="tokens per stream (default: %(default)s)")
+    drill.add_argument("--kill", metavar="RANK[,RANK]", help="ranks to kill (default: a random one that is active)")
+    drill.add_argument(
+        "--at",
+        default="0.5",
+        metavar="WHEN",
+        help="when: seconds into the run (2s), or a share of all tokens (0.4, 40%%; default: %(default)s)",
+    )
+    drill.add_argument("--ranks", type=int, metavar="N", help="ranks of a daemon that the drill starts (default: 4)")
+    drill.add_argument("--seed", type=int, metavar="N", help="of the random choice (default: a new one, shown)")
+    drill.add_argument("--json", action="store_true", help="print one JSON object with all numbers")
     return parser
 
 
+def _add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, examples: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
 def _add_target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runtime-dir", type=Path, default=default_runtime_dir(), metavar="DIR")
+    parser.add_argument(
+        "--runtime-dir",
+        type=Path,
+        default=default_runtime_dir(),
+        metavar="DIR",
+        help="runtime directory of the daemon (default: %(default)s)",
+    )
     parser.add_argument("--url", help="ask a daemon over HTTP instead, e.g. http://127.0.0.1:8000")
 
 
@@ -95,6 +165,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     sys.exit(code)
 
 

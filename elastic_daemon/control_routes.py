@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 CONTROL_PATHS = frozenset(
-    {"/health", "/livez", "/readyz", "/metrics", "/events", "/experts/verify"}
+    {"/health", "/livez", "/readyz", "/metrics", "/events", "/experts", "/experts/verify"}
 )
 
 

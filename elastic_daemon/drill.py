@@ -12,6 +12,7 @@ import ipaddress
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,17 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from elastic_daemon.drill_report import Comparison, DrillResult, Run, Spread, StreamResult, Strike, compare, render
+from elastic_daemon.drill_report import (
+    Comparison,
+    Delay,
+    DrillResult,
+    Run,
+    Spread,
+    StreamResult,
+    Strike,
+    compare,
+    render,
+)
 from elastic_daemon.engine.zygote import die_with_parent
 from elastic_daemon.errors import ConfigError, DaemonUnreachable, ElasticError, StartError
 from elastic_daemon.operator_commands import Target, make_console
@@ -143,15 +154,16 @@ class _Stream:
 
 
 @contextlib.asynccontextmanager
-async def scheduling_probe() -> AsyncIterator[list[float]]:
-    """Meanwhile, collect how many seconds late this event loop wakes from a short sleep."""
-    delays: list[float] = []
+async def scheduling_probe() -> AsyncIterator[list[Delay]]:
+    """Meanwhile, collect how late this event loop wakes from short sleeps: what the machine, not the daemon, delays."""
+    delays: list[Delay] = []
 
     async def measure() -> None:
         while True:
             due = time.monotonic() + PROBE_INTERVAL_S
             await asyncio.sleep(PROBE_INTERVAL_S)
-            delays.append(time.monotonic() - due)
+            woken = time.monotonic()
+            delays.append(Delay(woken, woken - due))
 
     task = asyncio.create_task(measure())
     try:
@@ -181,7 +193,7 @@ class Moment:
             else:
                 moment = cls(share=float(text)) if float(text) < 1 else cls(seconds=float(text))
         except ValueError as error:
-            raise ConfigError(f"--at: expected seconds or a fraction of the run, such as 2s or 0.4, got {text}") from error
+            raise ConfigError(f"--at: expected seconds or a share of the run (2s, 0.4, 40%), got {text}") from error
         if not (0 <= (moment.seconds or 0) < float("inf") and 0 <= (moment.share or 0) < 1):
             raise ConfigError(f"--at: {text} does not lie in the run")
         return moment
@@ -257,7 +269,7 @@ class Victim:
             for pid in pids:
                 self._fds.append(os.pidfd_open(pid))
                 title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                if not title.startswith(f"elastic-daemon: rank {rank}"):
+                if not re.match(rf"elastic-daemon: rank {rank}\b", title):
                     raise ConfigError(f"pid {pid} is not rank {rank} on this machine; run the drill beside the daemon")
                 signal.pidfd_send_signal(self._fds[-1], 0)
         except OSError as error:
@@ -321,7 +333,9 @@ class Fault:
         for victim in self.victims:
             victim.kill()
 
-    def report(self, streams: Sequence[StreamResult], events: Sequence[dict[str, Any]]) -> Strike | None:
+    def report(
+        self, streams: Sequence[StreamResult], delays: Sequence[Delay], events: Sequence[dict[str, Any]]
+    ) -> Strike | None:
         """What came of it. `events`: those of the daemon since before the run."""
         if self.at is None:
             return None
@@ -337,6 +351,7 @@ class Fault:
             streams=len(hit),
             detection_s=max(noticed) - self.wall_time if len(noticed) == len(self.victims) else None,
             gaps=Spread.of([stream.longest_gap(at) for stream in hit]),
+            delays=Spread.of([delay.seconds for delay in delays if delay.at > at]),
         )
 
 
@@ -348,6 +363,7 @@ class Daemon:
 
     def __init__(self, control: Target, url: str, process: subprocess.Popen[bytes] | None = None) -> None:
         self.control, self.url, self.process = control, url, process
+        self.keep_log = False
         self._client = control.async_client()
 
     async def close(self) -> None:
@@ -382,7 +398,8 @@ class Daemon:
             if health["status"] in ("ok", "degraded"):
                 return health
             if time.monotonic() > deadline:
-                raise StartError(f"the daemon is not ready: {health['status']}, {health.get('reason') or 'no reason given'}")
+                why = health.get("reason") or "no reason given"
+                raise StartError(f"the daemon is not ready within {timeout:g} s: {health['status']}, {why}")
             display.show(f"{health['status']}: {health.get('doing') or health.get('reason') or 'starting'}")
             await asyncio.sleep(POLL_S)
 
@@ -431,14 +448,33 @@ async def own_daemon(options: Options, display: Display) -> AsyncIterator[Daemon
     # The paths of sockets are limited to 107 bytes, so the directory lies in the temporary one.
     home = Path(tempfile.mkdtemp(prefix="elastic-drill-"))
     runtime_dir, log = home / "run", home / "daemon.log"
+    display.phase("starting a daemon for the drill")
+    process = _start(runtime_dir, log, options.ranks)
+    daemon = Daemon(Target(runtime_dir), "", process)
+    try:
+        await daemon.until_ready(display, READY_TIMEOUT_S)
+        daemon.url = await daemon.find_url()
+        yield daemon
+    except (StartError, DaemonUnreachable) as error:
+        tail = log.read_text(errors="replace")[-LOG_TAIL:]
+        raise StartError(f"{error}; the end of its log:\n{tail}") from error
+    finally:
+        _stop(process)
+        await daemon.close()
+        if daemon.keep_log:
+            display.phase(f"the log of the daemon is {log}")
+        else:
+            shutil.rmtree(home, ignore_errors=True)
+
+
+def _start(runtime_dir: Path, log: Path, ranks: int | None) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "elastic_daemon.cli", "serve", "--host", "127.0.0.1", "--port", "0"]
     command += ["--runtime-dir", str(runtime_dir)]
-    if options.ranks is not None:
-        command += ["--data-parallel-size", str(options.ranks)]
-    display.phase("starting a daemon for the drill")
+    if ranks is not None:
+        command += ["--data-parallel-size", str(ranks)]
     parent = os.getpid()
     with log.open("wb") as output:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -446,23 +482,6 @@ async def own_daemon(options: Options, display: Display) -> AsyncIterator[Daemon
             start_new_session=True,  # Ctrl-C is for the drill, which then stops the daemon
             preexec_fn=lambda: die_with_parent(parent),  # noqa: PLW1509 (one thread so far)
         )
-    daemon = Daemon(Target(runtime_dir), "", process)
-    keep_log = True
-    try:
-        await daemon.until_ready(display, READY_TIMEOUT_S)
-        daemon.url = await daemon.find_url()
-        yield daemon
-        keep_log = False
-    except StartError as error:
-        tail = log.read_text(errors="replace")[-LOG_TAIL:]
-        raise StartError(f"{error}; the end of its log ({log}):\n{tail}") from error
-    finally:
-        _stop(process)
-        await daemon.close()
-        if keep_log:
-            display.phase(f"the log of the daemon is {log}")
-        else:
-            shutil.rmtree(home, ignore_errors=True)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -540,9 +559,9 @@ class Watch:
         running = [n for n, tokens in enumerate(self._tokens) if tokens < self._wanted]
         silence = max((now - self._latest[n] for n in running if self._tokens[n]), default=0.0)
         return (
-            f"{self._name}: {len(self._tokens) - len(running)}/{len(self._tokens)} streams done, "
+            f"{self._name}: {len(self._tokens) - len(running)}/{len(self._tokens)} streams, "
             f"{sum(self._tokens)}/{self._wanted * len(self._tokens)} tokens, "
-            f"silent for {silence:.1f} s, longest gap {self._longest:.3f} s, daemon {status}"
+            f"gap {silence:.2f} s, longest {self._longest:.2f} s, {status}"
         )
 
 
@@ -562,7 +581,7 @@ async def run_drill(options: Options, display: Display) -> DrillResult:
             streams, delays, watch = await _watched_run(daemon, display, "disturbed", options, prompts, fault)
         after = await _settle(daemon, display, watch, before["epoch"], fault)
         events = await daemon.events(seen)
-        return DrillResult(
+        result = DrillResult(
             daemon=daemon.url,
             model=before["model"],
             started_here=daemon.process is not None,
@@ -572,15 +591,17 @@ async def run_drill(options: Options, display: Display) -> DrillResult:
             comparison=compare(reference, streams),
             reference=Run.of(reference, reference_delays),
             disturbed=Run.of(streams, delays),
-            strike=fault.report(streams, events),
+            strike=fault.report(streams, delays, events),
             recoveries=tuple(watch.reports[epoch] for epoch in sorted(watch.reports) if epoch > before["epoch"]),
             stream_errors={n: stream.error for n, stream in enumerate(streams) if stream.error is not None},
         )
+        daemon.keep_log = not result.passed
+        return result
 
 
 async def _watched_run(
     daemon: Daemon, display: Display, name: str, options: Options, prompts: Sequence[str], fault: Fault | None
-) -> tuple[list[StreamResult], list[float], Watch]:
+) -> tuple[list[StreamResult], list[Delay], Watch]:
     watch = Watch(daemon, display, name, options, fault)
     follower = asyncio.create_task(watch.follow())
     try:

@@ -58,7 +58,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A disturbed run beside the undisturbed one. `lost` names the streams that ended in an error, `differences` the rest."""
+    """A disturbed run beside the undisturbed one. `lost`: streams with an error; `differences`: of all others."""
 
     streams: int
     tokens_equal: int
@@ -126,6 +126,14 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 @dataclass(frozen=True)
+class Delay:
+    """A timer that was `seconds` late, at the monotonic time `at`."""
+
+    at: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Spread:
     count: int
     p50: float
@@ -139,7 +147,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of all streams. `gaps`: each stream's longest silence; `delays`: how late the client's own timers were."""
+    """One run of all streams. `gaps`: each stream's longest silence; `delays`: how late the client's timers were."""
 
     seconds: float
     tokens: int
@@ -148,14 +156,14 @@ class Run:
     delays: Spread
 
     @classmethod
-    def of(cls, streams: Sequence[StreamResult], delays: Sequence[float]) -> Run:
+    def of(cls, streams: Sequence[StreamResult], delays: Sequence[Delay]) -> Run:
         began = min((stream.started for stream in streams), default=0.0)
         return cls(
             seconds=max((stream.ended for stream in streams), default=0.0) - began,
             tokens=sum(stream.tokens for stream in streams),
             errors=sum(stream.error is not None for stream in streams),
             gaps=Spread.of([stream.longest_gap() for stream in streams]),
-            delays=Spread.of(delays),
+            delays=Spread.of([delay.seconds for delay in delays]),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -167,7 +175,7 @@ class Strike:
     """The fault. `at_s`, `tokens`: how far the run was; `streams`: how many were running.
 
     `detection_s`: from the signal to the daemon's exclusion of the last victim, None if it excluded not all of them.
-    `gaps`: of the streams that were running, the longest silence that ended after the signal.
+    `gaps`: of the streams that were running, the longest silence that ended after the signal. `delays`: from then on.
     """
 
     ranks: tuple[int, ...]
@@ -177,6 +185,7 @@ class Strike:
     streams: int
     detection_s: float | None
     gaps: Spread
+    delays: Spread
 
 
 @dataclass(frozen=True)
@@ -283,19 +292,20 @@ def _what_happened(strike: Strike | None) -> str:
 def _run_table(result: DrillResult) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
-    for column in ("reference", "disturbed", "around the kill"):
+    for column in ("reference", "disturbed", "after the kill"):
         table.add_column(column, justify="right")
     reference, disturbed, strike = result.reference, result.disturbed, result.strike
-    gaps = strike.gaps if strike is not None else None
-    rows: list[tuple[str, float, float, float | None]] = [
-        ("longest gap any client saw, ms", reference.gaps.max, disturbed.gaps.max, gaps.max if gaps else None),
-        ("median of the clients' longest gaps, ms", reference.gaps.p50, disturbed.gaps.p50, gaps.p50 if gaps else None),
-        ("scheduling delay of this process, worst, ms", reference.delays.max, disturbed.delays.max, None),
-        ("scheduling delay of this process, p99, ms", reference.delays.p99, disturbed.delays.p99, None),
-    ]
-    for name, one, other, third in rows:
-        table.add_row(name, f"{one * 1000:.1f}", f"{other * 1000:.1f}", "" if third is None else f"{third * 1000:.1f}")
-    table.add_row("seconds", f"{reference.seconds:.2f}", f"{disturbed.seconds:.2f}", "")
+    gaps = [reference.gaps, disturbed.gaps, *([strike.gaps] if strike else [])]
+    delays = [reference.delays, disturbed.delays, *([strike.delays] if strike else [])]
+    table.add_row("longest gap any client saw, ms", *(_ms(spread.max) for spread in gaps))
+    table.add_row("median of the clients' longest gaps, ms", *(_ms(spread.p50) for spread in gaps))
+    table.add_row("scheduling delay here, worst, ms", *(_ms(spread.max) for spread in delays))
+    table.add_row("scheduling delay here, p99, ms", *(_ms(spread.p99) for spread in delays))
+    table.add_row("seconds", f"{reference.seconds:.2f}", f"{disturbed.seconds:.2f}")
     speeds = [f"{run.tokens / run.seconds:.0f}" if run.seconds else "-" for run in (reference, disturbed)]
-    table.add_row("tokens per second", *speeds, "")
+    table.add_row("tokens per second", *speeds)
     return table
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.1f}"

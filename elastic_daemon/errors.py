@@ -1,12 +1,12 @@
 """Errors of the daemon.
 
-    ElasticError
-    +-- ConfigError              bad flag, environment variable, file or model; the message names it   (exit 2)
-    +-- StartError               a start that cannot succeed: port, runtime directory, checkpoint      (exit 3)
-    +-- DaemonUnreachable        an operator command found no daemon where it was told to ask          (exit 3)
-    +-- PeerLost                 a collective or a rendezvous failed because another member is gone
-    +-- Fenced                   this rank was told to stop stepping: its epoch has ended
-    +-- ControlClosed            the control connection to the supervisor or from a child is gone
+ElasticError
++-- ConfigError              bad flag, environment variable, file or model; the message names it   (exit 2)
++-- StartError               a start that cannot succeed: port, runtime directory, checkpoint      (exit 3)
++-- DaemonUnreachable        an operator command found no daemon where it was told to ask          (exit 3)
++-- PeerLost                 a collective or a rendezvous failed because another member is gone
++-- Fenced                   this rank was told to stop stepping: its epoch has ended
++-- ControlClosed            the control connection to the supervisor or from a child is gone
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,7 +38,7 @@ RECONNECT_PAUSE_S = 0.2
 STYLES = {"ok": "bold green", "degraded": "bold yellow", "recovering": "bold yellow", "active": "green"}
 BAD_STYLE = "bold red"
 
-PIPE_WIDTH = 160
+PIPE_WIDTH = 250
 """Columns of the output where it goes to no terminal."""
 
 
@@ -231,7 +232,7 @@ def follow(target: Target) -> Iterator[dict[str, Any]]:
         time.sleep(RECONNECT_PAUSE_S)
         if last is None:
             _until_answered(target.health)
-        elif _until_answered(lambda last=last: _is_restarted(target, last)):  # type: ignore[misc]
+        elif _until_answered(partial(_is_restarted, target, last)):
             last = None
 
 

@@ -64,6 +64,7 @@ class Supervisor:
         self._last_turn = time.monotonic()
         self._controller: Controller | None = None
         self._children: dict[Identity, Child] = {}
+        self._doomed: set[Identity] = set()
         self._frontend: Child | None = None
         self._peers: dict[Identity, Peer] = {}
         self._frontend_peer: Peer | None = None
@@ -266,6 +267,8 @@ class Supervisor:
             self._finish(p.Exit(EXIT_START, str(error)))
             return
         self._children[identity] = child
+        if identity in self._doomed:
+            child.kill()
 
     @property
     def _zmq_addresses(self) -> dict[str, str]:
@@ -276,12 +279,15 @@ class Supervisor:
         self._tell(p.RankExited(*identity, "process ended"))
         self._children.pop(identity, None)
         self._peers.pop(identity, None)
+        self._doomed.discard(identity)
         with contextlib.suppress(ControlClosed):
             status = await self._zygote.reap(child)
             self.events.record("rank_reaped", {"rank": identity[0], "pid": child.pid, "status": status})
 
     def _kill_rank(self, action: p.KillRank) -> None:
-        if child := self._children.get((action.rank, action.incarnation)):
+        identity = (action.rank, action.incarnation)
+        self._doomed.add(identity)  # its fork may still be under way
+        if child := self._children.get(identity):
             child.kill()
 
     def _fence(self, action: p.Fence) -> None:
@@ -430,13 +436,13 @@ class Supervisor:
             epoch_start=datetime.now(UTC).timestamp() - now,
         )
 
-    async def verify_experts(self) -> dict[int, list[list[int]]]:
-        """Per active rank: (layer, slot, expert) of slots that do not hold the expert they stand for."""
+    async def ask_ranks(self, question: str) -> dict[int, Any]:
+        """The answer of each active rank to one of the engine core's calls."""
         if self._published is None:
             return {}
         members = [self._peers[identity] for identity in self._published.active if identity in self._peers]
-        wrong = await asyncio.gather(*(peer.call("wrong_slots") for peer in members))
-        return {peer.rank: slots for peer, slots in zip(members, wrong, strict=True)}
+        answers = await asyncio.gather(*(peer.call(question) for peer in members))
+        return {peer.rank: answer for peer, answer in zip(members, answers, strict=True)}
 
 
 def _column(message: Message) -> p.Column:

@@ -20,7 +20,7 @@ def check_version() -> None:
         raise ConfigError(f"vLLM {VLLM_VERSION} is needed and cannot be imported: {error}") from error
     # Builds for one device carry it as a local version: 0.32.0+cpu.
     if found.partition("+")[0] != VLLM_VERSION:
-        raise ConfigError(f"vLLM {VLLM_VERSION} is needed, this environment has {found}: the engine relies on internals")
+        raise ConfigError(f"vLLM {VLLM_VERSION} is needed for its internals, this environment has {found}")
 
 
 @dataclass(frozen=True)
@@ -250,9 +250,7 @@ _ENGINE_CLIENT = (
         "the front end's sockets",
         ("ctx", "path", "socket_type", "bind", "identity", "linger", "router_handover", "listener"),
     ),
-    ReliedOn(
-        "vllm.exceptions.GracefulHTTPError.__init__", "a 503 with a reason", ("self", "message", "http_status")
-    ),
+    ReliedOn("vllm.exceptions.GracefulHTTPError.__init__", "a 503 with a reason", ("self", "message", "http_status")),
     ReliedOn(
         "vllm.v1.engine.output_processor.OutputProcessor",
         "requests in flight are ended with an error",
@@ -339,7 +337,15 @@ _MODEL_RUNNER = (
     ReliedOn(
         f"{_WORKER}.cpu_model_runner.CPUModelRunner",
         "base of ElasticCPUModelRunner",
-        attributes=("device", "eplb_state", "execute_model_state", "model", "model_config", "parallel_config", "requests"),
+        attributes=(
+            "device",
+            "eplb_state",
+            "execute_model_state",
+            "model",
+            "model_config",
+            "parallel_config",
+            "requests",
+        ),
     ),
     ReliedOn(
         f"{_WORKER}.cpu_model_runner.CPUModelRunner.load_model",
@@ -598,9 +604,7 @@ _LOAD_BALANCING = (
         ),
     ),
     ReliedOn(f"{_EPLB}.eplb_state.EplbState.__init__", "called", ("self", "parallel_config", "device")),
-    ReliedOn(
-        f"{_EPLB}.eplb_state.EplbState.add_model", "called once", ("self", "model", "model_config", "model_name")
-    ),
+    ReliedOn(f"{_EPLB}.eplb_state.EplbState.add_model", "called once", ("self", "model", "model_config", "model_name")),
     ReliedOn(
         f"{_EPLB}.eplb_state.EplbState.rearrange",
         "overridden: layer by layer",

@@ -7,17 +7,22 @@ after its transfer is complete, so at any moment a rank's column says exactly wh
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
+import structlog
 import torch
 from vllm.config import ModelConfig
 from vllm.distributed.eplb import eplb_state as vllm_eplb
 from vllm.distributed.eplb.eplb_state import EplbState
 from vllm.distributed.eplb.rebalance_execute import move_from_buffer, move_to_buffer
-from vllm.distributed.parallel_state import get_ep_group
+from vllm.distributed.parallel_state import get_ep_group, get_eplb_group
 from vllm.model_executor.models.interfaces import MixtureOfExperts
 
+from elastic_daemon.engine.groups import EpochTransfers
 from elastic_daemon.placement import IntArray
+
+log = structlog.get_logger(__name__)
 
 TransferHook = Callable[[int, str], None]
 """Called as hook(layer, point) at each boundary of a transfer; tests use it to die there."""
@@ -37,6 +42,8 @@ class ElasticEplbState(EplbState):
         if first:
             self.add_model(model, model_config)
         state = self.model_states[model_config.compute_hash()]
+        if first:
+            state.communicator = EpochTransfers(get_eplb_group())
         layers, physical = physical_to_logical.shape
         if first or physical != state.physical_to_logical_map.shape[1]:
             self._resize(state, layers, physical)
@@ -94,8 +101,12 @@ class ElasticEplbState(EplbState):
                 group.size(),
                 state.physical_to_logical_map.cpu(),
             )
+            started = time.monotonic()
+            moved = int((new != state.physical_to_logical_map.cpu()).sum())
             for layer in range(model.num_moe_layers):
                 self._move_layer(state, layer, new[layer], group)
+            if group.rank() == 0:
+                log.info("experts_rearranged", moved=moved, seconds=round(time.monotonic() - started, 4))
 
     def _move_layer(
         self, state: vllm_eplb.EplbModelState, layer: int, new: torch.Tensor, group: torch.distributed.ProcessGroup

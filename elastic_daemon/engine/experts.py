@@ -147,11 +147,11 @@ class ExpertSlots:
         written = 0
         for index, wanted in _by_layer(contents).items():
             layer = self._layers[index]
-            processed = self._process(layer, [content.expert for content in wanted])
-            for row, content in enumerate(wanted):
+            rows, processed = self._process(layer, wanted)
+            for content in wanted:
                 for name, parameter in processed.items():
                     live = layer.get_parameter(name).data[content.slot]
-                    live.copy_(parameter[row])
+                    live.copy_(parameter[rows[content.expert]])
                     written += live.numel() * live.element_size()
         return written
 
@@ -168,20 +168,27 @@ class ExpertSlots:
         held = self.digests()
         for index, layer in enumerate(self._layers):
             contents = [SlotContent(index, slot, int(e)) for slot, e in enumerate(column[index]) if e >= 0]
-            canonical = self._process(layer, [content.expert for content in contents])
-            wrong += [c for row, c in enumerate(contents) if held[index][c.slot] != _digest(canonical, row)]
+            rows, canonical = self._process(layer, contents)
+            wrong += [c for c in contents if held[index][c.slot] != _digest(canonical, rows[c.expert])]
         return wrong
 
-    def _process(self, layer: RoutedExperts, experts: list[int]) -> dict[str, torch.Tensor]:
-        """Weights of `experts`, read from the checkpoint and in kernel layout: name -> [len(experts), ...]."""
+    def _process(
+        self, layer: RoutedExperts, contents: Iterable[SlotContent]
+    ) -> tuple[dict[int, int], dict[str, torch.Tensor]]:
+        """The experts of `contents`, read from the checkpoint and in kernel layout.
+
+        Returns expert -> row, and name -> weights [rows, ...].
+        """
+        # An expert may be wanted twice (balancing can give a rank two copies) and is read once.
+        rows = {expert: row for row, expert in enumerate(dict.fromkeys(content.expert for content in contents))}
         with set_default_torch_dtype(self._dtype), layer.get_parameter(_first_name(layer)).device:
-            scratch = _scratch_layer(layer, len(experts))
-            with loading_into([scratch], [{expert: row for row, expert in enumerate(experts)}]):
-                for expert in experts:
+            scratch = _scratch_layer(layer, len(rows))
+            with loading_into([scratch], [rows]):
+                for expert in rows:
                     for _ in scratch.load_weights(self._checkpoint.tensors(layer.layer_name, expert)):
                         pass
             scratch.quant_method.process_weights_after_loading(scratch)
-        return {name: parameter.data for name, parameter in scratch.named_parameters()}
+        return rows, {name: parameter.data for name, parameter in scratch.named_parameters()}
 
 
 def _by_layer(contents: Iterable[SlotContent]) -> dict[int, list[SlotContent]]:

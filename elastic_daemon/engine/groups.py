@@ -11,6 +11,7 @@ import contextlib
 import os
 import socket
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore, ProcessGroup, ReduceOp, Store
 from vllm.distributed import parallel_state
+from vllm.distributed.eplb.eplb_communicator import EplbCommunicator
 from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.distributed.utils import init_gloo_process_group
 from vllm.forward_context import get_forward_context
@@ -215,6 +217,43 @@ class GlooCommunicator:
             with _peer_loss():
                 self._group.cpu_group.allreduce([tensor], ReduceOp.SUM).wait()
         return tensor
+
+
+class EpochTransfers(EplbCommunicator):
+    """Moves expert weights between ranks over the group of the current epoch.
+
+    vLLM's communicators are bound to groups that torch knows globally, for good. Messages between two ranks are matched
+    by their number, so both sides must add them in the same order, which vLLM's plan ensures.
+    """
+
+    def __init__(self, group: EpochGroup) -> None:
+        self._group = group
+        self._sends: list[tuple[torch.Tensor, int]] = []
+        self._receives: list[tuple[torch.Tensor, int]] = []
+
+    def add_send(self, tensors: list[torch.Tensor], dst_rank: int, expert_id: int) -> None:
+        self._sends += [(tensor, dst_rank) for tensor in tensors]
+
+    def add_recv(self, tensors: list[torch.Tensor], src_rank: int, expert_id: int) -> None:
+        self._receives += [(tensor, src_rank) for tensor in tensors]
+
+    def execute(self) -> None:
+        """Complete all transfers. Raises PeerLost; what was to be received is then undefined."""
+        sends, receives = self._sends, self._receives
+        self._sends, self._receives = [], []
+        group = self._group.cpu_group
+        with _peer_loss():
+            works = [group.recv([tensor], src, tag) for tensor, src, tag in _numbered(receives)]
+            works += [group.send([tensor.contiguous()], dst, tag) for tensor, dst, tag in _numbered(sends)]
+            for work in works:
+                work.wait()
+
+
+def _numbered(transfers: list[tuple[torch.Tensor, int]]) -> Iterator[tuple[torch.Tensor, int, int]]:
+    count: Counter[int] = Counter()
+    for tensor, peer in transfers:
+        yield tensor, peer, count[peer]
+        count[peer] += 1
 
 
 class EpochGroup(GroupCoordinator):

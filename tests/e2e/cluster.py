@@ -96,6 +96,8 @@ class Cluster:
 
     def control(self, path: str, **params: Any) -> httpx.Response:
         """A request to the supervisor's own socket."""
+        if not (self.runtime_dir / "http.sock").exists():
+            raise httpx.ConnectError("the daemon has no socket yet")
         transport = httpx.HTTPTransport(uds=str(self.runtime_dir / "http.sock"))
         with httpx.Client(transport=transport, base_url="http://daemon", timeout=60) as client:
             return client.get(path, params=params)

@@ -1,0 +1,68 @@
+"""Other model families, and expert placement in motion: outputs are those of stock vLLM on one rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from elastic_daemon.config import BUNDLED_MODEL
+from tests.e2e.cluster import PROMPTS, Cluster, assert_same, run_streams
+from tests.e2e.models import deepseek_v2, qwen3_moe
+
+pytestmark = pytest.mark.e2e
+
+TOKENS = 40
+
+STOCK = """
+import json, sys
+from vllm import LLM, SamplingParams
+model, prompts, tokens = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+llm = LLM(model=model, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 << 20, disable_log_stats=True)
+params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+print(json.dumps([list(out.outputs[0].token_ids) for out in llm.generate(prompts, params, use_tqdm=False)]))
+"""
+
+
+def stock_vllm(model: Path) -> list[list[int]]:
+    """Tokens of stock vLLM, one rank, no expert parallelism."""
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK, str(model), json.dumps(PROMPTS), str(TOKENS)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    tokens: list[list[int]] = json.loads(done.stdout.splitlines()[-1])
+    return tokens
+
+
+def test_rearranging_experts_changes_no_token(tmp_path: Path) -> None:
+    """Before, during and after live rearrangements, four ranks give the tokens of one."""
+    expected = stock_vllm(BUNDLED_MODEL)
+    balancing = json.dumps({"step_interval": 25, "window_size": 20})
+    with Cluster(tmp_path / "run", "--eplb-config", balancing) as cluster:
+        placed = cluster.control("/experts").json()
+        for _ in range(3):
+            assert [seen.token_ids for seen in run_streams(cluster, max_tokens=TOKENS)] == expected
+        assert cluster.control("/experts").json() != placed
+        assert cluster.log.count("experts_rearranged") >= 2
+        cluster.verify_experts()
+
+
+@pytest.mark.parametrize("make_model", [qwen3_moe, deepseek_v2])
+def test_family_serves_and_survives(tmp_path: Path, make_model: Callable[[Path], Path]) -> None:
+    model = make_model(tmp_path / "model")
+    expected = stock_vllm(model)
+    flags = ("--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20), "--served-model-name", "tiny-moe")
+    with Cluster(tmp_path / "run", str(model), "--data-parallel-size", "3", *flags) as cluster:
+        reference = run_streams(cluster, max_tokens=TOKENS)
+        assert [seen.token_ids for seen in reference] == expected
+        assert_same(run_streams(cluster, max_tokens=TOKENS, during=lambda: cluster.kill(1)), reference)
+        cluster.verify_experts()
