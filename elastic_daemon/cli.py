@@ -160,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             from elastic_daemon.operator_commands import COMMANDS
 
             code = COMMANDS[arguments.command](arguments)
+            sys.stdout.flush()
     except ElasticError as error:
         print(f"elastic-daemon: {error}", file=sys.stderr)
         code = error.exit_code

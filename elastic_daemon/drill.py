@@ -31,6 +31,7 @@ from rich.live import Live
 from rich.text import Text
 
 from elastic_daemon.drill_report import (
+    GONE,
     Comparison,
     Delay,
     DrillResult,
@@ -580,7 +581,9 @@ async def run_drill(options: Options, display: Display) -> DrillResult:
             seen = max((event["id"] for event in await daemon.events()), default=0)
             streams, delays, watch = await _watched_run(daemon, display, "disturbed", options, prompts, fault)
         after = await _settle(daemon, display, watch, before["epoch"], fault)
-        events = await daemon.events(seen)
+        events: list[dict[str, Any]] = []
+        with contextlib.suppress(DaemonUnreachable):
+            events = await daemon.events(seen)
         result = DrillResult(
             daemon=daemon.url,
             model=before["model"],
@@ -617,10 +620,15 @@ async def _watched_run(
 
 
 async def _settle(daemon: Daemon, display: Display, watch: Watch, epoch: int, fault: Fault) -> dict[str, Any]:
-    """Wait for the end of the recovery, for a limited time. Returns the last `/health`."""
+    """Wait for the end of the recovery, for a limited time. Returns the last `/health`, or that there is none."""
     deadline = time.monotonic() + SETTLE_TIMEOUT_S
     while True:
-        health = watch.note(await daemon.health())
+        try:
+            health = watch.note(await daemon.health())
+        except DaemonUnreachable as error:
+            health = {"status": GONE, "reason": str(error)}
+            if daemon.process is not None and daemon.process.poll() is not None:
+                return health
         recovered = fault.at is None or any(reported > epoch for reported in watch.reports)
         if (recovered and health["status"] in ("ok", "degraded")) or time.monotonic() > deadline:
             return health

@@ -13,6 +13,9 @@ from rich.text import Text
 
 from elastic_daemon.operator_commands import describe_recovery
 
+GONE = "gone"
+"""In place of a status of `/health`: the daemon does not answer."""
+
 
 @dataclass(frozen=True)
 class StreamResult:
@@ -211,13 +214,16 @@ class DrillResult:
         found: list[str] = []
         if self.reference.errors:
             found.append(f"{self.reference.errors} streams failed in the undisturbed run already")
-        if self.strike is None:
+        lost = self.comparison.lost
+        if self.after["status"] == GONE:
+            found.append("the daemon does not answer any more")
+        elif self.strike is None and not lost:
             found.append("the streams ended before a rank was to be killed: ask for more --tokens, or an earlier --at")
-        elif not self.strike.streams:
+        elif self.strike is not None and not self.strike.streams:
             found.append("no stream was running any more when the rank was killed")
-        elif not self.recoveries:
+        elif self.strike is not None and not self.recoveries:
             found.append("the daemon reported no recovery")
-        if lost := self.comparison.lost:
+        if lost:
             found.append(f"{len(lost)} streams lost: {self.stream_errors.get(lost[0], 'no error given')}")
         elif lost_by_daemon := sum((report.get("requests") or {}).get("lost", 0) for report in self.recoveries):
             found.append(f"the daemon reports {lost_by_daemon} requests lost")
@@ -269,14 +275,15 @@ def render(result: DrillResult) -> Group:
     lines += [Text(f"daemon: {describe_recovery(report)}") for report in result.recoveries]
     if result.strike is not None and result.strike.detection_s is not None:
         lines.append(Text(f"detection: {result.strike.detection_s * 1000:.1f} ms from SIGKILL to exclusion"))
-    size = result.after.get("data_parallel_size", {})
-    lines.append(
-        Text(
-            f"daemon now: {result.after['status']}, ranks {size.get('active', '-')}/{size.get('target', '-')} active, "
-            f"survivable losses {result.after.get('survivable_losses', '-')}; seed {result.seed}"
-        )
-    )
+    lines.append(Text(f"daemon now: {_state(result.after)}; seed {result.seed}"))
     return Group(*lines, _run_table(result))
+
+
+def _state(health: Mapping[str, Any]) -> str:
+    if not (size := health.get("data_parallel_size")):
+        return str(health["status"])
+    ranks = f"ranks {size['active']}/{size['target']} active"
+    return f"{health['status']}, {ranks}, survivable losses {health['survivable_losses']}"
 
 
 def _what_happened(strike: Strike | None) -> str:

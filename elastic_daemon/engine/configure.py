@@ -45,6 +45,8 @@ def configure(arguments: Sequence[str], ranks: int, survive_losses: int, device:
         ConfigError: with one line that names the flag or model and what to do.
     """
     args = _parse(arguments)
+    if args.model_tag is not None:
+        raise ConfigError(f"unexpected argument {args.model_tag!r}: MODEL comes right after `serve`, before all flags")
     if problems := refusals(vars(args), device):
         raise ConfigError("; ".join(problems))
     if not Path(args.model).is_dir() and Path(args.model).is_absolute():

@@ -47,8 +47,8 @@ class Cluster:
         self.log_path = runtime_dir.with_suffix(".log")
         self._log = self.log_path.open("w")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "elastic_daemon.cli", "serve"]
-            + ["--port", "0", "--runtime-dir", str(runtime_dir), *arguments],
+            [sys.executable, "-m", "elastic_daemon.cli", "serve", *arguments]
+            + ["--port", "0", "--runtime-dir", str(runtime_dir)],
             stdout=self._log,
             stderr=subprocess.STDOUT,
             env={**os.environ, "ELASTIC_LOG_FORMAT": "json", **(env or {})},

@@ -6,7 +6,14 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoConfig,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from elastic_daemon.config import BUNDLED_MODEL
 
@@ -14,7 +21,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 
 def _vocabulary() -> dict[str, int]:
-    config = PreTrainedConfig.from_pretrained(BUNDLED_MODEL)
+    config = AutoConfig.from_pretrained(BUNDLED_MODEL)
     return {"vocab_size": config.vocab_size, "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
 
 
@@ -38,7 +45,7 @@ def qwen3_moe(path: Path) -> Path:
 
 
 def deepseek_v2(path: Path) -> Path:
-    """Multi-head latent attention, a dense first layer, shared experts, eight routed experts."""
+    """Multi-head latent attention of the one size that vLLM's CPU kernel has, a dense first layer, shared experts, eight routed experts."""
     config = DeepseekV2Config(
         **_vocabulary(),
         hidden_size=128,
@@ -51,12 +58,14 @@ def deepseek_v2(path: Path) -> Path:
         n_shared_experts=1,
         num_experts_per_tok=2,
         first_k_dense_replace=1,
-        kv_lora_rank=64,
+        kv_lora_rank=512,
         q_lora_rank=None,
         qk_nope_head_dim=32,
-        qk_rope_head_dim=32,
+        qk_rope_head_dim=64,
         v_head_dim=32,
         topk_method="greedy",
+        n_group=1,
+        topk_group=1,
         max_position_embeddings=2048,
     )
     return _save(DeepseekV2ForCausalLM, config, path)

@@ -1,0 +1,115 @@
+"""Drives a controller by hand, for the tests that look at one rule at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+from elastic_daemon import protocol as p
+from elastic_daemon.control_state import Phase
+from elastic_daemon.controller import Controller
+from elastic_daemon.membership import RankState, Status
+from elastic_daemon.placement import Placement, initial
+from elastic_daemon.policy import Policy
+
+A = TypeVar("A")
+
+LAYERS = 2
+POLICY = Policy(target=4, experts=16, slots=8, start_timeout_s=100.0, restart_backoff_s=1.0)
+SYNCED = (3, 1, 0, 0)
+
+
+class Shell:
+    """Drives a controller by hand: what a rank holds, which incarnation it is, and all actions so far."""
+
+    def __init__(self, policy: Policy = POLICY) -> None:
+        self.policy = policy
+        self.now = 0.0
+        self.controller = Controller(policy, self.now)
+        self.actions = list(self.controller.start(self.now))
+        self.columns = dict(self.first_placement().columns)
+
+    def first_placement(self) -> Placement:
+        return initial(self.policy.experts, LAYERS, range(self.policy.target), self.policy.slots)
+
+    def column(self, rank: int) -> p.Column:
+        return tuple(map(tuple, self.columns[rank].tolist()))
+
+    def incarnation(self, rank: int) -> int:
+        return [action.incarnation for action in of(p.StartRank, self.actions) if action.rank == rank][-1]
+
+    def send(self, *events: p.Event, after: float = 0.0) -> list[p.Action]:
+        """What these events lead to; the first comes `after` seconds from now."""
+        self.now += after
+        actions = [action for event in events for action in self.controller.handle(event, self.now)]
+        self.actions += actions
+        return actions
+
+    def tick(self) -> list[p.Action]:
+        """At the next deadline."""
+        deadline = self.controller.next_deadline()
+        assert deadline is not None
+        return self.send(p.Tick(), after=deadline - self.now)
+
+    # What ranks say:
+
+    def ready(self, *ranks: int) -> list[p.Action]:
+        return self.send(*(p.RankReady(r, self.incarnation(r), LAYERS, self.column(r)) for r in ranks))
+
+    def exited(self, *ranks: int) -> list[p.Action]:
+        return self.send(*(p.RankExited(r, self.incarnation(r), "signal 9") for r in ranks))
+
+    def fault(self, rank: int) -> list[p.Action]:
+        return self.send(p.RankFault(rank, self.incarnation(rank), self.controller.epoch, "peer is gone"))
+
+    def fenced(self, *ranks: int, epoch: int | None = None) -> list[p.Action]:
+        epoch = self.controller.epoch if epoch is None else epoch
+        return self.send(*(p.RankFenced(r, self.incarnation(r), epoch, self.column(r)) for r in ranks))
+
+    def regrouped(self, *ranks: int, epoch: int | None = None, repair: float = 0.0) -> list[p.Action]:
+        epoch = self.controller.epoch if epoch is None else epoch
+        seconds = {"group": 0.0, "repair": repair}
+        return self.send(*(p.RankRegrouped(r, self.incarnation(r), epoch, seconds) for r in ranks))
+
+    def regroup_failed(self, rank: int) -> list[p.Action]:
+        return self.send(p.RegroupFailed(rank, self.incarnation(rank), self.controller.epoch, "no route"))
+
+    def synced(self) -> list[p.Action]:
+        return self.send(p.FrontendSynced(self.controller.epoch, *SYNCED))
+
+    # Ways to somewhere:
+
+    def serve(self) -> Shell:
+        everybody = range(self.policy.target)
+        self.ready(*everybody)
+        self.regrouped(*everybody)
+        self.send(p.FrontendReady())
+        assert self.controller.status is Status.OK
+        return self
+
+    def recover(self, *survivors: int) -> Shell:
+        self.fenced(*survivors)
+        self.regrouped(*survivors)
+        self.synced()
+        assert self.controller.phase is Phase.SERVING
+        return self
+
+    def states(self) -> list[RankState]:
+        return [rank.state for rank in self.controller.snapshot(self.now).ranks]
+
+
+def of(kind: type[A], actions: Iterable[object]) -> list[A]:
+    return [action for action in actions if isinstance(action, kind)]
+
+
+def published(actions: Iterable[p.Action]) -> p.Snapshot:
+    return of(p.Publish, actions)[-1].membership
+
+
+def too_few() -> Shell:
+    """16 experts, and one rank of 8 slots left."""
+    shell = Shell().serve()
+    for rank in (1, 2, 3):
+        shell.exited(rank)
+    shell.fenced(0)
+    return shell

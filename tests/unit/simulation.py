@@ -1,0 +1,398 @@
+"""A simulated world around the controller: ranks, a front end and its requests, in virtual time, from one seed.
+
+`run(seed)` plays one random schedule of faults and checks the invariants after each event. A rank may answer promptly,
+late, twice or never, may die or hang at any step, and old processes may go on talking; its death may be reported late.
+The world keeps books of its own about who is dead, parked or regrouped, and never asks the controller for them.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+from elastic_daemon import protocol as p
+from elastic_daemon.membership import Status
+from elastic_daemon.placement import EMPTY, Placement, initial, slots_per_rank
+from elastic_daemon.policy import Policy
+from tests.unit.invariants import SERVING, Books, Process
+
+HORIZON = 8.0  # no fault begins after this
+SETTLE = 120.0  # and this much later all must be quiet
+STEP = 0.25  # between two steps of the model
+
+
+class SimulationError(AssertionError):
+    """An invariant does not hold. The message has the seed, and with `trace` all that happened."""
+
+
+def run(seed: int, *, trace: bool = False) -> World:
+    """Play one schedule to its end. Raises SimulationError."""
+    world = World(seed)
+    try:
+        world.play()
+    except Exception as error:
+        story = "\n".join(f"{at:9.3f}  {what}" for at, what in world.trace) + "\n" if trace else ""
+        replay = f"SIM_SEED={seed} pytest tests/unit/test_simulation.py"
+        raise SimulationError(f"{story}seed {seed}, t={world.now:.3f}: {error!r}\nreplay: {replay}") from error
+    return world
+
+
+@cache
+def first_placement(experts: int, layers: int, ranks: int, slots: int) -> Placement:
+    return initial(experts, layers, range(ranks), slots)
+
+
+@dataclass(eq=False)
+class SimulatedFrontend:
+    ready: bool = False
+    view: p.Snapshot | None = None
+    owner: dict[int, p.Identity] = field(default_factory=dict)
+
+
+class World(Books):
+    def __init__(self, seed: int) -> None:
+        self.rng = rng = random.Random(seed)
+        self.trace: list[tuple[float, Any]] = []
+        ranks = rng.randint(2, 6)
+        experts = rng.randint(2, 10)
+        slots = slots_per_rank(experts, ranks, max(rng.randrange(ranks), rng.randrange(ranks)))
+        self.layers = rng.randint(1, 2)
+        policy = Policy(
+            ranks, experts, slots, start_timeout_s=3.0, restart_backoff_s=0.1, max_backoff_s=1.0, fault_grace_s=0.2,
+            fence_timeout_s=1.0, regroup_timeout_s=1.0, sync_timeout_s=1.0, hold_timeout_s=5.0,
+            frontend_start_timeout_s=3.0,
+        )  # fmt: skip
+        super().__init__(policy, sloppy=rng.choice((0.0, 0.0, 0.01, 0.04)))
+        self.traps = {rng.choice(("StartRank", "Fence", "Regroup", "Resume")): rng.randint(1, 8) for _ in range(2)}
+
+        self.queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self.sequence = 0
+        self.background = 0  # queued, but not worth waiting for: steps
+        self.frontend: SimulatedFrontend | None = None
+        self.next_request = 0
+        self.tokens = 0  # accepted as delivered
+        self.said: list[Any] = []  # what ranks said so far: material for zombies
+
+    # --- the course of time --------------------------------------------------------------------------------------
+
+    def play(self) -> None:
+        self.schedule_faults()
+        self.later(STEP, self.step)
+        self.background += 1
+        self.carry_out(self.controller.start(0.0))
+        lag = 0.0
+        while self.exit is None and not self.quiet():
+            deadline = self.controller.next_deadline()
+            if deadline is not None and (not self.queue or deadline + lag <= self.queue[0][0]):
+                self.now = max(self.now, deadline + lag)
+                self.tell(p.Tick())
+                lag = self.rng.choice((0.0, 0.0, 0.05))
+            else:
+                self.now, _, call, arguments = heapq.heappop(self.queue)
+                call(*arguments)
+            assert self.now < HORIZON + SETTLE, f"never settles: {self.controller.describe()}"
+        self.check_end()
+
+    def quiet(self) -> bool:
+        return len(self.queue) == self.background and self.controller.next_deadline() is None
+
+    def later(self, delay: float, call: Callable[..., None], *arguments: Any) -> None:
+        self.sequence += 1
+        heapq.heappush(self.queue, (self.now + delay, self.sequence, call, arguments))
+
+    def soon(self) -> float:
+        return self.rng.uniform(0.001, 0.03)
+
+    def happens(self, weight: float = 1.0) -> bool:
+        """Whether something goes wrong here."""
+        return self.now < HORIZON and self.rng.random() < self.sloppy * weight
+
+    # --- talking with the controller -----------------------------------------------------------------------------
+
+    def tell(self, event: p.Event, *, true: bool = False) -> None:
+        """The controller hears `event`, and what it wants is done. `true`: a rank's own words, as things were then."""
+        if self.exit is not None:
+            return
+        self.trace.append((self.now, event))
+        lost, epoch = self.lost_members(), self.epoch
+        self.note(event, true)
+        self.carry_out(self.controller.handle(event, self.now))
+        if self.exit is None and len(self.lost_members(epoch)) > len(lost):
+            assert self.epoch > epoch, "lost a member, and stays in its epoch"
+
+    def hear(self, event: Any) -> None:
+        self.said.append(event)
+        self.tell(event, true=True)
+
+    def say(self, process: Process, event: p.Event) -> None:
+        """It says so promptly, late, twice, or hangs before it can."""
+        if not process.works:
+            return
+        if self.happens():
+            return self.hang(process)
+        self.later(self.rng.uniform(0.3, 3.0) if self.happens(2) else self.soon(), self.hear, event)
+        if self.happens(3):
+            self.later(self.rng.uniform(0.0, 2.0), self.hear, event)
+
+    def carry_out(self, actions: tuple[p.Action, ...]) -> None:
+        for action in actions:
+            self.trace.append((self.now, action))
+            assert self.exit is None, "acts after its exit"
+            self.check_action(action)
+            match action:
+                case p.StartRank():
+                    self.start_rank(action)
+                case p.KillRank():
+                    self.dead.add((action.rank, action.incarnation))
+                    delay = self.rng.uniform(0.5, 3.0) if self.happens(5) else self.soon()
+                    self.later(delay, self.kill, self.processes[action.rank], "killed", self.rng.random() < 0.8)
+                case p.Fence() | p.Regroup() | p.Resume():
+                    process = self.processes[action.rank]
+                    self.spring_trap(type(action).__name__, process)
+                    self.later(self.soon(), self.receive, process, action)
+                case p.Publish():
+                    self.on_publish(action.membership)
+                case p.StartFrontend():
+                    self.frontend = SimulatedFrontend()
+                    if not self.happens(2):
+                        self.later(self.rng.uniform(0.05, 0.5), self.on_frontend_up, self.frontend)
+                case p.KillFrontend():
+                    self.frontend_dies()
+                case p.Exit():
+                    self.exit = action
+        self.check_state()
+
+    # --- ranks ---------------------------------------------------------------------------------------------------
+
+    def start_rank(self, action: p.StartRank) -> None:
+        old = self.processes.get(action.rank)
+        assert old is None or old.identity in self.dead, "starts a rank twice"
+        assert action.incarnation > self.last_incarnation, "an incarnation is used again"
+        self.last_incarnation = action.incarnation
+        plan = first_placement(self.policy.experts, self.layers, len(action.members), action.slots)
+        process = Process(action.rank, action.incarnation, plan.columns[action.rank].tolist())
+        self.processes[action.rank] = process
+        self.spring_trap("StartRank", process)
+        if self.happens(5):
+            self.later(self.rng.uniform(0.0, 0.5), self.kill, process, "died while starting")
+        self.later(self.rng.uniform(0.1, 0.6), self.on_constructed, process)
+
+    def on_constructed(self, process: Process) -> None:
+        if process.works:
+            process.mode = "parked"
+            self.say(process, p.RankReady(*process.identity, self.layers, process.frozen_column))
+
+    def receive(self, process: Process, action: p.Fence | p.Regroup | p.Resume) -> None:
+        match action:
+            case p.Fence():
+                self.on_fence(process, action)
+            case p.Regroup():
+                self.on_regroup(process, action)
+            case p.Resume():
+                self.on_resume(process, action)
+
+    def on_fence(self, process: Process, action: p.Fence) -> None:
+        if not process.works or action.epoch <= process.epoch:
+            return
+        if process.mode == "grouping" and process.loads and self.rng.random() < 0.5:
+            # Caught half-way: some loads done, one slot overwritten by half.
+            done = self.rng.randrange(len(process.loads))
+            for load in process.loads[:done]:
+                process.column[load.layer][load.slot] = load.expert
+            torn = process.loads[done]
+            process.column[torn.layer][torn.slot] = EMPTY
+        process.mode, process.epoch, process.loads = "parked", action.epoch, ()
+        self.say(process, p.RankFenced(*process.identity, action.epoch, process.frozen_column))
+
+    def on_regroup(self, process: Process, action: p.Regroup) -> None:
+        if not process.works or process.mode != "parked" or action.epoch < process.epoch:
+            return
+        process.mode, process.epoch, process.loads = "grouping", action.epoch, action.loads
+        group = [self.process_of(identity) for identity in self.members[action.epoch]]
+        if all(peer and peer.works and peer.mode == "grouping" and peer.epoch == action.epoch for peer in group):
+            for peer in group:
+                self.later(self.soon(), self.on_group_built, peer, action.epoch)
+
+    def on_group_built(self, process: Process, epoch: int) -> None:
+        if not process.works or process.mode != "grouping" or process.epoch != epoch:
+            return
+        if self.happens():
+            process.mode, process.loads = "faulted", ()
+            return self.say(process, p.RegroupFailed(*process.identity, epoch, "no luck"))
+        for load in process.loads:
+            process.column[load.layer][load.slot] = load.expert
+        process.mode, process.loads = "grouped", ()
+        self.say(process, p.RankRegrouped(*process.identity, epoch, {"group": 0.01, "repair": self.soon()}))
+
+    def on_resume(self, process: Process, action: p.Resume) -> None:
+        if process.mode == "grouped" and process.epoch == action.epoch:
+            process.mode = "stepping"
+            if process.hung:
+                self.watch(process)
+
+    def kill(self, process: Process, status: str, reported: bool = True) -> None:
+        if not process.alive:
+            return
+        self.trace.append((self.now, f"rank {process.rank} ({process.incarnation}) dies: {status}"))
+        process.alive = False
+        if reported or process.identity not in self.dead:  # one stuck in the driver is never reaped
+            delay = self.rng.uniform(0.1, 3.0) if self.rng.random() < 0.2 else self.soon()
+            self.later(delay, self.tell, p.RankExited(*process.identity, status))
+        group = self.members.get(process.epoch, ())
+        if process.mode in ("grouping", "stepping") and process.identity in group:
+            place = group.index(process.identity)
+            for neighbour in {group[place - 1], group[(place + 1) % len(group)]}:
+                peer = self.process_of(neighbour)
+                if peer and peer.epoch == process.epoch and self.rng.random() < 0.8:
+                    self.fault(peer, "connection closed by peer")
+
+    def fault(self, process: Process, error: str) -> None:
+        """A collective fails in it."""
+        if process.works and process.mode in ("grouping", "stepping"):
+            kind = p.RankFault if process.mode == "stepping" else p.RegroupFailed
+            process.mode, process.loads = "faulted", ()
+            self.say(process, kind(*process.identity, process.epoch, error))
+
+    def hang(self, process: Process) -> None:
+        self.trace.append((self.now, f"rank {process.rank} ({process.incarnation}) hangs, {process.mode}"))
+        process.hung = True
+        if process.mode in ("stepping", "faulted"):
+            self.watch(process)
+
+    def watch(self, process: Process) -> None:
+        """Whoever hangs while the controller waits for nothing from it is found by the watchdog."""
+        self.later(self.rng.uniform(1.0, 3.0), self.kill, process, "hung, killed by the watchdog")
+
+    # --- faults --------------------------------------------------------------------------------------------------
+
+    def schedule_faults(self) -> None:
+        kinds = (self.break_rank, self.break_rank, self.fault_only, self.zombie, self.zombie, self.frontend_dies)
+        at = 0.0
+        for _ in range(self.rng.randint(0, 6)):
+            close = at and self.rng.random() < 0.5
+            at = min(at + self.rng.uniform(0.0, 0.08), HORIZON) if close else self.rng.uniform(0.1, HORIZON)
+            self.later(at, self.rng.choice(kinds))
+        if self.rng.random() < 0.1:
+            self.later(self.rng.uniform(0.0, HORIZON), self.tell, p.StopRequested(self.rng.uniform(0.0, 3.0)))
+        if self.rng.random() < 0.02:
+            for _ in range(8):
+                self.later(self.rng.uniform(0.0, HORIZON), self.frontend_dies)
+
+    def spring_trap(self, name: str, process: Process) -> None:
+        """Dies or hangs at a step chosen in advance."""
+        if name in self.traps and self.now < HORIZON:
+            self.traps[name] -= 1
+            if self.traps[name] == 0:
+                strike = self.rng.choice((self.kill, self.hang_trapped))
+                self.later(self.rng.uniform(0.0, 0.05), strike, process, "trapped")
+
+    def hang_trapped(self, process: Process, _: str) -> None:
+        if process.works:
+            self.hang(process)
+
+    def break_rank(self) -> None:
+        process = self.rng.choice(self.processes)
+        if self.rng.random() < 0.7:
+            self.kill(process, "signal 9")
+        elif process.works:
+            self.hang(process)
+
+    def fault_only(self) -> None:
+        self.fault(self.rng.choice(self.processes), "a collective failed")
+
+    def zombie(self) -> None:
+        """Somebody repeats himself, or speaks for another time."""
+        if not self.said:
+            return
+        event = self.rng.choice(self.said[-20:])
+        if self.rng.random() < 0.5:
+            event = replace(event, incarnation=event.incarnation - self.rng.randint(1, 3))
+            if hasattr(event, "epoch"):
+                event = replace(event, epoch=self.epoch)
+        elif hasattr(event, "epoch"):
+            event = replace(event, epoch=self.epoch - self.rng.randint(1, 2))
+        self.tell(event)
+
+    # --- front end and requests ----------------------------------------------------------------------------------
+
+    def on_frontend_up(self, frontend: SimulatedFrontend) -> None:
+        if frontend is self.frontend:
+            frontend.ready = True
+            self.tell(p.FrontendReady())
+
+    def frontend_dies(self) -> None:
+        if self.frontend is not None:
+            self.frontend = None
+            for process in self.processes.values():
+                process.requests.clear()  # nobody is left to hear of them
+            self.later(self.soon(), self.tell, p.FrontendExited("signal 9"))
+
+    def on_publish(self, view: p.Snapshot) -> None:
+        self.published = view
+        frontend = self.frontend
+        if frontend is None or not frontend.ready:
+            return
+        frontend.view = view
+        if view.status in SERVING:
+            moved = [request for request, owner in frontend.owner.items() if owner not in view.active]
+            for request in moved:
+                self.assign(frontend, request)
+            if not self.happens(2):
+                synced = p.FrontendSynced(view.epoch, len(frontend.owner) - len(moved), len(moved), 0, 0)
+                self.later(self.rng.uniform(0.5, 2.0) if self.happens(2) else self.soon(), self.tell, synced)
+            if self.happens(5):
+                self.later(self.soon(), self.tell, p.FrontendSynced(view.epoch - 1, 0, 0, 0, 0))  # long overdue
+        elif view.status is Status.STOPPING and self.rng.random() < 0.7:
+            self.later(self.rng.uniform(0.0, 3.0), self.tell, p.DrainComplete())
+
+    def assign(self, frontend: SimulatedFrontend, request: int) -> None:
+        assert frontend.view is not None
+        owner = self.rng.choice(frontend.view.active)
+        frontend.owner[request] = owner
+        if process := self.process_of(owner):
+            process.requests.add(request)
+
+    def step(self) -> None:
+        """One step of the model, if every member of the group is in it."""
+        self.later(STEP, self.step)
+        frontend = self.frontend
+        if frontend and frontend.view and frontend.view.status in SERVING and len(frontend.owner) < 6:
+            self.next_request += 1
+            self.assign(frontend, self.next_request)
+        for epoch in list(self.members)[-2:]:
+            group = [self.process_of(identity) for identity in self.members[epoch]]
+            if all(peer and peer.works and peer.mode == "stepping" and peer.epoch == epoch for peer in group):
+                self.move_experts([peer for peer in group if peer])
+                for peer in group:
+                    if peer and peer.requests:
+                        self.later(self.soon(), self.on_output, peer, epoch, tuple(peer.requests))
+                        self.background += 1
+
+    def move_experts(self, group: list[Process]) -> None:
+        """The load balancer of the engine swaps two experts; the controller is not told."""
+        one, other = self.rng.choice(group), self.rng.choice(group)
+        layer, slot, place = self.rng.randrange(self.layers), *(self.rng.randrange(self.policy.slots) for _ in "ab")
+        row, column = one.column[layer], other.column[layer]
+        row[slot], column[place] = column[place], row[slot]
+
+    def on_output(self, process: Process, epoch: int, requests: tuple[int, ...]) -> None:
+        self.background -= 1
+        frontend = self.frontend
+        if frontend is None or frontend.view is None:
+            return
+        view = frontend.view
+        if view.status not in (*SERVING, Status.STOPPING) or epoch != view.epoch or process.identity not in view.active:
+            return
+        for request in requests:
+            if frontend.owner.get(request) != process.identity:
+                continue
+            assert process.identity not in self.dead, f"a token of {process.identity}, excluded, was delivered"
+            assert epoch == self.controller.epoch, f"a token of epoch {epoch} was delivered in {self.controller.epoch}"
+            self.tokens += 1
+            if self.rng.random() < 0.2:
+                del frontend.owner[request]
+                process.requests.discard(request)

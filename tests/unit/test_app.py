@@ -1,0 +1,273 @@
+"""The supervisor's HTTP routes over a stub of the supervisor."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.routing import Route
+
+from elastic_daemon.app import make_control_app
+from elastic_daemon.control_routes import CONTROL_PATHS, is_control_path
+from elastic_daemon.events import KEPT, EventLog
+from elastic_daemon.health import HealthView
+from elastic_daemon.membership import RankState, Status
+from elastic_daemon.metrics import Metrics
+from elastic_daemon.protocol import HealthSnapshot, RankHealth, RecoveryKind, RecoveryReport, RequestCounts
+
+SNAPSHOT = HealthSnapshot(
+    status=Status.OK,
+    reason="all ranks serve",
+    doing="serving",
+    epoch=3,
+    target=2,
+    active=2,
+    expert_safety=1,
+    survivable_losses=1,
+    ranks=(RankHealth(0, RankState.ACTIVE, 0.0, None, 1), RankHealth(1, RankState.ACTIVE, 0.0, None, 2)),
+    last_recovery=None,
+    last_shrink=None,
+    last_grow=None,
+)
+
+
+class Plane:
+    """A supervisor whose state the test sets."""
+
+    def __init__(self) -> None:
+        self.events = EventLog()
+        self.metrics = Metrics()
+        self.is_turning = True
+        self.snapshot: HealthSnapshot | None = SNAPSHOT
+        self.answers: dict[str, dict[int, Any]] = {}
+
+    def health(self) -> HealthView:
+        return HealthView(self.snapshot, "tiny-moe", 2, 5, {0: 2, 1: 3}, {(0, 1): 10, (1, 2): 11}, 1e9)
+
+    async def ask_ranks(self, question: str) -> dict[int, Any]:
+        return self.answers[question]
+
+
+@pytest.fixture
+def plane() -> Plane:
+    return Plane()
+
+
+@pytest.fixture
+async def client(plane: Plane) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(make_control_app(plane))
+    async with httpx.AsyncClient(transport=transport, base_url="http://daemon") as client:
+        yield client
+
+
+CODES = {
+    Status.STARTING: 503,
+    Status.OK: 200,
+    Status.DEGRADED: 200,
+    Status.RECOVERING: 200,
+    Status.UNAVAILABLE: 503,
+    Status.STOPPING: 503,
+}
+
+
+@pytest.mark.parametrize("status", Status)
+async def test_health_and_readyz_of_each_status(plane: Plane, client: httpx.AsyncClient, status: Status) -> None:
+    plane.snapshot = dataclasses.replace(SNAPSHOT, status=status)
+    health = await client.get("/health")
+    assert health.status_code == CODES[status]
+    assert health.json() == plane.health().to_json()
+    ready = await client.get("/readyz")
+    assert ready.status_code == CODES[status]
+    assert ready.json() == {"ready": CODES[status] == 200, "status": status.value}
+
+
+async def test_before_the_engine_is_known(plane: Plane, client: httpx.AsyncClient) -> None:
+    plane.snapshot = None
+    assert (await client.get("/health")).status_code == 503
+    assert (await client.get("/readyz")).json() == {"ready": False, "status": "starting"}
+    assert (await client.get("/metrics")).status_code == 200
+    assert (await client.get("/livez")).status_code == 200
+
+
+async def test_livez_follows_the_control_loop_only(plane: Plane, client: httpx.AsyncClient) -> None:
+    plane.snapshot = dataclasses.replace(SNAPSHOT, status=Status.UNAVAILABLE)
+    assert (await client.get("/livez")).status_code == 200
+    plane.is_turning = False
+    plane.snapshot = SNAPSHOT
+    stuck = await client.get("/livez")
+    assert (stuck.status_code, stuck.json()) == (503, {"turning": False})
+
+
+async def test_metrics_parse_and_agree_with_health(plane: Plane, client: httpx.AsyncClient) -> None:
+    plane.metrics.recovery(
+        RecoveryReport(
+            3, RecoveryKind.SHRINK, (2,), "killed", {"detect": 0.02, "total": 0.3}, RequestCounts(4, 2, 1, 0)
+        )
+    )
+    answer = await client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    samples = {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+    assert samples["elastic_epoch", ()] == 3
+    assert samples["elastic_expert_safety", ()] == 1
+    assert samples["elastic_in_flight", ()] == 5
+    assert {state.value: samples["elastic_ranks", (("state", state.value),)] for state in RankState} == {
+        state.value: 2.0 if state is RankState.ACTIVE else 0.0 for state in RankState
+    }
+    assert samples["elastic_requests_preserved_total", (("how", "kept"),)] == 4
+    assert samples["elastic_requests_preserved_total", (("how", "replayed"),)] == 2
+    assert samples["elastic_requests_preserved_total", (("how", "restarted"),)] == 1
+    assert samples["elastic_requests_lost_total", ()] == 0
+    labels = (("kind", "shrink"), ("phase", "total"))
+    assert samples["elastic_recovery_seconds_count", labels] == 1
+    assert samples["elastic_recovery_seconds_sum", labels] == pytest.approx(0.3)
+    assert all(name.startswith("elastic_") for name, _ in samples)
+
+
+async def test_events_since(plane: Plane, client: httpx.AsyncClient) -> None:
+    for number in range(3):
+        plane.events.record("counted", {"number": number, "kind": RecoveryKind.SHRINK})
+    everything = (await client.get("/events")).json()
+    assert [(e["id"], e["event"], e["number"], e["kind"]) for e in everything] == [
+        (1, "counted", 0, "shrink"),
+        (2, "counted", 1, "shrink"),
+        (3, "counted", 2, "shrink"),
+    ]
+    assert [e["time"] for e in everything] == sorted(e["time"] for e in everything)
+    assert [e["id"] for e in (await client.get("/events", params={"since": 2})).json()] == [3]
+    assert (await client.get("/events", params={"since": 3})).json() == []
+    assert (await client.get("/events", params={"since": "x"})).status_code == 422
+
+
+async def test_events_are_kept_up_to_a_limit(plane: Plane, client: httpx.AsyncClient) -> None:
+    for number in range(KEPT + 5):
+        plane.events.record("counted", {"number": number})
+    kept = (await client.get("/events")).json()
+    assert (len(kept), kept[0]["id"], kept[-1]["id"]) == (KEPT, 6, KEPT + 5)
+
+
+class Stream:
+    """A reader of `/events` as a stream; httpx's ASGI transport would wait for its end."""
+
+    def __init__(self, plane: Plane, headers: dict[str, str], query: str = "") -> None:
+        self.headers: dict[str, str] = {}
+        self._gone = asyncio.Event()
+        self._received: asyncio.Queue[str] = asyncio.Queue()
+        scope: dict[str, Any] = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": "GET",
+            "path": "/events",
+            "raw_path": b"/events",
+            "root_path": "",
+            "scheme": "http",
+            "query_string": query.encode(),
+            "headers": [(k.encode(), v.encode()) for k, v in {"accept": "text/event-stream", **headers}.items()],
+        }
+        self.task = asyncio.create_task(make_control_app(plane)(scope, self._receive, self._send))
+
+    async def _receive(self) -> dict[str, Any]:
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self.headers = {k.decode(): v.decode() for k, v in message["headers"]}
+        elif message.get("body"):
+            await self._received.put(message["body"].decode())
+
+    async def event(self) -> dict[str, str]:
+        text = await asyncio.wait_for(self._received.get(), 10)
+        assert text.endswith("\n\n")
+        return dict(line.split(": ", 1) for line in text.strip().splitlines())
+
+    @property
+    def idle(self) -> bool:
+        return self._received.empty()
+
+    async def close(self) -> None:
+        self._gone.set()
+        await asyncio.wait_for(self.task, 10)
+
+
+async def test_event_stream_gives_old_and_new_events(plane: Plane) -> None:
+    plane.events.record("first", {"n": 1})
+    plane.events.record("second", {"n": 2})
+    stream = Stream(plane, {}, "since=1")
+    second = await stream.event()
+    assert stream.headers["content-type"].startswith("text/event-stream")
+    assert (second["id"], second["event"]) == ("2", "second")
+    assert json.loads(second["data"])["n"] == 2
+    assert stream.idle
+    plane.events.record("third", {"text": "two\nlines"})
+    plane.events.record("fourth", {})
+    third, fourth = await stream.event(), await stream.event()
+    assert (third["event"], fourth["event"]) == ("third", "fourth")
+    assert json.loads(third["data"])["text"] == "two\nlines"
+    await stream.close()
+
+
+async def test_event_stream_goes_on_where_a_client_was_cut_off(plane: Plane) -> None:
+    for name in ("first", "second", "third"):
+        plane.events.record(name, {})
+    stream = Stream(plane, {"last-event-id": "2"}, "since=0")
+    assert (await stream.event())["event"] == "third"
+    await stream.close()
+
+
+async def test_two_streams_both_get_everything(plane: Plane) -> None:
+    streams = [Stream(plane, {}), Stream(plane, {})]
+    for number in range(20):
+        plane.events.record(f"e{number}", {})
+        if number % 5 == 0:
+            await asyncio.sleep(0)
+    for stream in streams:
+        assert [(await stream.event())["event"] for _ in range(20)] == [f"e{number}" for number in range(20)]
+        await stream.close()
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="a header that is no number ends in an error 500")
+async def test_event_stream_with_a_bad_last_event_id(client: httpx.AsyncClient) -> None:
+    headers = {"accept": "text/event-stream", "last-event-id": "x"}
+    assert (await client.get("/events", headers=headers)).status_code in (400, 422)
+
+
+async def test_experts(plane: Plane, client: httpx.AsyncClient) -> None:
+    plane.answers["column"] = {0: [[0, 1]], 3: [[2, 0]]}
+    assert (await client.get("/experts")).json() == {"ranks": {"0": [[0, 1]], "3": [[2, 0]]}}
+
+
+async def test_verify_experts(plane: Plane, client: httpx.AsyncClient) -> None:
+    plane.answers["wrong_slots"] = {0: [], 1: []}
+    assert (await client.get("/experts/verify")).json() == {"ok": True, "wrong_slots": {"0": [], "1": []}}
+    plane.answers["wrong_slots"] = {0: [], 1: [[2, 7, 5]]}
+    assert (await client.get("/experts/verify")).json() == {"ok": False, "wrong_slots": {"0": [], "1": [[2, 7, 5]]}}
+
+
+def test_all_routes_are_known_as_control_paths(plane: Plane) -> None:
+    paths = {route.path for route in make_control_app(plane).routes if isinstance(route, Route)}
+    assert paths - {"/openapi.json", "/{path:path}"} == CONTROL_PATHS
+    assert all(is_control_path(path) for path in CONTROL_PATHS)
+    assert not is_control_path("/v1/models")
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "PATCH"])
+@pytest.mark.parametrize("path", ["/", "/v1/models", "/v1/chat/completions", "/invocations"])
+async def test_what_only_a_front_end_serves(plane: Plane, client: httpx.AsyncClient, method: str, path: str) -> None:
+    plane.snapshot = dataclasses.replace(SNAPSHOT, status=Status.UNAVAILABLE, reason="expert 3 has no slot")
+    answer = await client.request(method, path, content=b"{}")
+    assert answer.status_code == 503
+    assert int(answer.headers["retry-after"]) > 0
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == ("ServiceUnavailableError", 503)
+    assert "expert 3 has no slot" in error["message"]

@@ -1,0 +1,134 @@
+"""Settings: flags over environment over file, and errors that name the setting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from elastic_daemon.config import (
+    BUNDLED_MODEL,
+    BUNDLED_NAME,
+    CONFIG_VARIABLE,
+    Device,
+    default_runtime_dir,
+    load_settings,
+)
+from elastic_daemon.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("clean_environment")
+
+
+def config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> Path:
+    path = tmp_path / "elastic.toml"
+    path.write_text(text)
+    monkeypatch.setenv(CONFIG_VARIABLE, str(path))
+    return path
+
+
+def test_defaults_serve_the_bundled_model() -> None:
+    settings = load_settings({})
+    assert settings.bundled
+    assert (settings.data_parallel_size, settings.device, settings.losses_to_survive) == (4, Device.CPU, 2)
+    assert (settings.host, settings.port, settings.hold_timeout) == ("127.0.0.1", 8000, 60.0)
+    flags = settings.vllm_flags
+    assert flags[flags.index("--model") + 1] == str(BUNDLED_MODEL)
+    assert flags[flags.index("--served-model-name") + 1] == BUNDLED_NAME
+    assert flags[flags.index("--dtype") + 1] == "float32"
+
+
+def test_a_model_of_ones_own_gets_none_of_the_bundled_flags() -> None:
+    settings = load_settings({"model": "org/model", "engine_flags": ("--max-model-len", "64")})
+    assert not settings.bundled
+    assert settings.vllm_flags == ("--model", "org/model", "--max-model-len", "64")
+    assert settings.losses_to_survive == 1
+
+
+def test_flags_of_the_user_come_last_and_win() -> None:
+    flags = load_settings({"engine_flags": ("--dtype", "bfloat16")}).vllm_flags
+    assert flags[-2:] == ("--dtype", "bfloat16")
+    assert flags.count("--dtype") == 2
+
+
+@pytest.mark.parametrize(("ranks", "survive"), [(1, 0), (2, 1), (3, 2), (8, 2)])
+def test_no_more_losses_survived_than_ranks_can_be_lost(ranks: int, survive: int) -> None:
+    assert load_settings({"data_parallel_size": ranks}).losses_to_survive == survive
+
+
+def test_given_losses_are_kept_as_given() -> None:
+    assert load_settings({"data_parallel_size": 2, "survive_losses": 0}).losses_to_survive == 0
+
+
+def test_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config_file(tmp_path, monkeypatch, "port = 1001\nhost = '0.0.0.0'\ndata_parallel_size = 3\n")
+    monkeypatch.setenv("ELASTIC_PORT", "1002")
+    monkeypatch.setenv("ELASTIC_HOST", "::1")
+    settings = load_settings({"port": 1003})
+    assert (settings.port, settings.host, settings.data_parallel_size) == (1003, "::1", 3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("data_parallel_size", 0),
+        ("data_parallel_size", "four"),
+        ("port", 65536),
+        ("hold_timeout", -1),
+        ("start_timeout", 0),
+        ("device", "tpu"),
+        ("survive_losses", -1),
+    ],
+)
+def test_a_bad_flag_is_named_with_its_value(setting: str, value: object) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_settings({setting: value})
+    text = str(error.value)
+    assert text.startswith(f"--{setting.replace('_', '-')}: ")
+    assert repr(value) in text
+    assert "\n" not in text
+
+
+def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELASTIC_PORT", "http")
+    with pytest.raises(ConfigError, match=r"port.*'http'"):
+        load_settings({})
+
+
+def test_a_bad_value_in_the_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config_file(tmp_path, monkeypatch, "hold_timeout = 'long'\n")
+    with pytest.raises(ConfigError, match=r"hold-timeout.*'long'"):
+        load_settings({})
+
+
+def test_an_unknown_setting_in_the_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config_file(tmp_path, monkeypatch, "holdtimeout = 3\n")
+    with pytest.raises(ConfigError, match="holdtimeout"):
+        load_settings({})
+
+
+def test_a_file_that_is_not_toml_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = config_file(tmp_path, monkeypatch, "port = = 3\n")
+    with pytest.raises(ConfigError) as error:
+        load_settings({})
+    assert str(error.value).startswith(f"{path}: ")
+
+
+@pytest.mark.xfail(strict=True, reason="a missing file is ignored without a word")
+def test_a_file_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CONFIG_VARIABLE, str(tmp_path / "nowhere.toml"))
+    with pytest.raises(ConfigError, match=r"nowhere\.toml"):
+        load_settings({})
+
+
+def test_settings_do_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load_settings({})
+    with pytest.raises(ValueError, match="frozen"):
+        settings.port = 1
+
+
+def test_runtime_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert default_runtime_dir().name.startswith("elastic-daemon-"), "one of this user's under the temporary one"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
+    assert default_runtime_dir() == Path("/run/user/1000/elastic-daemon")
+    monkeypatch.setenv("RUNTIME_DIRECTORY", "/run/elastic-daemon:/run/other")
+    assert default_runtime_dir() == Path("/run/elastic-daemon")

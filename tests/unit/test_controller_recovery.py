@@ -1,0 +1,250 @@
+"""The controller, one rule at a time: lost ranks, faults, failed regroups, too few ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from elastic_daemon import protocol as p
+from elastic_daemon.control_state import Phase
+from elastic_daemon.membership import RankState, Status
+from elastic_daemon.placement import missing
+from elastic_daemon.policy import Policy
+from tests.unit.driver import SYNCED, Shell, of, published, too_few
+
+# --- losing ranks ----------------------------------------------------------------------------------------------------
+
+
+def test_a_death_fences_regroups_and_resumes_the_others() -> None:
+    shell = Shell().serve()
+    actions = shell.exited(1)
+    assert published(actions) == p.Snapshot(
+        2, Status.RECOVERING, "rank 1: signal 9", ((0, 1), (2, 3), (3, 4)), excluded=((1, 2),)
+    )
+    assert of(p.Fence, actions) == [p.Fence(rank, 2) for rank in (0, 2, 3)]
+
+    assert not of(p.Regroup, shell.fenced(0, 2))
+    regroups = of(p.Regroup, shell.fenced(3))
+    assert [(r.rank, r.epoch, r.members) for r in regroups] == [(rank, 2, (0, 2, 3)) for rank in (0, 2, 3)]
+    assert missing(regroups[0].placement) == ()
+
+    actions = shell.regrouped(0, 2, 3)
+    assert of(p.Resume, actions) == [p.Resume(rank, 2) for rank in (0, 2, 3)]
+    assert published(actions).status is Status.DEGRADED
+    assert published(actions).active == ((0, 1), (2, 3), (3, 4))
+    assert published(actions).excluded == ((1, 2),)
+    assert actions.index(of(p.Publish, actions)[0]) < actions.index(of(p.Resume, actions)[0])
+
+    [done] = of(p.RecoveryDone, shell.synced())
+    assert done.report.kind is p.RecoveryKind.SHRINK
+    assert done.report.requests == p.RequestCounts(*SYNCED)
+    assert shell.states() == [RankState.ACTIVE, RankState.EXCLUDED, RankState.ACTIVE, RankState.ACTIVE]
+    assert published(shell.exited(0)).excluded == ((0, 1),), "of this recovery only"
+
+
+def test_the_plan_follows_what_ranks_report_not_what_was_planned() -> None:
+    shell = Shell(Policy(target=2, experts=4, slots=4)).serve()
+    shell.exited(0)
+    shell.columns[1] = np.array([[0, 1, 2, 2], [3, 2, 1, 0]])  # the load balancer has been here
+    [regroup] = of(p.Regroup, shell.fenced(1))
+    assert [(load.layer, load.expert) for load in regroup.loads] == [(0, 3)]
+
+
+def test_deaths_during_fencing_make_one_recovery_of_it() -> None:
+    shell = Shell().serve()
+    shell.exited(1)
+    shell.fenced(0)
+    assert of(p.Fence, shell.exited(3)) == [p.Fence(0, 3), p.Fence(2, 3)]
+    assert shell.fenced(0, 2, epoch=2) == [], "answers to the older epoch"
+    shell.recover(0, 2)
+    start, shrink = of(p.RecoveryDone, shell.actions)
+    assert start.report.epoch == 1
+    assert (shrink.report.epoch, shrink.report.ranks) == (3, (1, 3))
+
+
+@pytest.mark.parametrize("step", ["regrouping", "resuming"])
+def test_a_death_later_on_goes_back_to_fencing(step: str) -> None:
+    shell = Shell().serve()
+    shell.exited(1)
+    shell.fenced(0, 2, 3)
+    if step == "resuming":
+        shell.regrouped(0, 2, 3)
+    assert shell.controller.phase == step
+    actions = shell.exited(3)
+    assert [fence.rank for fence in of(p.Fence, actions)] == [0, 2]
+    assert published(actions).status is Status.RECOVERING
+    assert published(actions).excluded == ((1, 2), (3, 4))
+    assert shell.regrouped(0, 2, epoch=2) == []
+    assert shell.send(p.FrontendSynced(2, *SYNCED)) == []
+    shell.recover(0, 2)
+    assert len(of(p.RecoveryDone, shell.actions)) == 2
+
+
+def test_a_member_that_does_not_park_is_killed_and_not_waited_for() -> None:
+    shell = Shell().serve()
+    shell.exited(1)
+    shell.fenced(0, 3)
+    actions = shell.tick()
+    assert shell.now == 3.0
+    assert of(p.KillRank, actions) == [p.KillRank(2, 3, "not parked 3 s after it was fenced")]
+    assert [fence.rank for fence in of(p.Fence, actions)] == [0, 3]
+    shell.recover(0, 3)
+    assert shell.exited(2) == [], "known to be gone"
+
+
+def test_a_further_death_gives_nobody_more_time_to_park() -> None:
+    shell = Shell().serve()
+    shell.exited(1)
+    shell.fenced(3)
+    shell.now = 2.0
+    shell.exited(0)
+    shell.fenced(3)
+    assert [kill.rank for kill in of(p.KillRank, shell.tick())] == [2]
+    assert shell.now == 3.0
+
+
+def test_zombies_and_repetitions_change_nothing() -> None:
+    shell = Shell().serve()
+    shell.exited(1)
+    assert shell.exited(1) == []
+    assert shell.fenced(1) == []
+    assert shell.fault(1) == []
+    shell.fenced(0, 0, 2)
+    assert shell.controller.phase is Phase.FENCING
+    shell.fenced(3)
+    assert shell.fenced(3) == []
+    shell.regrouped(0, 2, 3)
+    assert shell.regrouped(3) == []
+    shell.synced()
+    assert shell.synced() == []
+    assert shell.send(p.FrontendReady()) == []
+
+
+# --- faults and failed regroups --------------------------------------------------------------------------------------
+
+
+def test_a_fault_waits_for_a_death_that_explains_it() -> None:
+    shell = Shell().serve()
+    assert not of(p.Fence, shell.fault(0))
+    assert shell.states()[0] is RankState.SUSPECT
+    assert shell.controller.status is Status.OK
+    shell.now += 0.2
+    shell.exited(1)
+    shell.recover(0, 2, 3)
+    report = of(p.RecoveryDone, shell.actions)[-1].report
+    assert (report.ranks, report.cause) == ((1,), "rank 1: signal 9")
+    assert report.seconds["detect"] == pytest.approx(0.2)
+    assert shell.states()[0] is RankState.ACTIVE
+    assert shell.controller.next_deadline() is None
+
+
+def test_a_fault_without_a_death_regroups_the_same_members() -> None:
+    shell = Shell().serve()
+    shell.fault(0)
+    shell.fault(2)
+    assert [fence.rank for fence in of(p.Fence, shell.tick())] == [0, 1, 2, 3]
+    assert shell.now == 0.5
+    shell.recover(0, 1, 2, 3)
+    assert shell.controller.status is Status.OK
+    report = of(p.RecoveryDone, shell.actions)[-1].report
+    assert (report.kind, report.ranks, report.cause) == (p.RecoveryKind.REGROUP, (), "rank 0: peer is gone")
+
+
+def test_a_failed_regroup_is_tried_again_in_a_new_epoch() -> None:
+    shell = Shell().serve()
+    shell.exited(1)
+    shell.fenced(0, 2, 3)
+    actions = shell.regroup_failed(0)
+    assert of(p.Fence, actions) == [p.Fence(rank, 3) for rank in (0, 2, 3)]
+    assert published(actions).epoch == 3
+    shell.recover(0, 2, 3)
+
+
+def test_after_five_failed_regroups_the_rank_that_fails_most_is_given_up() -> None:
+    shell = Shell().serve()
+    shell.exited(1)
+    for rank in (2, 0, 2, 3):
+        shell.fenced(0, 2, 3)
+        assert not of(p.KillRank, shell.regroup_failed(rank))
+    shell.fenced(0, 2, 3)
+    assert of(p.KillRank, shell.regroup_failed(0)) == [p.KillRank(2, 3, "5 regroups failed, the last: no route")]
+    shell.fenced(0, 3)
+    assert not of(p.KillRank, shell.regroup_failed(0)), "a loss is progress: the count starts anew"
+
+
+def test_silence_in_a_regroup_accuses_nobody_but_the_fence_finds_who_hangs() -> None:
+    shell = Shell().serve()
+    shell.exited(1)
+    shell.fenced(0, 2, 3)
+    actions = shell.tick()  # rank 2 hangs, and all wait for it
+    assert not of(p.KillRank, actions)
+    assert [fence.rank for fence in of(p.Fence, actions)] == [0, 2, 3]
+    shell.fenced(0, 3)
+    assert [kill.rank for kill in of(p.KillRank, shell.tick())] == [2]
+    shell.recover(0, 3)
+
+
+def test_a_front_end_that_does_not_get_in_step_delays_nothing() -> None:
+    shell = Shell().serve()
+    shell.exited(1)
+    shell.fenced(0, 2, 3)
+    shell.regrouped(0, 2, 3)
+    [done] = of(p.RecoveryDone, shell.tick())
+    assert done.report.requests is None
+    assert done.report.seconds["resume"] == pytest.approx(5.0)
+    assert shell.controller.phase is Phase.SERVING
+
+
+def test_the_phases_add_up() -> None:
+    shell = Shell().serve()
+    shell.exited(1)
+    shell.now = 0.1
+    shell.fenced(0, 2, 3)
+    shell.now = 0.4
+    shell.regroup_failed(0)
+    shell.now = 0.5
+    shell.fenced(0, 2, 3)
+    shell.now = 1.0
+    shell.regrouped(0, 2, 3, repair=0.3)
+    shell.now = 1.1
+    shell.synced()
+    assert of(p.RecoveryDone, shell.actions)[-1].report.seconds == pytest.approx(
+        {"detect": 0.0, "fence": 0.2, "regroup": 0.5, "repair": 0.3, "resume": 0.1, "total": 1.1}
+    )
+
+
+# --- too few ranks ---------------------------------------------------------------------------------------------------
+
+
+def test_too_few_slots_are_unavailable_and_ranks_stay_parked() -> None:
+    shell = too_few()
+    assert shell.controller.status is Status.UNAVAILABLE
+    assert not of(p.Regroup, [action for action in shell.actions if isinstance(action, p.Regroup) and action.epoch > 1])
+    view = published(shell.actions)
+    assert view.active == ((0, 1),)
+    assert view.hold
+    assert "16 experts" in view.reason
+    assert "8" in view.reason
+    assert shell.controller.snapshot(0.0).survivable_losses == -1
+
+
+def test_requests_are_held_for_a_while_only() -> None:
+    shell = too_few()
+    view = published(shell.tick())
+    assert shell.now == 60.0
+    assert (view.status, view.hold) == (Status.UNAVAILABLE, False)
+    assert shell.controller.next_deadline() is None
+
+
+def test_without_any_rank_it_is_still_unavailable() -> None:
+    shell = too_few()
+    view = published(shell.exited(0))
+    assert (view.status, view.epoch, view.active) == (Status.UNAVAILABLE, 5, ())
+    assert "0 ranks" in view.reason
+    assert not of(p.Exit, shell.actions)
+
+
+def test_all_ranks_may_die_at_once() -> None:
+    shell = Shell().serve()
+    shell.exited(0, 1, 2, 3)
+    assert shell.controller.status is Status.UNAVAILABLE

@@ -1,0 +1,119 @@
+"""`/health` as others parse it: field names and values are a contract."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from datetime import datetime
+
+import pytest
+
+from elastic_daemon.health import HealthView
+from elastic_daemon.membership import RankState, Status
+from elastic_daemon.protocol import HealthSnapshot, RankHealth, RecoveryKind, RecoveryReport, RequestCounts
+
+REPORT = RecoveryReport(
+    epoch=7,
+    kind=RecoveryKind.SHRINK,
+    ranks=(2,),
+    cause="process ended",
+    seconds={"detect": 0.0123456789, "total": 0.1},
+    requests=RequestCounts(kept=9, replayed=3, restarted=1, lost=0),
+)
+
+SNAPSHOT = HealthSnapshot(
+    status=Status.DEGRADED,
+    reason="rank 2: process ended",
+    doing="serving",
+    epoch=7,
+    target=4,
+    active=3,
+    expert_safety=1,
+    survivable_losses=0,
+    ranks=(
+        RankHealth(0, RankState.ACTIVE, 100.0, None, 1),
+        RankHealth(2, RankState.EXCLUDED, 160.5, "process ended", 3),
+    ),
+    last_recovery=REPORT,
+    last_shrink=REPORT,
+    last_grow=None,
+)
+
+
+def view(snapshot: HealthSnapshot | None = SNAPSHOT) -> HealthView:
+    return HealthView(
+        snapshot=snapshot,
+        model="tiny-moe",
+        target=4,
+        in_flight=12,
+        in_flight_by_rank={0: 5, 2: 4},
+        pids={(0, 1): 4711, (2, 2): 4712},
+        epoch_start=1_700_000_000.0,
+    )
+
+
+@pytest.mark.parametrize("status", Status)
+def test_http_status(status: Status) -> None:
+    serving = status in (Status.OK, Status.DEGRADED, Status.RECOVERING)
+    assert view(dataclasses.replace(SNAPSHOT, status=status)).http_status == (200 if serving else 503)
+
+
+def test_before_the_engine_is_known() -> None:
+    starting = view(None)
+    assert (starting.status, starting.http_status) == (Status.STARTING, 503)
+    body = starting.to_json()
+    assert (body["status"], body["epoch"], body["model"]) == ("starting", 0, "tiny-moe")
+    assert body["reason"]
+
+
+def test_body() -> None:
+    body = json.loads(json.dumps(view().to_json()))
+    assert body.keys() == {
+        "status",
+        "reason",
+        "doing",
+        "epoch",
+        "model",
+        "data_parallel_size",
+        "expert_safety",
+        "survivable_losses",
+        "in_flight",
+        "ranks",
+        "last_recovery",
+        "last_shrink",
+        "last_grow",
+    }
+    assert (body["status"], body["reason"], body["epoch"]) == ("degraded", "rank 2: process ended", 7)
+    assert body["data_parallel_size"] == {"target": 4, "active": 3}
+    assert (body["expert_safety"], body["survivable_losses"], body["in_flight"]) == (1, 0, 12)
+
+
+def test_ranks() -> None:
+    active, excluded = view().to_json()["ranks"]
+    assert active.keys() == {"rank", "state", "host", "gpu", "pids", "since", "reason", "in_flight"}
+    assert (active["rank"], active["state"], active["pids"], active["in_flight"]) == (0, "active", [4711], 5)
+    assert datetime.fromisoformat(active["since"]).timestamp() == 1_700_000_100.0
+    assert active["reason"] is None
+    assert excluded["pids"] == [], "the pid of another incarnation is not this one's"
+    assert (excluded["state"], excluded["reason"]) == ("excluded", "process ended")
+    assert excluded["in_flight"] == 0, "only an active rank computes requests"
+    assert excluded["since"] == "2023-11-14T22:16:00.500+00:00"
+
+
+def test_reports() -> None:
+    body = view().to_json()
+    assert body["last_recovery"] == {
+        "epoch": 7,
+        "kind": "shrink",
+        "ranks": [2],
+        "cause": "process ended",
+        "seconds": {"detect": 0.012346, "total": 0.1},
+        "requests": {"kept": 9, "replayed": 3, "restarted": 1, "lost": 0},
+    }
+    assert body["last_shrink"] == body["last_recovery"]
+    assert body["last_grow"] is None
+
+
+def test_a_recovery_without_front_end_has_no_counts() -> None:
+    snapshot = dataclasses.replace(SNAPSHOT, last_recovery=dataclasses.replace(REPORT, requests=None))
+    assert view(snapshot).to_json()["last_recovery"]["requests"] is None
