@@ -89,8 +89,11 @@ class ElasticCPUModelRunner(CPUModelRunner):
         self.eplb_state.adopt(self.model_config, self._moe_model, self.initial_placement.physical_to_logical())
 
     def forget_requests(self) -> None:
-        """Drop all request state. The scheduler admits its requests anew after a regroup."""
+        """Drop all state of requests and of a step cut short. The scheduler admits its requests anew after a regroup."""
         self.execute_model_state = None
+        for runner in self._moe_model.moe_layers:
+            if runner.shared_experts is not None:  # computed before the dispatch that failed, and never fetched
+                runner.shared_experts._output = [None] * len(runner.shared_experts._output)
         gone = SchedulerOutput.make_empty()
         gone.finished_req_ids = set(self.requests)
         self._update_states(gone)

@@ -78,7 +78,7 @@ def _save(model_class: type, config: PreTrainedConfig, path: Path) -> Path:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 # Larger than at initialisation: near-ties between tokens would make a comparison of text meaningless.
-                parameter.mul_(4.0)
+                parameter.mul_(2.0)
     model.save_pretrained(path)
     for name in TOKENIZER_FILES:
         shutil.copy(BUNDLED_MODEL / name, path)

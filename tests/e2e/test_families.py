@@ -22,17 +22,18 @@ TOKENS = 40
 STOCK = """
 import json, sys
 from vllm import LLM, SamplingParams
-model, prompts, tokens = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-llm = LLM(model=model, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 << 20, disable_log_stats=True)
+model, prompts, tokens, batch = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+options = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": batch}
+llm = LLM(model=model, disable_log_stats=True, **options)
 params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
 print(json.dumps([list(out.outputs[0].token_ids) for out in llm.generate(prompts, params, use_tqdm=False)]))
 """
 
 
-def stock_vllm(model: Path) -> list[list[int]]:
+def stock_vllm(model: Path, batch: int = 64) -> list[list[int]]:
     """Tokens of stock vLLM, one rank, no expert parallelism."""
     done = subprocess.run(
-        [sys.executable, "-c", STOCK, str(model), json.dumps(PROMPTS), str(TOKENS)],
+        [sys.executable, "-c", STOCK, str(model), json.dumps(PROMPTS), str(TOKENS), str(batch)],
         capture_output=True,
         text=True,
         check=False,
@@ -56,13 +57,16 @@ def test_rearranging_experts_changes_no_token(tmp_path: Path) -> None:
         cluster.verify_experts()
 
 
-@pytest.mark.parametrize("make_model", [qwen3_moe, deepseek_v2])
-def test_family_serves_and_survives(tmp_path: Path, make_model: Callable[[Path], Path]) -> None:
+@pytest.mark.parametrize(("make_model", "batch"), [(qwen3_moe, 64), (deepseek_v2, 1)])
+def test_family_serves_and_survives(tmp_path: Path, make_model: Callable[[Path], Path], batch: int) -> None:
+    # vLLM's CPU kernel for latent attention gives other tokens in other batches, on one rank too: one at a time there.
     model = make_model(tmp_path / "model")
-    expected = stock_vllm(model)
+    expected = stock_vllm(model, batch)
     flags = ("--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20), "--served-model-name", "tiny-moe")
-    with Cluster(tmp_path / "run", str(model), "--data-parallel-size", "3", *flags) as cluster:
+    with Cluster(
+        tmp_path / "run", str(model), "--data-parallel-size", "3", "--max-num-seqs", str(batch), *flags
+    ) as cluster:
         reference = run_streams(cluster, max_tokens=TOKENS)
         assert [seen.token_ids for seen in reference] == expected
-        assert_same(run_streams(cluster, max_tokens=TOKENS, during=lambda: cluster.kill(1)), reference)
+        assert_same(run_streams(cluster, max_tokens=TOKENS, during=lambda: cluster.kill(1), at_tokens=60), reference)
         cluster.verify_experts()

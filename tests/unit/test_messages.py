@@ -112,3 +112,21 @@ def test_sending_to_a_supervisor_that_is_gone(pair: tuple[ControlClient, socket.
     server.close()
     with pytest.raises(ControlClosed):
         client.send("ready")
+
+
+@pytest.mark.xfail(
+    strict=True, raises=ConnectionResetError, reason="raises in the control thread, which then ends alone"
+)
+def test_messages_end_with_a_supervisor_that_died_before_it_read_all(pair: tuple[ControlClient, socket.socket]) -> None:
+    client, server = pair
+    client.send("ready")
+    server.close()  # the kernel resets a connection that is closed with unread data
+    assert list(client.messages()) == []
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="raises in the control thread")
+def test_messages_end_with_a_supervisor_that_died_within_one(pair: tuple[ControlClient, socket.socket]) -> None:
+    client, server = pair
+    server.sendall(encode({"type": "resume"}) + b'{"type": "fe')
+    server.close()
+    assert list(client.messages()) == [{"type": "resume"}]
