@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import tomllib
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,6 @@ from pydantic_settings import (
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    TomlConfigSettingsSource,
 )
 
 from elastic_daemon.errors import ConfigError
@@ -34,7 +34,7 @@ class Device(StrEnum):
 
 
 def default_runtime_dir() -> Path:
-    """`$RUNTIME_DIRECTORY` under systemd, else `$XDG_RUNTIME_DIR/elastic-daemon`, else a private temporary directory."""
+    """`$RUNTIME_DIRECTORY` of systemd, else `$XDG_RUNTIME_DIR/elastic-daemon`, else a private temporary directory."""
     if directory := os.environ.get("RUNTIME_DIRECTORY"):
         return Path(directory.split(":")[0])
     if directory := os.environ.get("XDG_RUNTIME_DIR"):
@@ -70,7 +70,8 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         assert isinstance(init_settings, InitSettingsSource)
         file = os.environ.get(CONFIG_VARIABLE)
-        return (init_settings, env_settings, *([TomlConfigSettingsSource(settings_cls, Path(file))] if file else []))
+        from_file = (InitSettingsSource(settings_cls, _read_toml(Path(file))),) if file else ()
+        return (init_settings, env_settings, *from_file)
 
     @property
     def bundled(self) -> bool:
@@ -87,10 +88,21 @@ class Settings(BaseSettings):
     def vllm_flags(self) -> tuple[str, ...]:
         """The flags of vLLM's own server for this deployment; the user's come last and win."""
         if self.bundled:
-            model = ("--model", str(BUNDLED_MODEL), "--served-model-name", BUNDLED_NAME, *BUNDLED_FLAGS)
+            model: tuple[str, ...] = ("--model", str(BUNDLED_MODEL), "--served-model-name", BUNDLED_NAME, *BUNDLED_FLAGS)
         else:
             model = ("--model", str(self.model))
         return (*model, *self.engine_flags)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    """Read here, since pydantic's own source ignores a file that does not exist. Raises ConfigError."""
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror} ({CONFIG_VARIABLE} names it)") from error
+    except ValueError as error:  # the message of a TOMLDecodeError has line and column
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def load_settings(flags: dict[str, Any]) -> Settings:
@@ -105,5 +117,5 @@ def load_settings(flags: dict[str, Any]) -> Settings:
         first = error.errors()[0]
         name = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
         raise ConfigError(f"{name}: {first['msg']} (got {first['input']!r})") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{os.environ.get(CONFIG_VARIABLE)}: {error}") from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

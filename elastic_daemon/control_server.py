@@ -30,6 +30,7 @@ class Peer:
         self._writer = writer
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._ids = itertools.count(1)
+        self._ended = False
 
     def send(self, type_: str, **fields: Any) -> None:
         """Queue a message. A child that is gone gets nothing, and its death is reported by the kernel."""
@@ -40,10 +41,12 @@ class Peer:
         """Run a call in a rank and return its result.
 
         Raises:
-            ControlClosed: the rank ended first.
+            ControlClosed: the rank has ended, or ends first.
             TimeoutError: no answer within `CALL_TIMEOUT_S`.
             RuntimeError: the call failed there.
         """
+        if self._ended or self._writer.is_closing():
+            raise self._closed_error()
         call_id = next(self._ids)
         future = self._calls[call_id] = asyncio.get_running_loop().create_future()
         self.send("call", id=call_id, name=name)
@@ -62,9 +65,13 @@ class Peer:
             future.set_result(message["result"])
 
     def closed(self) -> None:
+        self._ended = True
         for future in self._calls.values():
             if not future.done():
-                future.set_exception(ControlClosed(f"{self.role} {self.rank} ended before it answered"))
+                future.set_exception(self._closed_error())
+
+    def _closed_error(self) -> ControlClosed:
+        return ControlClosed(f"{self.role} {self.rank} ended before it answered")
 
 
 class ControlServer:
@@ -113,6 +120,7 @@ class ControlServer:
 
 
 def _peer_uid(writer: asyncio.StreamWriter) -> int:
-    credentials = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    connection = writer.get_extra_info("socket")
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     uid: int = struct.unpack("3i", credentials)[1]
     return uid

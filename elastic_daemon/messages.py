@@ -15,7 +15,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from elastic_daemon.errors import ControlClosed
 
@@ -44,6 +44,7 @@ class ControlClient:
         try:
             self._socket.connect(path)
         except OSError as error:
+            self._socket.close()
             raise ControlClosed(f"no supervisor at {path}: {error}") from error
         self._lock = threading.Lock()
 
@@ -56,10 +57,17 @@ class ControlClient:
             raise ControlClosed(f"control connection lost: {error}") from error
 
     def messages(self) -> Iterator[Message]:
-        """Messages of the supervisor until the connection ends."""
+        """Messages of the supervisor until the connection ends, in whatever way: what was cut off is no message."""
         with self._socket.makefile("rb") as stream:
-            while line := stream.readline(MAX_LINE_BYTES):
+            while (line := _read_line(stream)).endswith(b"\n"):
                 yield decode(line)
 
     def close(self) -> None:
         self._socket.close()
+
+
+def _read_line(stream: IO[bytes]) -> bytes:
+    try:
+        return stream.readline(MAX_LINE_BYTES)
+    except OSError:  # a reset: the supervisor died before it had read all that was sent to it
+        return b""

@@ -7,31 +7,37 @@ import fcntl
 import os
 import shutil
 from pathlib import Path
+from typing import IO
 
 from elastic_daemon.errors import StartError
 
+SOCKET_NAMES = ("control.sock", "http.sock", "input.sock", "output.sock")
+
+MAX_SOCKET_PATH_BYTES = 107
+"""What Linux takes for the path of a Unix socket."""
+
 
 class RuntimeDir:
-    """Owns a directory for as long as the daemon lives. A lock on a file in it tells a live owner from a dead one's rest."""
+    """Owns a directory for as long as the daemon lives.
+
+    A lock on a file in it tells a live owner from what a dead one has left.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises StartError when another live daemon has it, or it cannot be used."""
         self.path = path
+        longest = len(os.fsencode(path)) + 1 + max(map(len, SOCKET_NAMES))
+        if longest > MAX_SOCKET_PATH_BYTES:
+            raise StartError(
+                f"runtime directory {path}: its path is {longest - MAX_SOCKET_PATH_BYTES} bytes too long for the sockets "
+                "in it; give a shorter --runtime-dir"
+            )
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             path.chmod(0o700)
-            self._lock = (path / "daemon.lock").open("a+")
+            self._lock = self._take_lock()
         except OSError as error:
             raise StartError(f"runtime directory {path} cannot be used: {error.strerror}") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "unknown"
-            self._lock.close()
-            raise StartError(
-                f"another daemon (pid {owner}) uses {path}; stop it, or give this one --runtime-dir"
-            ) from error
         self._lock.truncate(0)
         self._lock.write(f"{os.getpid()}\n")
         self._lock.flush()
@@ -53,6 +59,29 @@ class RuntimeDir:
     def zmq(self, name: str) -> str:
         return f"ipc://{self.path / name}"
 
+    @property
+    def _lock_path(self) -> Path:
+        return self.path / "daemon.lock"
+
+    def _take_lock(self) -> IO[str]:
+        while True:
+            lock = self._lock_path.open("a+")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # An owner that closed after our open has removed this file, and the next one locks another.
+                if os.path.samestat(os.fstat(lock.fileno()), self._lock_path.stat()):
+                    return lock
+            except BlockingIOError as error:
+                lock.seek(0)
+                owner = lock.read().strip() or "unknown"
+                lock.close()
+                raise StartError(
+                    f"another daemon (pid {owner}) uses {self.path}; stop it, or give this one --runtime-dir"
+                ) from error
+            except FileNotFoundError:
+                pass
+            lock.close()
+
     def _clear(self) -> None:
         """Remove what a daemon that was killed left here."""
         shutil.rmtree(self.scratch, ignore_errors=True)
@@ -63,7 +92,7 @@ class RuntimeDir:
     def close(self) -> None:
         self._clear()
         with contextlib.suppress(OSError):
-            (self.path / "daemon.lock").unlink()
+            self._lock_path.unlink()  # while it is locked
         self._lock.close()
 
 

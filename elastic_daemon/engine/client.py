@@ -11,7 +11,7 @@ import asyncio
 import base64
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -85,6 +85,7 @@ class ElasticClient(AsyncMPClient):
         self.utility_results: dict[int, Any] = {}
         self._utilities_of: dict[int, set[int]] = {}
         self._call_ids = itertools.count(1)
+        self._background: set[asyncio.Future[None]] = set()
         self.outputs_queue: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
         self._engine_status = {}
         self._hold_timeout_s = hold_timeout_s
@@ -122,7 +123,7 @@ class ElasticClient(AsyncMPClient):
         self.current_wave = membership.epoch * WAVES_PER_EPOCH
         self.engines_running = True
         for request_id in self.ledger.orphans():
-            await self._readmit(request_id)
+            self._readmit(request_id)
         handover, self._handover = self._handover, Handover(0, (), ())
         self._serving.set()
         return Handover(len(self.ledger) - len(handover.moved), handover.replayed, handover.restarted)
@@ -137,14 +138,17 @@ class ElasticClient(AsyncMPClient):
             0, self._handover.replayed + handover.replayed, self._handover.restarted + handover.restarted
         )
 
-    async def _readmit(self, request_id: str) -> None:
+    def _readmit(self, request_id: str) -> None:
+        if request_id not in self.ledger:
+            return  # aborted by its client while others were re-admitted
         owner = self.ledger.least_loaded(tuple(self._membership.ranks))
         entry = self.ledger.adopt(request_id, owner)
         request = entry.request
         if request.sampling_params is not None and entry.output:
             request.sampling_params = resuming_params(request.sampling_params, entry.output)
         log.info("request_readmitted", request=request_id, rank=self._membership.ranks[owner], tokens=len(entry.output))
-        await self._add(request, owner)
+        # The next change of membership must not wait for an engine that is dying just now.
+        self._in_background(self._add(request, owner))
 
     async def until_serving(self) -> None:
         """Hold a new request while the group regroups or lacks capacity, for at most the hold timeout.
@@ -152,13 +156,13 @@ class ElasticClient(AsyncMPClient):
         Raises:
             NotServed: the time is over, or the supervisor has given up holding.
         """
-        if self._serving.is_set():
-            return
-        if not self._membership.hold:
-            raise NotServed(self._membership.reason)
         self._waiting += 1
         try:
-            await asyncio.wait_for(self._serving.wait(), self._hold_timeout_s)
+            async with asyncio.timeout(self._hold_timeout_s):
+                while not self._serving.is_set():  # again after each wait: it may have been cleared since
+                    if not self._membership.hold:
+                        raise NotServed(self._membership.reason)
+                    await self._serving.wait()
         except TimeoutError as error:
             raise NotServed(self._membership.reason) from error
         finally:
@@ -174,6 +178,8 @@ class ElasticClient(AsyncMPClient):
         await self._add(request, owner)
 
     async def _add(self, request: EngineCoreRequest, owner: int) -> None:
+        if self.ledger.owner(request.request_id) != owner:
+            return  # aborted, or moved on, before its turn came
         request.current_wave = self.current_wave
         await self._send(EngineCoreRequestType.ADD, request, owner)
         if not self.engines_running:
@@ -185,6 +191,12 @@ class ElasticClient(AsyncMPClient):
         for incarnation in tuple(self._membership.ranks):
             if incarnation != awake:
                 await self._send(EngineCoreRequestType.START_DP_WAVE, (self.current_wave, awake), incarnation)
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """A send that may have to wait for its receiver must not hold up everybody's outputs."""
+        task = asyncio.ensure_future(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     async def _send(self, kind: EngineCoreRequestType, message: Any, incarnation: int) -> None:
         """Send to one engine. One that cannot be reached and is no member any more is none of our business."""
@@ -246,7 +258,7 @@ class ElasticClient(AsyncMPClient):
             return
         if outputs.start_wave is not None and outputs.start_wave >= self.current_wave:
             self.current_wave = outputs.start_wave
-            await self._start_wave(incarnation)
+            self._in_background(self._start_wave(incarnation))
         if outputs.wave_complete is not None and outputs.wave_complete >= self.current_wave:
             self.current_wave = outputs.wave_complete + 1
             self.engines_running = False

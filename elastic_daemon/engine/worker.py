@@ -25,6 +25,7 @@ from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 from elastic_daemon.engine.cpu import enable_expert_parallelism
 from elastic_daemon.engine.eplb import ElasticEplbState
 from elastic_daemon.engine.experts import ExpertSlots, column_slots, loading_into, moe_model, routed_layers
+from elastic_daemon.engine.faults import transfer_fault
 from elastic_daemon.engine.groups import EpochGroups, GlooGroup
 from elastic_daemon.engine.resume import enable_resume
 from elastic_daemon.placement import IntArray, Placement, initial
@@ -86,6 +87,7 @@ class ElasticCPUModelRunner(CPUModelRunner):
         self._moe_model = moe_model(self.model)
         self.expert_slots = ExpertSlots(self.model, self.model_config, self.vllm_config.load_config)
         self.eplb_state = ElasticEplbState(self.parallel_config, self.device)
+        self.eplb_state.on_transfer = transfer_fault(plan.rank)
         self.eplb_state.adopt(self.model_config, self._moe_model, self.initial_placement.physical_to_logical())
 
     def forget_requests(self) -> None:

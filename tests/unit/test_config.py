@@ -111,13 +111,24 @@ def test_a_file_that_is_not_toml_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ConfigError) as error:
         load_settings({})
     assert str(error.value).startswith(f"{path}: ")
+    assert "line 1" in str(error.value)
 
 
-@pytest.mark.xfail(strict=True, reason="a missing file is ignored without a word")
 def test_a_file_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CONFIG_VARIABLE, str(tmp_path / "nowhere.toml"))
     with pytest.raises(ConfigError, match=r"nowhere\.toml"):
         load_settings({})
+
+
+def test_a_directory_in_place_of_the_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CONFIG_VARIABLE, str(tmp_path))
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}: Is a directory"):
+        load_settings({})
+
+
+def test_no_file_is_read_where_the_variable_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CONFIG_VARIABLE, "")
+    assert load_settings({}).port == 8000
 
 
 def test_settings_do_not_change(monkeypatch: pytest.MonkeyPatch) -> None:

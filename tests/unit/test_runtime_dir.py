@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from elastic_daemon.errors import StartError
-from elastic_daemon.runtime_dir import RuntimeDir, http_socket
+from elastic_daemon.runtime_dir import MAX_SOCKET_PATH_BYTES, SOCKET_NAMES, RuntimeDir, http_socket
 
 
 def mode(path: Path) -> int:
@@ -79,7 +80,6 @@ def test_a_file_in_its_place(tmp_path: Path) -> None:
         RuntimeDir(path)
 
 
-@pytest.mark.xfail(strict=True, reason="close() unlinks the lock file, so the next two owners lock different files")
 def test_one_owner_also_when_one_starts_while_another_closes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = RuntimeDir(tmp_path)
     lock = fcntl.flock
@@ -96,3 +96,15 @@ def test_one_owner_also_when_one_starts_while_another_closes(tmp_path: Path, mon
             RuntimeDir(tmp_path).close()
     finally:
         second.close()
+
+
+def test_a_path_that_is_too_long_for_its_sockets(tmp_path: Path) -> None:
+    spare = MAX_SOCKET_PATH_BYTES - len(f"{tmp_path}/") - len("/control.sock")
+    with pytest.raises(StartError, match=r"1 bytes too long.*--runtime-dir"):
+        RuntimeDir(tmp_path / ("x" * (spare + 1)))
+    assert list(tmp_path.iterdir()) == []
+    directory = RuntimeDir(tmp_path / ("x" * spare))
+    for name in SOCKET_NAMES:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(directory.path / name))
+    directory.close()
