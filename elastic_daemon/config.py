@@ -88,10 +88,9 @@ class Settings(BaseSettings):
     def vllm_flags(self) -> tuple[str, ...]:
         """The flags of vLLM's own server for this deployment; the user's come last and win."""
         if self.bundled:
-            model: tuple[str, ...] = ("--model", str(BUNDLED_MODEL), "--served-model-name", BUNDLED_NAME, *BUNDLED_FLAGS)
-        else:
-            model = ("--model", str(self.model))
-        return (*model, *self.engine_flags)
+            bundled = ("--model", str(BUNDLED_MODEL), "--served-model-name", BUNDLED_NAME, *BUNDLED_FLAGS)
+            return (*bundled, *self.engine_flags)
+        return ("--model", str(self.model), *self.engine_flags)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

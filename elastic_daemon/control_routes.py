@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-CONTROL_PATHS = frozenset(
-    {"/health", "/livez", "/readyz", "/metrics", "/events", "/experts", "/experts/verify"}
-)
+CONTROL_PATHS = frozenset({"/health", "/livez", "/readyz", "/metrics", "/events", "/experts", "/experts/verify"})
 
 
 def is_control_path(path: str) -> bool:

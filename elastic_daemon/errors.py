@@ -22,6 +22,14 @@ class ConfigError(ElasticError):
     exit_code = 2
 
 
+def engine_missing(error: ImportError) -> ConfigError:
+    """What to tell the operator when vLLM or torch, which come with an extra, cannot be imported."""
+    return ConfigError(
+        f"the engine cannot be imported ({error}); install it with an extra: "
+        "pip install 'elastic-ep-daemon[cpu]', or [cuda] for NVIDIA GPUs"
+    )
+
+
 class StartError(ElasticError):
     exit_code = 3
 

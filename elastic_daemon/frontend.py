@@ -111,7 +111,7 @@ class Frontend:
         self._server = uvicorn.Server(
             uvicorn.Config(app, lifespan="on", log_level="warning", access_log=False, timeout_keep_alive=30)
         )
-        self._server.install_signal_handlers = lambda: None  # type: ignore[method-assign]
+        self._server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._stop)
         listener = socket.socket(fileno=os.dup(spec["listen_fd"]))

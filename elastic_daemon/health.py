@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,7 +18,10 @@ SERVING = (Status.OK, Status.DEGRADED, Status.RECOVERING)
 
 @dataclass(frozen=True)
 class HealthView:
-    """`epoch_start`: what to add to the monotonic times of `snapshot` to get wall-clock seconds."""
+    """`epoch_start`: what to add to the monotonic times of `snapshot` to get wall-clock seconds.
+
+    `snapshot` is None before the engine is configured, `target` what it will have. `url`: where requests are served.
+    """
 
     snapshot: HealthSnapshot | None
     model: str
@@ -26,6 +31,7 @@ class HealthView:
     pids: Mapping[tuple[int, int], int]
     epoch_start: float
     host: str = "localhost"
+    url: str | None = None
 
     @property
     def status(self) -> Status:
@@ -37,15 +43,14 @@ class HealthView:
 
     def to_json(self) -> dict[str, Any]:
         """The body of section "health" in docs/api.md."""
-        snapshot = self.snapshot
-        if snapshot is None:
-            return {"status": Status.STARTING.value, "reason": "importing the engine", "epoch": 0, "model": self.model}
+        snapshot = self.snapshot if self.snapshot is not None else _before_configured(self.target)
         return {
             "status": snapshot.status.value,
             "reason": snapshot.reason,
             "doing": snapshot.doing,
             "epoch": snapshot.epoch,
             "model": self.model,
+            "url": self.url,
             "data_parallel_size": {"target": snapshot.target, "active": snapshot.active},
             "expert_safety": snapshot.expert_safety,
             "survivable_losses": snapshot.survivable_losses,
@@ -69,6 +74,32 @@ class HealthView:
             "reason": rank.reason,
             "in_flight": self.in_flight_by_rank.get(rank.rank, 0) if rank.state is RankState.ACTIVE else 0,
         }
+
+
+def _before_configured(target: int) -> HealthSnapshot:
+    return HealthSnapshot(
+        status=Status.STARTING,
+        reason="importing the engine",
+        doing="importing the engine",
+        epoch=0,
+        target=target,
+        active=0,
+        expert_safety=None,
+        survivable_losses=-1,
+        ranks=(),
+        last_recovery=None,
+        last_shrink=None,
+        last_grow=None,
+    )
+
+
+def url_of(host: str, port: int) -> str:
+    """How to reach, from the same machine, a server that listens on `host`."""
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(host)
+        if address.is_unspecified:
+            host = "127.0.0.1" if address.version == 4 else "::1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _report(report: RecoveryReport | None) -> dict[str, Any] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from elastic_daemon.health import HealthView
@@ -18,7 +20,9 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         self._epoch = Gauge("elastic_epoch", "Current membership epoch", registry=registry)
         self._ranks = Gauge("elastic_ranks", "Ranks by state", ["state"], registry=registry)
-        self._safety = Gauge("elastic_expert_safety", "Rank losses that need no disk read", registry=registry)
+        self._safety = Gauge(
+            "elastic_expert_safety", "Rank losses that need no disk read (NaN before a placement)", registry=registry
+        )
         self._in_flight = Gauge("elastic_in_flight", "Requests in flight", registry=registry)
         self._seconds = Histogram(
             "elastic_recovery_seconds",
@@ -43,9 +47,12 @@ class Metrics:
     def render(self, view: HealthView) -> bytes:
         """The text exposition, with gauges as of `view`."""
         self._in_flight.set(view.in_flight)
-        if (snapshot := view.snapshot) is not None:
+        snapshot = view.snapshot
+        safety = snapshot.expert_safety if snapshot is not None else None
+        # Not 0 before the first placement: that would say that the next loss costs a disk read.
+        self._safety.set(safety if safety is not None else math.nan)
+        if snapshot is not None:
             self._epoch.set(snapshot.epoch)
-            self._safety.set(snapshot.expert_safety if snapshot.expert_safety is not None else 0)
             for state in RankState:
                 self._ranks.labels(state.value).set(sum(rank.state is state for rank in snapshot.ranks))
         return generate_latest(self._registry)

@@ -1,8 +1,8 @@
 """The ledger of in-flight requests: who owns each, and which tokens its client already has.
 
-Pure: no engine, no clock. A token enters the ledger before it goes to the client, so whatever a client has seen is here,
-and a request can go on elsewhere from exactly that point. What arrives from a rank that does not own the request any more
-is dropped: its tokens would be delivered twice.
+Pure: no engine, no clock. A token enters the ledger before it goes to the client, so whatever a client has seen is
+here, and a request can go on elsewhere from exactly that point. What arrives from a rank that does not own the request
+any more is dropped: its tokens would be delivered twice.
 """
 
 from __future__ import annotations
@@ -60,6 +60,9 @@ class Ledger(Generic[R]):
         return self._load[incarnation]
 
     def admit(self, request_id: str, request: R, owner: int) -> None:
+        """Raises ValueError when a request of this id is in flight already."""
+        if request_id in self._entries:
+            raise ValueError(f"request {request_id} is in flight already")
         self._entries[request_id] = Entry(request, owner)
         self._load[owner] += 1
 
@@ -112,4 +115,3 @@ class Ledger(Generic[R]):
     def least_loaded(self, incarnations: Sequence[int]) -> int:
         """The incarnation with fewest requests; ties go to the one listed first."""
         return min(incarnations, key=lambda incarnation: self._load[incarnation])
-

@@ -29,8 +29,8 @@ class RuntimeDir:
         longest = len(os.fsencode(path)) + 1 + max(map(len, SOCKET_NAMES))
         if longest > MAX_SOCKET_PATH_BYTES:
             raise StartError(
-                f"runtime directory {path}: its path is {longest - MAX_SOCKET_PATH_BYTES} bytes too long for the sockets "
-                "in it; give a shorter --runtime-dir"
+                f"runtime directory {path}: its path is {longest - MAX_SOCKET_PATH_BYTES} bytes too long for sockets; "
+                "give a shorter --runtime-dir"
             )
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,10 +1,11 @@
-"""The rendezvous store, where ranks meet to build the groups of an epoch. It lives with the supervisor, so that no rank is
-special."""
+"""The rendezvous store, where ranks meet to build the groups of an epoch. It lives with the supervisor, not a rank."""
 
 from __future__ import annotations
 
 import socket
 from datetime import timedelta
+
+from elastic_daemon.errors import engine_missing
 
 HOST = "127.0.0.1"
 
@@ -13,7 +14,11 @@ class RendezvousStore:
     """A torch TCPStore behind a listener of ours: torch's own would listen on all interfaces."""
 
     def __init__(self) -> None:
-        from torch.distributed import TCPStore  # here, since importing torch takes a second
+        """Raises ConfigError when torch is not installed."""
+        try:
+            from torch.distributed import TCPStore  # here, since importing torch takes a second
+        except ImportError as error:
+            raise engine_missing(error) from error
 
         listener = socket.create_server((HOST, 0), backlog=128)
         self.host, self.port = HOST, int(listener.getsockname()[1])

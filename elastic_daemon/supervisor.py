@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ClassVar
 
 import structlog
 import uvicorn
@@ -25,7 +25,7 @@ from elastic_daemon.control_server import ControlServer, Peer
 from elastic_daemon.controller import EXIT_START, Controller
 from elastic_daemon.errors import ControlClosed, ElasticError, StartError
 from elastic_daemon.events import EventLog
-from elastic_daemon.health import HealthView
+from elastic_daemon.health import HealthView, url_of
 from elastic_daemon.launcher import Child, Zygote, adopt_orphans, reap_orphans
 from elastic_daemon.messages import Message
 from elastic_daemon.metrics import Metrics
@@ -92,7 +92,9 @@ class Supervisor:
             self._runtime.close()
 
     async def _run_with_zygote(self) -> int:
-        self.events.record("starting", {"host": self.settings.host, "port": self.port, "runtime_dir": str(self._runtime.path)})
+        self.events.record(
+            "starting", {"host": self.settings.host, "port": self.port, "runtime_dir": str(self._runtime.path)}
+        )
         adopt_orphans()
         self._zygote = Zygote(self._listener)
         try:
@@ -106,7 +108,8 @@ class Supervisor:
             internal = self._serve_http(app, uds=self._runtime.http_socket)
             self._answer_ourselves(app)
             preparing = asyncio.gather(asyncio.to_thread(RendezvousStore), self._configure())
-            await asyncio.wait({preparing, self._exit}, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {preparing, self._exit}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if preparing.done():
                 self._store, policy = await preparing
                 self._begin(policy)
@@ -171,7 +174,8 @@ class Supervisor:
             delay = HEARTBEAT_S if deadline is None else min(HEARTBEAT_S, max(0.0, deadline - time.monotonic()))
             self._wake.clear()
             waker = asyncio.ensure_future(self._wake.wait())
-            await asyncio.wait({waker, self._exit}, timeout=delay, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {waker, self._exit}
+            await asyncio.wait(either, timeout=delay, return_when=asyncio.FIRST_COMPLETED)
             waker.cancel()
             if deadline is not None and time.monotonic() >= deadline:
                 self._tell(p.Tick())
@@ -372,7 +376,7 @@ class Supervisor:
             if child is not None:
                 child.kill()
 
-    _handlers: dict[type, Callable[[Supervisor, Any], None]] = {
+    _handlers: ClassVar[dict[type, Callable[[Supervisor, Any], None]]] = {
         p.StartRank: _start_rank,
         p.KillRank: _kill_rank,
         p.Fence: _fence,
@@ -400,12 +404,14 @@ class Supervisor:
 
     # --- answering ----------------------------------------------------------------------------------------------------
 
-    def _serve_http(self, app: Any, uds: str | None = None, sockets: list[socket.socket] | None = None) -> uvicorn.Server:
+    def _serve_http(
+        self, app: Any, uds: str | None = None, sockets: list[socket.socket] | None = None
+    ) -> uvicorn.Server:
         config = uvicorn.Config(
             app, uds=uds, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=1
         )
         server = uvicorn.Server(config)
-        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+        server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
         self._spawn(server.serve(sockets=sockets))
         return server
 
@@ -434,6 +440,7 @@ class Supervisor:
             in_flight_by_rank={int(rank): count for rank, count in self._stats["by_rank"].items()},
             pids={identity: child.pid for identity, child in self._children.items()},
             epoch_start=datetime.now(UTC).timestamp() - now,
+            url=url_of(self.settings.host, self.port),
         )
 
     async def ask_ranks(self, question: str) -> dict[int, Any]:

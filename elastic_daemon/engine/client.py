@@ -66,7 +66,7 @@ class ElasticClient(AsyncMPClient):
         self.vllm_config = config
         self._renderer = None
         self._effective_attention_block_sizes: set[int | None] = set()
-        self._kv_event_sources = {}
+        self._kv_event_sources: dict[Any, Any] = {}
         context = zmq.Context(io_threads=2)
         self.ctx = zmq.asyncio.Context(context)
         self.resources = BackgroundResources(ctx=context)
@@ -87,7 +87,7 @@ class ElasticClient(AsyncMPClient):
         self._call_ids = itertools.count(1)
         self._background: set[asyncio.Future[None]] = set()
         self.outputs_queue: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
-        self._engine_status = {}
+        self._engine_status: dict[Any, Any] = {}
         self._hold_timeout_s = hold_timeout_s
         self._membership = Membership(0, False, True, "starting", {}, {})
         self._serving = asyncio.Event()
@@ -203,7 +203,9 @@ class ElasticClient(AsyncMPClient):
         parts = (_identity(incarnation), kind.value, *self.encoder.encode(message))
         try:
             async for attempt in AsyncRetrying(
-                retry=retry_if_exception(lambda error: self._unreachable(error) and incarnation in self._membership.ranks),
+                retry=retry_if_exception(
+                    lambda error: self._unreachable(error) and incarnation in self._membership.ranks
+                ),
                 stop=stop_after_delay(CONNECT_TIMEOUT_S),
                 wait=wait_fixed(0.005),
                 reraise=True,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from elastic_daemon.errors import ConfigError
+from elastic_daemon.errors import ConfigError, engine_missing
 
 VLLM_VERSION = "0.32.0"
 
@@ -17,7 +17,7 @@ def check_version() -> None:
     try:
         from vllm import __version__ as found
     except ImportError as error:
-        raise ConfigError(f"vLLM {VLLM_VERSION} is needed and cannot be imported: {error}") from error
+        raise ConfigError(f"vLLM {VLLM_VERSION} is needed: {engine_missing(error)}") from error
     # Builds for one device carry it as a local version: 0.32.0+cpu.
     if found.partition("+")[0] != VLLM_VERSION:
         raise ConfigError(f"vLLM {VLLM_VERSION} is needed for its internals, this environment has {found}")

@@ -94,7 +94,8 @@ def _parse(arguments: Sequence[str]) -> Namespace:
         with redirect_stderr(messages), redirect_stdout(messages):
             return parser.parse_args(list(arguments))
     except SystemExit as error:
-        raise ConfigError(messages.getvalue().strip().splitlines()[-1] if messages.getvalue() else "bad flags") from error
+        said = messages.getvalue().strip().splitlines()
+        raise ConfigError(said[-1] if said else "bad flags") from error
     except Exception as error:
         raise ConfigError(_first_line(error)) from error
 

@@ -29,6 +29,7 @@ from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.request import Request
 
 from elastic_daemon.engine.experts import SlotContent
+from elastic_daemon.engine.faults import break_links
 from elastic_daemon.engine.groups import GlooGroup
 from elastic_daemon.engine.resume import restore_output
 from elastic_daemon.engine.scheduler import ElasticScheduler
@@ -46,8 +47,8 @@ WAVES_PER_EPOCH = 1_000_000
 def is_peer_fault(error: BaseException | None) -> bool:
     """Whether `error` says that a member of the group is gone, as opposed to a defect of our own.
 
-    gloo raises plain RuntimeErrors, with the path of its source in the message; and torch's logging of a failed collective
-    raises another error on top, since it does not know groups that were built without its global state.
+    gloo raises plain RuntimeErrors, with the path of its source in the message; and torch's logging of a failed
+    collective raises another error on top, since it does not know groups that were built without its global state.
     """
     while error is not None:
         if isinstance(error, PeerLost) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
@@ -60,6 +61,7 @@ class ElasticEngineCore(DPEngineCoreProc):
     """A data-parallel engine core without coordinator, whose group changes with every epoch."""
 
     scheduler: ElasticScheduler
+    engines_running: bool
 
     def __init__(
         self, config: VllmConfig, incarnation: int, addresses: EngineZmqAddresses, control: ControlClient, store: Store
@@ -80,9 +82,7 @@ class ElasticEngineCore(DPEngineCoreProc):
         self.pending_pause = False
         self.ignore_start_dp_wave = False
         self.eep_scaling_state = None
-        EngineCoreProc.__init__(
-            self, config, True, "", LocalExecutor, log_stats=True, engine_index=incarnation
-        )
+        EngineCoreProc.__init__(self, config, True, "", LocalExecutor, log_stats=True, engine_index=incarnation)
         self.enable_fault_tolerance = True
         self.ft_sentinel = Parking(self)
         self.worker = executor_worker(self.model_executor)
@@ -157,6 +157,7 @@ class ElasticEngineCore(DPEngineCoreProc):
     def serve(self) -> None:
         """Report what this rank holds, wait for the first epoch, then step until told otherwise."""
         threading.Thread(target=self.listen, name="control", daemon=True).start()
+        break_links(self.plan.rank, self.worker.groups.abort)
         ready = base64.b64encode(msgspec.msgpack.encode(self._make_ready_response())).decode()
         column = self.worker.column()
         self._control.send("ready", layers=len(column), column=column.tolist(), response=ready)

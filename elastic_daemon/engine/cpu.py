@@ -33,15 +33,18 @@ def map_to_physical_and_record(
     """Choose a replica for each token and expert, and count the load.
 
     Shapes: topk_ids [tokens, k]; expert_load_view [physical]; logical_to_physical_map [logical, max copies];
-    logical_replica_count [logical]. Returns physical ids, [tokens, k] of the dtype of `topk_ids`.
+    logical_replica_count [logical]. Returns physical ids, [tokens, k] of the dtype of `topk_ids`. An id of no expert,
+    such as -1 where a token has none, becomes -1 and is not counted.
     """
     logical = topk_ids.long()
+    valid = (logical >= 0) & (logical < logical_replica_count.shape[0])
+    logical = logical.where(valid, 0)
     tokens = torch.arange(logical.shape[0]).unsqueeze(1)
     replica = (tokens * _KNUTH_MULTIPLIER & 0xFFFFFFFF) % logical_replica_count[logical].clamp(min=1)
-    physical = logical_to_physical_map[logical, replica]
+    physical = logical_to_physical_map[logical, replica].where(valid, -1)
     if record_enabled:
         counted = physical if num_unpadded_tokens is None else physical[: int(num_unpadded_tokens)]
-        expert_load_view += torch.bincount(counted.flatten(), minlength=expert_load_view.shape[0]).int()
+        expert_load_view += torch.bincount(counted[counted >= 0], minlength=expert_load_view.shape[0]).int()
     return physical.to(topk_ids.dtype)
 
 
@@ -49,8 +52,9 @@ def apply_local_experts(self: CPUUnquantizedExperts, *args: Any, **kwargs: Any) 
     """`CPUUnquantizedExperts.apply` for a rank that holds some of the experts: others contribute zero."""
     expert_map = kwargs["expert_map"]
     if expert_map is not None:
-        local = expert_map[kwargs["topk_ids"].long()]
-        elsewhere = local < 0
+        ids = kwargs["topk_ids"].long()
+        local = expert_map[ids.clamp(min=0)]
+        elsewhere = (ids < 0) | (local < 0)  # an id of -1 would be taken for the last expert
         kwargs["topk_ids"] = local.masked_fill(elsewhere, 0).to(kwargs["topk_ids"].dtype)
         kwargs["topk_weights"] = kwargs["topk_weights"].masked_fill(elsewhere, 0.0)
     _stock_apply(self, *args, **kwargs)

@@ -1,8 +1,8 @@
 """Expert load balancing that a death cannot corrupt.
 
-vLLM moves the weights of all layers first and commits all tables afterwards: a death in between leaves moved weights under
-old tables, and wrong text. Here each layer's table is committed with its weights. A layer's weights are overwritten only
-after its transfer is complete, so at any moment a rank's column says exactly what its slots hold.
+vLLM moves the weights of all layers first and commits all tables afterwards: a death in between leaves moved weights
+under old tables, and wrong text. Here each layer's table is committed with its weights. A layer's weights are
+overwritten only after its transfer is complete, so at any moment a rank's column says exactly what its slots hold.
 """
 
 from __future__ import annotations
@@ -86,9 +86,7 @@ class ElasticEplbState(EplbState):
             return
         for state in self.model_states.values():
             model = state.model
-            load = torch.zeros(
-                (model.num_moe_layers, model.num_logical_experts), dtype=torch.int64, device=self.device
-            )
+            load = torch.zeros((model.num_moe_layers, model.num_logical_experts), dtype=torch.int64, device=self.device)
             load.scatter_add_(1, state.physical_to_logical_map, state.expert_load_window.sum(dim=0, dtype=torch.int64))
             (load,) = self._allreduce_list([load])
             state.last_expert_load = load

@@ -50,8 +50,8 @@ def routed_layers(model: torch.nn.Module) -> list[RoutedExperts]:
 def loading_into(layers: list[RoutedExperts], slots_of: list[Mapping[int, int]]) -> Iterator[None]:
     """Let vLLM's weight loaders put logical expert e of layer i into slot `slots_of[i][e]`, and skip all others.
 
-    The loaders ask their layer where a physical expert lives, and the first ids are the logical ones: answering from our
-    own table gives any placement, a different one in each layer, whatever the model's checkpoint looks like.
+    The loaders ask their layer where a physical expert lives, and the first ids are the logical ones: answering from
+    our own table gives any placement, a different one in each layer, whatever the model's checkpoint looks like.
     """
     for layer, slots in zip(layers, slots_of, strict=True):
         layer._map_global_expert_id_to_local_expert_id = _slot_lookup(slots)

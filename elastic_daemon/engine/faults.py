@@ -1,7 +1,10 @@
-"""Faults on request, for tests: a rank that dies at an exact point, which no signal from outside could hit.
+"""Faults on request, for tests: what no signal from outside could hit, from the environment.
 
-`ELASTIC_FAULT_TRANSFER={"rank": 2, "layer": 0, "point": "commit", "rearrangement": 2}` kills rank 2 at that boundary of
-its second rearrangement. Unset, as it should be in production, nothing is installed.
+- `ELASTIC_FAULT_TRANSFER={"rank": 2, "layer": 0, "point": "commit", "rearrangement": 2}` kills rank 2 at that boundary
+  of its second rearrangement.
+- `ELASTIC_FAULT_LINKS={"rank": 1, "every_s": 0.2}` breaks rank 1's connections again and again: faults without a death.
+
+Unset, as they should be in production, nothing is installed.
 """
 
 from __future__ import annotations
@@ -9,17 +12,21 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable
+from typing import Any
 
-VARIABLE = "ELASTIC_FAULT_TRANSFER"
+
+def _wanted(variable: str, rank: int) -> dict[str, Any] | None:
+    fault: dict[str, Any] | None = json.loads(os.environ.get(variable) or "null")
+    return fault if fault is not None and fault["rank"] == rank else None
 
 
 def transfer_fault(rank: int) -> Callable[[int, str], None] | None:
     """The hook that this rank's expert transfers call at each boundary, if the environment asks for one."""
-    if not (wanted := os.environ.get(VARIABLE)):
-        return None
-    fault = json.loads(wanted)
-    if fault["rank"] != rank:
+    fault = _wanted("ELASTIC_FAULT_TRANSFER", rank)
+    if fault is None:
         return None
     passed = 0
 
@@ -31,3 +38,17 @@ def transfer_fault(rank: int) -> Callable[[int, str], None] | None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     return die_there
+
+
+def break_links(rank: int, abort: Callable[[], int]) -> None:
+    """Start breaking this rank's connections, if the environment asks for it."""
+    fault = _wanted("ELASTIC_FAULT_LINKS", rank)
+    if fault is None:
+        return
+
+    def keep_breaking() -> None:
+        while True:
+            time.sleep(fault["every_s"])
+            abort()
+
+    threading.Thread(target=keep_breaking, name="fault-links", daemon=True).start()

@@ -1,18 +1,19 @@
 """Communication groups that survive a change of membership.
 
-vLLM keeps references to its DP, EP and EPLB groups in layers, managers and metadata. An `EpochGroup` is created once per
-process and stays; what changes with every epoch is the process group that it is bound to. Binding costs one attribute
-swap, so a regroup never has to hunt for stale references inside vLLM.
+vLLM keeps references to its DP, EP and EPLB groups in layers, managers and metadata. An `EpochGroup` is created once
+per process and stays; what changes with every epoch is the process group that it is bound to. Binding costs one
+attribute swap, so a regroup never has to hunt for stale references inside vLLM.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -28,7 +29,7 @@ from vllm.forward_context import get_forward_context
 from elastic_daemon.errors import PeerLost
 
 CONNECT_TIMEOUT = timedelta(seconds=2)
-"""How long building a group may wait for a member: all have reported before, so only a death in between is waited for."""
+"""How long building a group may wait for a member. All have reported before: only a death in between is waited for."""
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """Upper bound for one collective. Survivors are freed by `GlooLinks.shutdown` long before; this is the last resort."""
@@ -51,11 +52,11 @@ class PlannedProcessGroup:
 class GlooLinks:
     """The established TCP connections of one gloo group, so that another thread can break them.
 
-    gloo tells only the ring neighbours of a dead member about its death and has no abort that frees a blocked collective;
-    shutting its sockets down does, for every survivor.
+    gloo tells only the ring neighbours of a dead member about its death and has no abort that frees a blocked
+    collective; shutting its sockets down does, for every survivor.
     """
 
-    def __init__(self, fds: frozenset[int]) -> None:
+    def __init__(self, fds: Iterable[int]) -> None:
         self._sockets = [socket.socket(fileno=os.dup(fd)) for fd in sorted(fds)]
 
     def shutdown(self) -> int:
@@ -73,8 +74,11 @@ class GlooLinks:
         self._sockets = []
 
 
-def established_tcp_sockets() -> frozenset[int]:
-    """File descriptors of this process that are connected TCP sockets."""
+def established_tcp_sockets() -> frozenset[tuple[int, int]]:
+    """Connected TCP sockets of this process: file descriptor and inode.
+
+    The descriptor alone does not tell a socket: gloo's threads may close one at any time, and the next gets its number.
+    """
     found = set()
     for name in os.listdir("/proc/self/fd"):
         fd = int(name)
@@ -83,7 +87,7 @@ def established_tcp_sockets() -> frozenset[int]:
                 continue
             with socket.socket(fileno=os.dup(fd)) as probe:
                 if probe.family in (socket.AF_INET, socket.AF_INET6) and probe.getpeername():
-                    found.add(fd)
+                    found.add((fd, os.fstat(probe.fileno()).st_ino))
         except OSError:
             continue
     return frozenset(found)
@@ -109,7 +113,7 @@ class GlooGroup:
             self.process_group._get_backend(torch.device("cpu"))._set_default_timeout(COLLECTIVE_TIMEOUT)
         except Exception as error:
             raise PeerLost(f"group {prefix} of {members} was not complete: {error}") from error
-        self.links = GlooLinks(established_tcp_sockets() - before)
+        self.links = GlooLinks(fd for fd, _ in established_tcp_sockets() - before)
 
     def abort(self) -> int:
         """Free whoever is blocked in a collective of this group. Safe from any thread, and more than once."""
@@ -131,9 +135,9 @@ def _peer_loss() -> Iterator[None]:
 class GlooCommunicator:
     """Dispatch and combine of expert-parallel layers over gloo, for groups of any size including one.
 
-    vLLM's CPU communicator has neither `all_gatherv` nor `reduce_scatterv`, and its all2all manager is bound to groups of
-    the start. Here one `all_gather` moves hidden states, weights and ids together, and one `all_to_all` brings partial
-    outputs home, where they are added in rank order, so that the sum does not depend on timing.
+    vLLM's CPU communicator has neither `all_gatherv` nor `reduce_scatterv`, and its all2all manager is bound to groups
+    of the start. Here one `all_gather` moves hidden states, weights and ids together, and one `all_to_all` brings
+    partial outputs home, where they are added in rank order, so that the sum does not depend on timing.
     """
 
     def __init__(self, group: EpochGroup) -> None:
@@ -157,9 +161,11 @@ class GlooCommunicator:
         return counts
 
     def all_gatherv(self, tensors: list[torch.Tensor], counts: list[int]) -> list[torch.Tensor]:
-        """Concatenate every rank's rows. `tensors[i]` is [rows, ...]; `counts` are the rows of each rank."""
+        """Concatenate every rank's rows. `tensors[i]` is [rows, ...]; `counts` are the rows of each rank, or zero."""
         rows = max(counts)
-        flat = [t.reshape(t.shape[0], -1).contiguous().view(torch.uint8) for t in tensors]
+        if rows == 0:
+            return list(tensors)  # on every rank alike: nobody waits for a collective
+        flat = [t.reshape(t.shape[0], math.prod(t.shape[1:])).contiguous().view(torch.uint8) for t in tensors]
         widths = [t.shape[1] for t in flat]
         packed = torch.zeros((rows, sum(widths)), dtype=torch.uint8)
         torch.cat(flat, dim=1, out=packed[: flat[0].shape[0]])
@@ -177,6 +183,8 @@ class GlooCommunicator:
 
     def reduce_scatterv(self, tensor: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """Sum [total rows, width] over ranks; returns this rank's rows."""
+        if not any(counts):
+            return tensor
         own = counts[self._group.rank_in_group]
         received = torch.empty((self.world_size * own, tensor.shape[1]), dtype=tensor.dtype)
         with _peer_loss():

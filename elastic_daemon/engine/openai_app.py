@@ -67,9 +67,7 @@ async def make_app(deployment: Deployment, llm: AsyncLLM) -> FastAPI:
     attach_models_router(app)
     register_generate_api_routers(app)
     attach_tokenize_router(app)
-    app.router.routes[:] = [
-        route for route in app.router.routes if isinstance(route, Route) and _is_served(route.path)
-    ]
+    app.router.routes[:] = [route for route in app.router.routes if isinstance(route, Route) and _is_served(route.path)]
     init_exception_handler(app)
     app.add_middleware(
         CORSMiddleware,

@@ -3,7 +3,8 @@
 A request whose rank died is admitted on a survivor with the tokens that its client already has *as output*, as after a
 preemption. Sent again as prompt they would restart penalties, grammars, seeds and token budgets.
 
-The tokens travel in `SamplingParams.extra_args`, a public passage that reaches the scheduler and every worker unchanged.
+The tokens travel in `SamplingParams.extra_args`, a public passage that reaches the scheduler and every worker
+unchanged.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class ResumableRequestState(CachedRequestState):
     Without them the runner would not know the input ids beyond the prompt. Model runner V2 takes all token ids from the
     scheduler and needs nothing.
     """
+
+    output_token_ids: list[int]
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -91,7 +91,7 @@ class ElasticCPUModelRunner(CPUModelRunner):
         self.eplb_state.adopt(self.model_config, self._moe_model, self.initial_placement.physical_to_logical())
 
     def forget_requests(self) -> None:
-        """Drop all state of requests and of a step cut short. The scheduler admits its requests anew after a regroup."""
+        """Drop all state of requests and of a step cut short. The scheduler admits all anew after a regroup."""
         self.execute_model_state = None
         for runner in self._moe_model.moe_layers:
             if runner.shared_experts is not None:  # computed before the dispatch that failed, and never fetched
@@ -113,7 +113,11 @@ class ElasticCPUWorker(CPUWorker):
         os.environ["VLLM_DIST_IDENT"] = f"elastic-{os.getpid()}"
         with _alone(self.parallel_config):
             init_worker_distributed_environment(
-                self.vllm_config, self.rank, self.distributed_init_method, self.local_rank, current_platform.dist_backend
+                self.vllm_config,
+                self.rank,
+                self.distributed_init_method,
+                self.local_rank,
+                current_platform.dist_backend,
             )
         plan = rank_plan(self.vllm_config)
         self.groups = EpochGroups.install(plan.position, len(plan.members))

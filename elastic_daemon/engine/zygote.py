@@ -1,8 +1,8 @@
 """The process that has imported vLLM and forks ranks and front end from itself.
 
-Importing vLLM takes seconds of CPU, a fork of a process that has done so takes milliseconds, and what the children never
-change they share. The supervisor stays free of vLLM and talks to the zygote over an inherited socket, one JSON line per
-request and answer:
+Importing vLLM takes seconds of CPU, a fork of a process that has done so takes milliseconds, and what the children
+never change they share. The supervisor stays free of vLLM and talks to the zygote over an inherited socket, one JSON
+line per request and answer:
 
     {"type": "configure", "arguments": [...], "ranks": 4, "survive_losses": 2, "device": "cpu"}
     {"type": "fork", "kind": "rank" | "frontend", ...}     -> {"pid": 123}
@@ -14,6 +14,7 @@ exited child stays a zombie until it is reaped on request, so that its pid canno
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -24,9 +25,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import setproctitle
-
-from elastic_daemon.errors import ConfigError, ElasticError
+from elastic_daemon.engine.compat import check_version
+from elastic_daemon.errors import ConfigError, ElasticError, engine_missing
 from elastic_daemon.logs import configure_logging
 
 _PR_SET_PDEATHSIG = 1
@@ -39,6 +39,14 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+def set_title(title: str) -> None:
+    """Name this process for `ps`. setproctitle comes with vLLM, which may be missing."""
+    with contextlib.suppress(ImportError):
+        import setproctitle
+
+        setproctitle.setproctitle(f"elastic-daemon: {title}")
+
+
 def exit_status(status: int) -> str:
     if os.WIFSIGNALED(status):
         return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
@@ -46,10 +54,14 @@ def exit_status(status: int) -> str:
 
 
 class Zygote:
-    """Answers the supervisor's requests one at a time, in a process with a single thread."""
+    """Answers the supervisor's requests one at a time, in a process with a single thread.
 
-    def __init__(self, connection: socket.socket) -> None:
+    `broken`: why the engine cannot be used, which is then the answer to all of them.
+    """
+
+    def __init__(self, connection: socket.socket, broken: ElasticError | None = None) -> None:
         self._connection = connection
+        self._broken = broken
         self._deployment: Any = None
 
     def run(self) -> None:
@@ -59,6 +71,8 @@ class Zygote:
             for line in requests:
                 request = decode(line)
                 try:
+                    if self._broken is not None:
+                        raise self._broken
                     answer = getattr(self, f"_{request['type']}")(request)
                 except ElasticError as error:
                     answer = {"error": str(error), "exit_code": error.exit_code}
@@ -89,7 +103,7 @@ class Zygote:
         try:
             die_with_parent(parent)
             self._connection.close()
-            setproctitle.setproctitle(f"elastic-daemon: {request['title']}")
+            set_title(request["title"])
             body(request)
             code = 0
         except ElasticError as error:
@@ -125,21 +139,33 @@ class Zygote:
 
 
 def import_engine() -> None:
-    """Import what ranks and front end need, so that their forks find it in memory."""
-    import elastic_daemon.engine.configure
-    import elastic_daemon.engine.core
-    import elastic_daemon.frontend  # noqa: F401
+    """Import what ranks and front end need, so that their forks find it in memory.
+
+    Raises:
+        ConfigError: vLLM is missing, cannot be imported, or is of another version.
+    """
+    check_version()  # first: with another vLLM the imports below fail in ways that say little
+    try:
+        import elastic_daemon.engine.configure
+        import elastic_daemon.engine.core
+        import elastic_daemon.frontend  # noqa: F401
+    except ImportError as error:
+        raise engine_missing(error) from error
 
 
 def main() -> None:
     """Entry point: `python -m elastic_daemon.engine.zygote FD SUPERVISOR_PID`."""
     descriptor, supervisor = int(sys.argv[1]), int(sys.argv[2])
     die_with_parent(supervisor)
-    setproctitle.setproctitle("elastic-daemon: zygote")
+    set_title("zygote")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     configure_logging()
-    import_engine()
-    Zygote(socket.socket(fileno=descriptor)).run()
+    broken: ElasticError | None = None
+    try:
+        import_engine()
+    except ElasticError as error:
+        broken = error
+    Zygote(socket.socket(fileno=descriptor), broken).run()
 
 
 if __name__ == "__main__":

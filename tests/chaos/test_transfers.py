@@ -17,7 +17,7 @@ BALANCING = json.dumps({"step_interval": 40, "window_size": 30})
 @pytest.mark.parametrize("point", ["transfer", "commit", "done"])
 @pytest.mark.parametrize("layer", [0, 2])
 def test_death_in_a_rearrangement(tmp_path: Path, layer: int, point: str) -> None:
-    """Rank 2 kills itself at the boundary, in the second rearrangement; stock vLLM would serve wrong text from here on."""
+    """Rank 2 kills itself at the boundary, in the second rearrangement; stock vLLM would then serve wrong text."""
     fault = {"rank": 2, "layer": layer, "point": point, "rearrangement": 2}
     with Cluster(
         tmp_path / "run", "--eplb-config", BALANCING, env={"ELASTIC_FAULT_TRANSFER": json.dumps(fault)}

@@ -93,6 +93,22 @@ def test_replica_choice_is_that_of_the_gpu_kernel() -> None:
     assert chosen.flatten().tolist() == [(token * 2654435769 % 2**32) % copies for token in range(tokens)]
 
 
+@settings(max_examples=20)
+@given(case=routings(), data=st.data())
+def test_ids_of_no_expert_stay_none_and_are_not_counted(case: dict[str, Any], data: st.DataObject) -> None:
+    count = case["ids"].numel()
+    drawn = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
+    nowhere = torch.tensor(drawn).view(case["ids"].shape)
+    ids = case["ids"].masked_fill(nowhere, data.draw(st.sampled_from([-1, len(case["count"])])))
+    loads = case["load"].clone(), torch.zeros_like(case["load"])
+    on, off = torch.tensor(True), torch.tensor(False)
+    physical = map_to_physical_and_record(ids, loads[0], case["table"], case["count"], on)
+    whole = map_to_physical_and_record(case["ids"], loads[1], case["table"], case["count"], off)
+    assert torch.equal(physical, whole.masked_fill(nowhere, -1))
+    counted = torch.bincount(physical[physical >= 0].long(), minlength=len(case["load"]))
+    assert torch.equal(loads[0], case["load"] + counted)
+
+
 # --- experts of one rank ---------------------------------------------------------------------------------------------
 
 HIDDEN, INTERMEDIATE = 64, 32
@@ -165,6 +181,21 @@ def test_a_rank_without_a_token_for_it_adds_zero() -> None:
         hidden_states=torch.randn((3, HIDDEN)),
         topk_weights=torch.ones((3, 2)),
         topk_ids=torch.tensor([[0, 1]] * 3, dtype=torch.int32),
+        global_num_experts=4,
+        expert_map=torch.tensor([-1, -1, 0, 1], dtype=torch.int32),
+    )
+    assert torch.equal(output, torch.zeros_like(output))
+
+
+def test_a_token_without_expert_adds_zero() -> None:
+    """Its id is -1; the last expert of the map, which -1 would index, is local here."""
+    w13, w2 = torch.randn((2, 2 * INTERMEDIATE, HIDDEN)), torch.randn((2, HIDDEN, INTERMEDIATE))
+    output = run_experts(
+        w13,
+        w2,
+        hidden_states=torch.randn((3, HIDDEN)),
+        topk_weights=torch.ones((3, 2)),
+        topk_ids=torch.full((3, 2), -1, dtype=torch.int32),
         global_num_experts=4,
         expert_map=torch.tensor([-1, -1, 0, 1], dtype=torch.int32),
     )

@@ -46,9 +46,9 @@ class Cluster:
         self.runtime_dir = runtime_dir
         self.log_path = runtime_dir.with_suffix(".log")
         self._log = self.log_path.open("w")
+        own = ("--port", "0", "--runtime-dir", str(runtime_dir))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "elastic_daemon.cli", "serve", *arguments]
-            + ["--port", "0", "--runtime-dir", str(runtime_dir)],
+            [sys.executable, "-m", "elastic_daemon.cli", "serve", *arguments, *own],
             stdout=self._log,
             stderr=subprocess.STDOUT,
             env={**os.environ, "ELASTIC_LOG_FORMAT": "json", **(env or {})},

@@ -45,7 +45,10 @@ def qwen3_moe(path: Path) -> Path:
 
 
 def deepseek_v2(path: Path) -> Path:
-    """Multi-head latent attention of the one size that vLLM's CPU kernel has, a dense first layer, shared experts, eight routed experts."""
+    """Multi-head latent attention of the one size that vLLM's CPU kernel has, a dense first layer, shared experts.
+
+    Eight routed experts.
+    """
     config = DeepseekV2Config(
         **_vocabulary(),
         hidden_size=128,

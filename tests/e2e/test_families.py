@@ -77,9 +77,7 @@ def test_deepseek_v2_serves_and_survives(tmp_path: Path) -> None:
     """
     model = deepseek_v2(tmp_path / "model")
     expected = stock_vllm(model, batch=1)
-    with Cluster(
-        tmp_path / "run", str(model), "--data-parallel-size", "3", "--max-num-seqs", "1", *FLAGS
-    ) as cluster:
+    with Cluster(tmp_path / "run", str(model), "--data-parallel-size", "3", "--max-num-seqs", "1", *FLAGS) as cluster:
         reference = run_streams(cluster, max_tokens=TOKENS)
         assert [seen.token_ids for seen in reference] == expected
         already_seen = 20
@@ -87,5 +85,8 @@ def test_deepseek_v2_serves_and_survives(tmp_path: Path) -> None:
         for got, want in zip(disturbed, reference, strict=True):
             assert (got.error, got.usage, got.finish_reason) == (None, want.usage, want.finish_reason)
             assert len(got.token_ids) == TOKENS
-        assert any(got.token_ids[:already_seen] == want.token_ids[:already_seen] for got, want in zip(disturbed, reference))
+        assert any(
+            got.token_ids[:already_seen] == want.token_ids[:already_seen]
+            for got, want in zip(disturbed, reference, strict=True)
+        )
         cluster.verify_experts()

@@ -72,7 +72,9 @@ def test_probes(cluster: Cluster, path: str) -> None:
 
 def test_metrics_of_engine_and_daemon_come_together(cluster: Cluster, client: openai.OpenAI) -> None:
     client.completions.create(model="tiny-moe", prompt="copy 1 2 3", max_tokens=5)
-    families = {family.name: family for family in text_string_to_metric_families(httpx.get(f"{cluster.url}/metrics").text)}
+    families = {
+        family.name: family for family in text_string_to_metric_families(httpx.get(f"{cluster.url}/metrics").text)
+    }
     assert families["elastic_epoch"].samples[0].value == cluster.health()["epoch"]
     engines = {sample.labels["engine"] for sample in families["vllm:generation_tokens"].samples}
     assert engines == {"0", "1", "2", "3"}
@@ -85,7 +87,14 @@ def test_start_reads_as_a_story(cluster: Cluster) -> None:
 
 
 def test_only_listed_routes_are_mounted(cluster: Cluster) -> None:
-    for path in ("/invocations", "/scale_elastic_ep", "/pause", "/collective_rpc", "/v1/load_lora_adapter", "/server_info"):
+    for path in (
+        "/invocations",
+        "/scale_elastic_ep",
+        "/pause",
+        "/collective_rpc",
+        "/v1/load_lora_adapter",
+        "/server_info",
+    ):
         assert httpx.post(cluster.url + path, json={}).status_code == 404, path
     routes = httpx.get(f"{cluster.url}/openapi.json").json()["paths"]
     assert "/v1/chat/completions" in routes
@@ -95,7 +104,9 @@ def test_only_listed_routes_are_mounted(cluster: Cluster) -> None:
 def test_everything_listens_on_loopback_only(cluster: Cluster) -> None:
     pids = {cluster.process.pid, *cluster.descendants()}
     listening = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True, check=True).stdout
-    ours = [line.split()[3] for line in listening.splitlines() if {int(p) for p in re.findall(r"pid=(\d+)", line)} & pids]
+    ours = [
+        line.split()[3] for line in listening.splitlines() if {int(p) for p in re.findall(r"pid=(\d+)", line)} & pids
+    ]
     assert ours
     assert all(address.startswith("127.0.0.1:") for address in ours), ours
 

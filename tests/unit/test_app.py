@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import math
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from starlette.routing import Route
 
 from elastic_daemon.app import make_control_app
 from elastic_daemon.control_routes import CONTROL_PATHS, is_control_path
+from elastic_daemon.errors import ControlClosed
 from elastic_daemon.events import KEPT, EventLog
 from elastic_daemon.health import HealthView
 from elastic_daemon.membership import RankState, Status
@@ -45,13 +47,15 @@ class Plane:
         self.metrics = Metrics()
         self.is_turning = True
         self.snapshot: HealthSnapshot | None = SNAPSHOT
-        self.answers: dict[str, dict[int, Any]] = {}
+        self.answers: dict[str, dict[int, Any] | Exception] = {}
 
     def health(self) -> HealthView:
         return HealthView(self.snapshot, "tiny-moe", 2, 5, {0: 2, 1: 3}, {(0, 1): 10, (1, 2): 11}, 1e9)
 
     async def ask_ranks(self, question: str) -> dict[int, Any]:
-        return self.answers[question]
+        if isinstance(answer := self.answers[question], Exception):
+            raise answer
+        return answer
 
 
 @pytest.fixture
@@ -91,7 +95,10 @@ async def test_before_the_engine_is_known(plane: Plane, client: httpx.AsyncClien
     plane.snapshot = None
     assert (await client.get("/health")).status_code == 503
     assert (await client.get("/readyz")).json() == {"ready": False, "status": "starting"}
-    assert (await client.get("/metrics")).status_code == 200
+    metrics = await client.get("/metrics")
+    assert metrics.status_code == 200
+    families = {family.name: family for family in text_string_to_metric_families(metrics.text)}
+    assert math.isnan(families["elastic_expert_safety"].samples[0].value), "0 would say that a loss costs a disk read"
     assert (await client.get("/livez")).status_code == 200
 
 
@@ -102,6 +109,13 @@ async def test_livez_follows_the_control_loop_only(plane: Plane, client: httpx.A
     plane.snapshot = SNAPSHOT
     stuck = await client.get("/livez")
     assert (stuck.status_code, stuck.json()) == (503, {"turning": False})
+
+
+async def test_expert_safety_before_the_first_placement(plane: Plane, client: httpx.AsyncClient) -> None:
+    plane.snapshot = dataclasses.replace(SNAPSHOT, expert_safety=None)
+    assert "\nelastic_expert_safety NaN\n" in (await client.get("/metrics")).text
+    plane.snapshot = SNAPSHOT
+    assert "\nelastic_expert_safety 1.0\n" in (await client.get("/metrics")).text
 
 
 async def test_metrics_parse_and_agree_with_health(plane: Plane, client: httpx.AsyncClient) -> None:
@@ -236,10 +250,12 @@ async def test_two_streams_both_get_everything(plane: Plane) -> None:
         await stream.close()
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="a header that is no number ends in an error 500")
 async def test_event_stream_with_a_bad_last_event_id(client: httpx.AsyncClient) -> None:
     headers = {"accept": "text/event-stream", "last-event-id": "x"}
-    assert (await client.get("/events", headers=headers)).status_code in (400, 422)
+    answer = await client.get("/events", headers=headers)
+    assert answer.status_code == 400
+    assert "Last-Event-ID" in answer.json()["error"]["message"]
+    assert (await client.get("/events", params={"since": "x"}, headers=headers)).status_code == 422
 
 
 async def test_experts(plane: Plane, client: httpx.AsyncClient) -> None:
@@ -254,20 +270,54 @@ async def test_verify_experts(plane: Plane, client: httpx.AsyncClient) -> None:
     assert (await client.get("/experts/verify")).json() == {"ok": False, "wrong_slots": {"0": [], "1": [[2, 7, 5]]}}
 
 
+@pytest.mark.parametrize("path", ["/experts", "/experts/verify"])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ControlClosed("rank 2 ended before it answered"), "rank 2 ended"),
+        (RuntimeError("rank 1: OSError: no checkpoint"), "rank 1: OSError"),
+        (TimeoutError(), "in time"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_ranks_that_cannot_answer(
+    plane: Plane, client: httpx.AsyncClient, path: str, error: Exception, message: str
+) -> None:
+    plane.answers = {"column": error, "wrong_slots": error}
+    answer = await client.get(path)
+    assert answer.status_code == 503
+    assert message in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/health", "/livez", "/readyz", "/metrics"])
+async def test_probes_with_head(plane: Plane, client: httpx.AsyncClient, path: str) -> None:
+    assert (await client.head(path)).status_code == 200
+    plane.snapshot, plane.is_turning = None, False
+    assert (await client.head(path)).status_code == (200 if path == "/metrics" else 503)
+
+
+@pytest.mark.parametrize("path", sorted(CONTROL_PATHS))
+async def test_other_methods_on_control_paths(client: httpx.AsyncClient, path: str) -> None:
+    answer = await client.post(path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET")
+
+
 def test_all_routes_are_known_as_control_paths(plane: Plane) -> None:
     paths = {route.path for route in make_control_app(plane).routes if isinstance(route, Route)}
-    assert paths - {"/openapi.json", "/{path:path}"} == CONTROL_PATHS
+    assert paths - {"/{path:path}"} == CONTROL_PATHS
     assert all(is_control_path(path) for path in CONTROL_PATHS)
     assert not is_control_path("/v1/models")
 
 
-@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "PATCH"])
-@pytest.mark.parametrize("path", ["/", "/v1/models", "/v1/chat/completions", "/invocations"])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
+@pytest.mark.parametrize("path", ["/", "/openapi.json", "/docs", "/v1/models", "/v1/chat/completions", "/invocations"])
 async def test_what_only_a_front_end_serves(plane: Plane, client: httpx.AsyncClient, method: str, path: str) -> None:
     plane.snapshot = dataclasses.replace(SNAPSHOT, status=Status.UNAVAILABLE, reason="expert 3 has no slot")
     answer = await client.request(method, path, content=b"{}")
     assert answer.status_code == 503
     assert int(answer.headers["retry-after"]) > 0
+    if method == "HEAD":
+        return
     error = answer.json()["error"]
     assert (error["type"], error["code"]) == ("ServiceUnavailableError", 503)
     assert "expert 3 has no slot" in error["message"]

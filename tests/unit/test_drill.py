@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from elastic_daemon.cli import make_parser
 from elastic_daemon.drill import (
+    Daemon,
     Fault,
     Moment,
     Options,
@@ -27,7 +29,6 @@ from elastic_daemon.drill import (
     prompts_for,
     run_streams,
     scheduling_probe,
-    url_of,
     victims_of,
 )
 from elastic_daemon.drill_report import (
@@ -43,6 +44,7 @@ from elastic_daemon.drill_report import (
     render,
 )
 from elastic_daemon.errors import ConfigError
+from elastic_daemon.operator_commands import Target
 
 
 def stream(prompt: str = "p", tokens: tuple[int, ...] = (5, 6, 7), **changes: Any) -> StreamResult:
@@ -332,17 +334,20 @@ def test_who_cannot_be_killed(wanted: tuple[int, ...], why: str) -> None:
         choose_ranks(HEALTH, wanted, 0)
 
 
-@pytest.mark.parametrize(
-    ("host", "url"),
-    [
-        ("127.0.0.1", "http://127.0.0.1:80"),
-        ("0.0.0.0", "http://127.0.0.1:80"),
-        ("::", "http://[::1]:80"),
-        ("localhost", "http://localhost:80"),
-    ],
-)
-def test_url_of(host: str, url: str) -> None:
-    assert url_of(host, 80) == url
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8123", None])
+async def test_the_daemon_tells_where_it_serves(monkeypatch: pytest.MonkeyPatch, url: str | None) -> None:
+    daemon = Daemon(Target(Path("/nowhere")), "")
+
+    async def get(path: str) -> dict[str, Any]:
+        return {"/health": {"status": "starting", "url": url}}[path]  # events may be gone: it keeps the latest only
+
+    monkeypatch.setattr(daemon, "get", get)
+    if url is not None:
+        assert await daemon.find_url() == url
+    else:
+        with pytest.raises(ConfigError, match=r"/nowhere/http\.sock.*--url"):
+            await daemon.find_url()
+    await daemon.close()
 
 
 def test_prompts_are_tasks_and_differ() -> None:

@@ -8,7 +8,7 @@ from datetime import datetime
 
 import pytest
 
-from elastic_daemon.health import HealthView
+from elastic_daemon.health import HealthView, url_of
 from elastic_daemon.membership import RankState, Status
 from elastic_daemon.protocol import HealthSnapshot, RankHealth, RecoveryKind, RecoveryReport, RequestCounts
 
@@ -49,6 +49,7 @@ def view(snapshot: HealthSnapshot | None = SNAPSHOT) -> HealthView:
         in_flight_by_rank={0: 5, 2: 4},
         pids={(0, 1): 4711, (2, 2): 4712},
         epoch_start=1_700_000_000.0,
+        url="http://127.0.0.1:8000",
     )
 
 
@@ -64,6 +65,9 @@ def test_before_the_engine_is_known() -> None:
     body = starting.to_json()
     assert (body["status"], body["epoch"], body["model"]) == ("starting", 0, "tiny-moe")
     assert body["reason"]
+    assert body.keys() == view().to_json().keys(), "the same fields as later"
+    assert body["data_parallel_size"] == {"target": 4, "active": 0}
+    assert (body["expert_safety"], body["in_flight"], body["ranks"], body["last_recovery"]) == (None, 12, [], None)
 
 
 def test_body() -> None:
@@ -74,6 +78,7 @@ def test_body() -> None:
         "doing",
         "epoch",
         "model",
+        "url",
         "data_parallel_size",
         "expert_safety",
         "survivable_losses",
@@ -86,6 +91,20 @@ def test_body() -> None:
     assert (body["status"], body["reason"], body["epoch"]) == ("degraded", "rank 2: process ended", 7)
     assert body["data_parallel_size"] == {"target": 4, "active": 3}
     assert (body["expert_safety"], body["survivable_losses"], body["in_flight"]) == (1, 0, 12)
+    assert body["url"] == "http://127.0.0.1:8000"
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:80"),
+        ("0.0.0.0", "http://127.0.0.1:80"),
+        ("::", "http://[::1]:80"),
+        ("localhost", "http://localhost:80"),
+    ],
+)
+def test_url_of(host: str, url: str) -> None:
+    assert url_of(host, 80) == url
 
 
 def test_ranks() -> None:

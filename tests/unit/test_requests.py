@@ -115,6 +115,19 @@ def test_only_an_orphan_can_be_adopted() -> None:
     assert (ledger.owner("r"), ledger.load(1), ledger.load(2)) == (1, 1, 0)
 
 
+def test_an_id_in_flight_is_not_admitted_again() -> None:
+    ledger: Ledger[str] = Ledger()
+    ledger.admit("r", "request", 1)
+    with pytest.raises(ValueError, match="request r "):
+        ledger.admit("r", "another", 2)
+    entry = ledger.get("r")
+    assert entry is not None
+    assert (entry.request, entry.owner, ledger.load(1), ledger.load(2)) == ("request", 1, 1, 0)
+    ledger.forget("r")
+    ledger.admit("r", "another", 2)
+    assert (ledger.load(1), ledger.load(2)) == (0, 1)
+
+
 def test_finished_requests_leave_and_free_their_rank() -> None:
     ledger: Ledger[str] = Ledger()
     ledger.admit("a", "request", 1)

@@ -98,12 +98,12 @@ def test_one_owner_also_when_one_starts_while_another_closes(tmp_path: Path, mon
         second.close()
 
 
-def test_a_path_that_is_too_long_for_its_sockets(tmp_path: Path) -> None:
-    spare = MAX_SOCKET_PATH_BYTES - len(f"{tmp_path}/") - len("/control.sock")
+def test_a_path_that_is_too_long_for_its_sockets(socket_dir: Path) -> None:
+    spare = MAX_SOCKET_PATH_BYTES - len(f"{socket_dir}/") - len("/control.sock")
     with pytest.raises(StartError, match=r"1 bytes too long.*--runtime-dir"):
-        RuntimeDir(tmp_path / ("x" * (spare + 1)))
-    assert list(tmp_path.iterdir()) == []
-    directory = RuntimeDir(tmp_path / ("x" * spare))
+        RuntimeDir(socket_dir / ("x" * (spare + 1)))
+    assert list(socket_dir.iterdir()) == []
+    directory = RuntimeDir(socket_dir / ("x" * spare))
     for name in SOCKET_NAMES:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(directory.path / name))

@@ -1,0 +1,41 @@
+# elastic-ep-daemon. `make` lists the targets.
+#
+# PYTHON           the Python to build .venv with (3.11 to 3.13; found by itself)
+# TORCH_INDEX_URL  where torch's CPU build is taken from if pip's own sources lack it
+# ARGS             arguments of `make serve`
+# STAGES           test stages to run (unit contract e2e chaos)
+# PYTEST_ARGS      further arguments of pytest
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup serve test check format clean distclean
+
+# Exported as they came (empty is the same as unset to the scripts).
+export PYTHON TORCH_INDEX_URL STAGES PYTEST_ARGS
+unexport ARGS
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: ## build or refresh .venv (PYTHON=python3.12 picks a Python)
+	@bash scripts/setup.sh
+
+serve: setup ## run the daemon, with ARGS="..." as its arguments
+	@exec .venv/bin/elastic-daemon serve $(ARGS)
+
+test: check ## run the checks, then the unit, contract, e2e and chaos tests
+	@bash scripts/test.sh
+
+check: setup ## lint, check the layout and the types
+	@bash scripts/check.sh
+
+format: setup ## mend the layout and what the linter can mend
+	@.venv/bin/python -m ruff check --fix-only --quiet . ; .venv/bin/python -m ruff format .
+
+clean: ## remove caches and build products, keep .venv
+	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .setup.log
+	@find . -name .venv -prune -o -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv too
+	@rm -rf .venv .venv.old .setup.lock

@@ -1,0 +1,1 @@
+"""The watchdog: a separate process that watches the serving daemon from outside."""
