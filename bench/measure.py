@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bench.plan import Fault, Phase
 from elastic_daemon.drill_report import Delay, Spread, StreamResult, compare
+
+FIRST_TOKENS = (Phase.PREFILL, Phase.IDLE)
+"""Phases in which clients wait for their first token after the kill."""
 
 GAP_BAR_S = 0.2
 RATIO_BAR = 200.0
@@ -53,6 +57,13 @@ def client_gap(stream: StreamResult, killed_at: float) -> float:
     return gap
 
 
+def calm_gap(streams: Sequence[StreamResult], phase: Phase) -> float:
+    """What `client_gap` of the worst client is measured by: the same in an undisturbed run."""
+    since = -math.inf if phase in FIRST_TOKENS else math.inf
+    silences = [stream.longest_gap() for stream in streams]
+    return max([*silences, *(client_gap(stream, since) for stream in streams)], default=0.0)
+
+
 def outages(streams: Sequence[StreamResult], killed_at: float, fenced_at: float) -> tuple[float, ...]:
     """From the kill to the next token of each stream that was running then.
 
@@ -71,7 +82,8 @@ def outages(streams: Sequence[StreamResult], killed_at: float, fenced_at: float)
 class FaultResult:
     """`detections_s`: of each kill, None where the daemon did not exclude that rank. `outages_s`: empty with IDLE.
 
-    `recoveries`: what the daemon reported; two where the second kill came after the end of the first recovery.
+    `calm_gap_s`: the longest wait of any client in the undisturbed run, the first token included where `gaps_s` has it.
+    `during`: whether the second kill fell into the recovery of the first, as DURING wants it; None elsewhere.
     """
 
     life: int
@@ -82,7 +94,9 @@ class FaultResult:
     differences: tuple[str, ...]
     detections_s: tuple[float | None, ...]
     gaps_s: tuple[float, ...]
+    calm_gap_s: float
     outages_s: tuple[float, ...]
+    during: bool | None
     recoveries: tuple[Mapping[str, Any], ...]
     probe: Spread
     problems: tuple[str, ...] = ()
@@ -111,15 +125,18 @@ def judge(
     events: Sequence[Mapping[str, Any]],
     reports: Sequence[Mapping[str, Any]],
 ) -> FaultResult:
-    """What became of one fault. `events`: those of the daemon since before it; `reports`: its recoveries since."""
+    """What became of one fault. `events`: those of the daemon since before it; `reports`: its recoveries since.
+
+    Raises ValueError where nobody was killed.
+    """
+    if not kills:
+        raise ValueError("nobody was killed")
+    first = kills[0]
     comparison = compare(reference, streams)
     changed = {difference.stream for difference in comparison.differences}
     problems = [f"stream {n}: {stream.error}" for n, stream in enumerate(streams) if stream.error is not None]
     if len(kills) < len(fault.ranks):
         problems.append(f"only {len(kills)} of {len(fault.ranks)} signals were sent: the streams ended before")
-    if not kills:
-        raise ValueError("nobody was killed")
-    first = kills[0]
     excluded = {event["rank"]: event["time"] for event in events if event["event"] == "rank_excluded"}
     detections = tuple(excluded[kill.rank] - kill.wall if kill.rank in excluded else None for kill in kills)
     fences = [event["time"] for event in events if event["event"] == "regrouping"]
@@ -137,22 +154,33 @@ def judge(
         differences=tuple(map(str, comparison.differences)),
         detections_s=detections,
         gaps_s=tuple(client_gap(stream, first.at) for stream in streams),
+        calm_gap_s=calm_gap(reference, fault.phase),
         outages_s=() if fault.phase is Phase.IDLE else outages(streams, first.at, fenced_at),
+        during=_during(kills, events) if fault.phase is Phase.DURING else None,
         recoveries=tuple(reports),
         probe=Spread.of([delay.seconds for delay in delays if delay.at > first.at]),
         problems=tuple(problems),
     )
 
 
+def _during(kills: Sequence[Kill], events: Sequence[Mapping[str, Any]]) -> bool:
+    ends = [event["time"] for event in events if event["event"] == "recovery_done"]
+    return bool(ends) and all(kill.wall < ends[0] for kill in kills)
+
+
 @dataclass(frozen=True)
 class Summary:
-    """Many faults. `gaps`: the longest wait of any client, per fault; `client_gaps`: of every client in every fault."""
+    """Many faults. `gaps`: the longest wait of any client, per fault; `client_gaps`: of every client in every fault.
+
+    `calm_gaps`: beside `gaps`, the same in the undisturbed runs.
+    """
 
     faults: int
     kills: int
     lost: int
     changed: int
     gaps: Spread
+    calm_gaps: Spread
     client_gaps: Spread
     probe: Spread
     outages: Spread
@@ -170,6 +198,7 @@ class Summary:
             lost=sum(result.lost for result in results),
             changed=sum(result.changed for result in results),
             gaps=Spread.of([result.gap_s for result in results]),
+            calm_gaps=Spread.of([result.calm_gap_s for result in results]),
             client_gaps=Spread.of([gap for result in results for gap in result.gaps_s]),
             probe=Spread.of([result.probe.max for result in results]),
             outages=Spread.of([result.outage_s for result in results if result.outage_s is not None]),

@@ -14,12 +14,11 @@ import httpx
 
 from bench.measure import FaultResult, Kill, Undisturbed, judge
 from bench.plan import RANKS, Fault, Phase
-from elastic_daemon.config import default_runtime_dir
-from elastic_daemon.drill import Daemon, Display, Options, Victim, own_daemon, prompts_for, run_streams, scheduling_probe
-from elastic_daemon.drill import victims_of as processes_of
-from elastic_daemon.drill_report import Delay, StreamResult
+from elastic_daemon.drill_daemon import Daemon, Display, Victim, own_daemon, victims_of
+from elastic_daemon.drill_load import prompts_for, run_streams, scheduling_probe
+from elastic_daemon.drill_report import StreamResult
 from elastic_daemon.errors import DaemonUnreachable, ElasticError
-from elastic_daemon.operator_commands import Target, make_console
+from elastic_daemon.operator_commands import make_console
 
 EARLY, MIDDLE, LATE = 0.1, 0.4, 0.75
 """Share of all tokens that have arrived at the kill."""
@@ -36,12 +35,13 @@ WARM_UP_TOKENS = 16
 
 @dataclass
 class Ours:
-    """All raw results. `problems`: what kept a life from being lived to its end."""
+    """All raw results. `reference`: of the last life. `problems`: what kept a life from being lived to its end."""
 
     undisturbed: list[Undisturbed] = field(default_factory=list)
     faults: list[FaultResult] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     model: str = ""
+    reference: list[StreamResult] = field(default_factory=list)
 
 
 class Striker:
@@ -96,33 +96,31 @@ class Life:
     def __init__(self, number: int, daemon: Daemon, streams: int, tokens: int) -> None:
         self._number, self._daemon, self._tokens = number, daemon, tokens
         self._prompts = prompts_for(streams)
-        self._reference: list[StreamResult] = []
+        self.streams: list[StreamResult] = []
 
     async def reference(self) -> Undisturbed:
         await asyncio.wait_for(run_streams(self._daemon.url, self._prompts, WARM_UP_TOKENS), RUN_TIMEOUT_S)
         await asyncio.sleep(REST_S)
         async with scheduling_probe() as delays, asyncio.timeout(RUN_TIMEOUT_S):
-            self._reference = await run_streams(self._daemon.url, self._prompts, self._tokens)
-        return Undisturbed.of(self._reference, delays)
+            self.streams = await run_streams(self._daemon.url, self._prompts, self._tokens)
+        return Undisturbed.of(self.streams, delays)
 
     async def suffer(self, fault: Fault) -> FaultResult:
         before = await self._daemon.health()
         since = max((event["id"] for event in await self._daemon.events()), default=0)
         await asyncio.sleep(REST_S)
-        with processes_of(before, fault.ranks) as victims:
+        with victims_of(before, fault.ranks) as victims:
             striker = Striker(fault, victims, self._daemon, len(self._prompts) * self._tokens, self._prefill_s())
             async with scheduling_probe() as delays, asyncio.timeout(RUN_TIMEOUT_S):
                 streams = await self._run(fault, striker, since)
         if not striker.kills:
             raise ElasticError("the streams ended before the first signal was due")
         events, reports = await self._settle(since, before["epoch"], [kill.rank for kill in striker.kills])
-        return judge(
-            self._number, fault, striker.kills, self._reference, streams, _copied(delays), events, reports
-        )
+        return judge(self._number, fault, striker.kills, self.streams, streams, delays, events, reports)
 
     def _prefill_s(self) -> float:
         """When requests have reached the engines and none has its first token."""
-        return min(stream.arrivals[0] - stream.started for stream in self._reference) / 2
+        return min(stream.arrivals[0] - stream.started for stream in self.streams) / 2
 
     async def _run(self, fault: Fault, striker: Striker, since: int) -> list[StreamResult]:
         beside = asyncio.create_task(striker.follow(since))
@@ -158,10 +156,6 @@ class Life:
             await asyncio.sleep(SETTLE_POLL_S)
 
 
-def _copied(delays: Sequence[Delay]) -> list[Delay]:
-    return list(delays)
-
-
 async def run_ours(lives: Sequence[Sequence[Fault]], streams: int, tokens: int, say: Callable[[str], None]) -> Ours:
     """Live all `lives`. A life that cannot go on is recorded as a problem, and the next one begins."""
     ours = Ours()
@@ -169,9 +163,8 @@ async def run_ours(lives: Sequence[Sequence[Fault]], streams: int, tokens: int, 
         for number, faults in enumerate(lives, 1):
             say(f"ours, life {number} of {len(lives)}: {', '.join(fault.phase.value for fault in faults)}")
             limit = START_TIMEOUT_S + (len(faults) + 2) * (RUN_TIMEOUT_S + SETTLE_TIMEOUT_S)
-            options = Options(Target(default_runtime_dir()), streams, tokens, ranks=RANKS)
             try:
-                async with asyncio.timeout(limit), own_daemon(options, display) as daemon:
+                async with asyncio.timeout(limit), own_daemon(RANKS, display) as daemon:
                     await _live(ours, Life(number, daemon, streams, tokens), faults, daemon, say)
             except (ElasticError, DaemonUnreachable, TimeoutError) as error:
                 ours.problems.append(f"life {number}: {type(error).__name__}: {error}")
@@ -184,6 +177,7 @@ async def _live(ours: Ours, life: Life, faults: Sequence[Fault], daemon: Daemon,
     ours.model = (await daemon.health())["model"]
     reference = await life.reference()
     ours.undisturbed.append(reference)
+    ours.reference = life.streams
     if reference.errors:
         raise ElasticError(f"{reference.errors} streams failed in the undisturbed run already")
     good = True
@@ -201,7 +195,7 @@ def describe(result: FaultResult) -> str:
     detected = ", ".join("never" if one is None else f"{one * 1000:.0f} ms" for one in result.detections_s)
     outage = "" if result.outage_s is None else f", outage {result.outage_s * 1000:.0f} ms"
     return (
-        f"rank {ranks}, {result.fault.phase.value}: {result.lost} lost, {result.changed} changed, "
-        f"longest wait {result.gap_s * 1000:.0f} ms (probe {result.probe.max * 1000:.0f} ms), detected {detected}{outage}"
+        f"rank {ranks}, {result.fault.phase.value}: {result.lost} lost, {result.changed} changed, longest wait "
+        f"{result.gap_s * 1000:.0f} ms (probe {result.probe.max * 1000:.0f} ms), detected {detected}{outage}"
         + "".join(f"; {problem}" for problem in (*result.problems, *result.differences)[:3])
     )

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import httpx
 
 from bench import stock_shim
 from elastic_daemon.config import BUNDLED_FLAGS, BUNDLED_MODEL, BUNDLED_NAME
-from elastic_daemon.drill import prompts_for, run_streams
+from elastic_daemon.drill_load import prompts_for, run_streams
 from elastic_daemon.drill_report import StreamResult
 from elastic_daemon.engine.zygote import die_with_parent
 from elastic_daemon.errors import ElasticError, StartError
@@ -72,19 +72,24 @@ class Start:
 
 @dataclass
 class Stock:
-    """`first`: the first start, measured as the others. `starts`: the restarts after the failures."""
+    """`first`: the first start, measured as the others. `starts`: the restarts after the failures.
+
+    `undisturbed`: what clients got before the first failure.
+    """
 
     command: str = ""
     first: Start | None = None
     failures: list[Failure] = field(default_factory=list)
     starts: list[Start] = field(default_factory=list)
+    undisturbed: list[StreamResult] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def restart_s(self, kind: str) -> float | None:
         return next((start.serving_s for start in self.starts if start.kind == kind), None)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without the streams themselves."""
+        return asdict(replace(self, undisturbed=[]))
 
 
 class Server:
@@ -145,7 +150,7 @@ class Server:
                 self._check(deadline)
                 await asyncio.sleep(POLL_S)
         healthy = time.monotonic()
-        results = await asyncio.wait_for(run_streams(self.url, prompts_for(streams), 1), RUN_TIMEOUT_S)
+        results = await _undisturbed(self, streams, 1)
         if failed := [result.error for result in results if result.error is not None]:
             raise StartError(f"stock vLLM: {len(failed)} of {streams} streams failed after its start: {failed[0]}")
         serving = max(result.arrivals[0] for result in results)
@@ -235,6 +240,7 @@ async def run_stock(streams: int, tokens: int, say: Callable[[str], None]) -> St
             stock.command = " ".join(["python", *server.command[1:]])
             stock.first = await server.until_serving(streams)
             say(f"  serving after {stock.first.serving_s:.1f} s; killing one worker under load")
+            stock.undisturbed = await _undisturbed(server, streams, tokens)
             stock.failures.append(await _break(server, "Worker", streams, tokens))
             server.end()
             say(f"  {_describe(stock.failures[-1])}; restarting it cold")
@@ -245,6 +251,7 @@ async def run_stock(streams: int, tokens: int, say: Callable[[str], None]) -> St
             standby = Server(home, PREIMPORTED)
             servers.append(standby)
             await standby.until_imported()
+            await _undisturbed(server, streams, tokens)
             stock.failures.append(await _break(server, "EngineCore", streams, tokens))
             server.end()
             say(f"  {_describe(stock.failures[-1])}; starting in the process that has imported vLLM")
@@ -268,9 +275,12 @@ async def _servers() -> AsyncIterator[list[Server]]:
             server.end()
 
 
+async def _undisturbed(server: Server, streams: int, tokens: int) -> list[StreamResult]:
+    return await asyncio.wait_for(run_streams(server.url, prompts_for(streams), tokens), RUN_TIMEOUT_S)
+
+
 async def _break(server: Server, title: str, streams: int, tokens: int) -> Failure:
     """SIGKILL one of its processes under load, and look at what it does by itself then."""
-    await asyncio.wait_for(run_streams(server.url, prompts_for(streams), tokens), RUN_TIMEOUT_S)
     victim = os.pidfd_open(server.find(title))
     left, killed_at = max(1, round(KILL_SHARE * streams * tokens)), None
     latest: dict[int, int] = {}

@@ -92,9 +92,7 @@ def _all_gatherv(self: Any, tensor: torch.Tensor, sizes: list[int] | None) -> to
     return torch.cat([gathered[n * rows : n * rows + size] for n, size in enumerate(sizes)])
 
 
-def reduce_scatterv(
-    self: Any, input_: torch.Tensor, dim: int = -1, sizes: list[int] | None = None
-) -> torch.Tensor:
+def reduce_scatterv(self: Any, input_: torch.Tensor, dim: int = -1, sizes: list[int] | None = None) -> torch.Tensor:
     """Sum over ranks; returns this rank's rows. gloo has no reduce_scatter: reduce everywhere and cut."""
     import torch
 

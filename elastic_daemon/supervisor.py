@@ -42,6 +42,8 @@ HEARTBEAT_S = 0.5
 
 SETTLE_TIMEOUT_S = 3.0
 
+STACKS_DELAY_S = 0.05
+
 Identity = tuple[int, int]
 
 
@@ -292,7 +294,8 @@ class Supervisor:
         identity = (action.rank, action.incarnation)
         self._doomed.add(identity)  # its fork may still be under way
         if child := self._children.get(identity):
-            child.kill()
+            child.signal(signal.SIGUSR1)  # its stacks, for the log: what was it doing?
+            asyncio.get_running_loop().call_later(STACKS_DELAY_S, child.kill)
 
     def _fence(self, action: p.Fence) -> None:
         self._send_to_rank(action.rank, "fence", epoch=action.epoch)

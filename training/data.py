@@ -21,7 +21,9 @@ from dataclasses import dataclass
 
 MAX_NUMBER = 999
 MAX_SORTED = 99
-MAX_STEP = 10
+# The wide steps pass many numbers that differ from the last one in their first digit only: without them the model
+# often stops counting a hundred too early.
+STEPS = (*range(1, 11), 20, 25, 50, 100)
 SORT_ITEMS = (2, 8)
 WORD_LETTERS = (3, 12)
 SHORT_COUNT = (1, 12)
@@ -87,9 +89,9 @@ def _number(rng: random.Random, most: int = MAX_NUMBER) -> int:
 
 
 def _count_prompt(rng: random.Random, items: int) -> str:
-    """Draw a counting prompt whose answer has ``items`` numbers (fewer where they would pass MAX_NUMBER)."""
-    step = rng.randint(1, max(1, min(MAX_STEP, MAX_NUMBER // items)))
-    first = _number(rng, max(0, MAX_NUMBER - step * items))
+    """Draw a counting prompt whose answer has ``items`` numbers, none above MAX_NUMBER."""
+    step = rng.choice([step for step in STEPS if step * items <= MAX_NUMBER])
+    first = _number(rng, MAX_NUMBER - step * items)
     # The last number is always met exactly, so that where to stop can be seen in the text without any arithmetic.
     last = first + step * (items - 1)
     return f"count {first} to {last} by {step} ="

@@ -91,6 +91,20 @@ def accuracy(model_dir: Path | str, n: int, seed: int) -> dict[str, float]:
     return {task: sum(o.right for o in outputs) / n for task, outputs in evaluate(model_dir, n, seed).items()}
 
 
+@torch.inference_mode()
+def expert_shares(model_dir: Path | str, n: int, seed: int) -> list[list[float]]:
+    """Per layer, the share of router choices that went to each expert over ``n`` right held-out answers per task."""
+    model, tokenizer = load(model_dir)
+    tasks = [held_out_examples(task, n, seed) for task in TASKS]
+    counts = torch.zeros(model.config.num_hidden_layers, model.config.num_experts)
+    for example in (example for task in tasks for example in task):
+        inputs = tokenizer(example.prompt + example.answer, return_tensors="pt", return_token_type_ids=False)
+        for layer, logits in enumerate(model(**inputs, output_router_logits=True).router_logits):
+            chosen = logits.topk(model.config.num_experts_per_tok, dim=-1).indices
+            counts[layer] += torch.bincount(chosen.flatten(), minlength=counts.shape[1])
+    return (counts / counts.sum(dim=1, keepdim=True)).tolist()
+
+
 def percentiles(gaps: list[float]) -> str:
     """Describe the low end of the logit gaps."""
     values = torch.tensor(gaps)
@@ -99,7 +113,7 @@ def percentiles(gaps: list[float]) -> str:
 
 
 def main() -> None:
-    """Parse the command line and print a table."""
+    """Parse the command line, and print accuracy, logit gaps and the use of the experts."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -126,6 +140,8 @@ def main() -> None:
         for output in [o for o in outputs if not o.right][: args.show]:
             print(f"    {output.example.prompt}{output.text}\n      should be{output.example.answer}")
     print(f"all tasks   gap {percentiles(every_gap)}   {time.monotonic() - started:.0f} s")
+    for layer, shares in enumerate(expert_shares(args.model, min(args.n, 50), args.seed)):
+        print(f"layer {layer}  share of router choices per expert: least {min(shares):.1%}, most {max(shares):.1%}")
 
 
 if __name__ == "__main__":

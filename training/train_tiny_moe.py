@@ -61,7 +61,7 @@ LONG_TOKENS = 2400
 LONG_ROWS = (3, 24)
 LONG_FROM = 0.2  # share of the training after which long sequences start
 LONG_EVERY = 2  # then one step in this many is a long one
-LONG_WEIGHT = 4.0  # of a long step's loss, whose mean is that of very many easy tokens and few hard ones
+LONG_WEIGHT = 2.0  # of a long step's loss, whose mean is that of very many easy tokens and few hard ones
 IGNORE = -100
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import faulthandler
 import os
 import queue
+import signal
 import threading
 import time
 import traceback
@@ -30,7 +32,7 @@ from vllm.v1.request import Request
 
 from elastic_daemon.engine.experts import SlotContent
 from elastic_daemon.engine.faults import break_links
-from elastic_daemon.engine.groups import GlooGroup
+from elastic_daemon.engine.gloo import GlooGroup
 from elastic_daemon.engine.resume import restore_output
 from elastic_daemon.engine.scheduler import ElasticScheduler
 from elastic_daemon.engine.worker import LocalExecutor, executor_worker, rank_plan
@@ -289,6 +291,7 @@ def connect_store(host: str, port: int) -> Store:
 
 def run_rank(config: VllmConfig, spec: Message) -> None:
     """Be rank `spec["rank"]` until the process ends. Called in a fresh fork of the zygote."""
+    faulthandler.register(signal.SIGUSR1)  # the supervisor asks for the stacks of a rank before it gives it up
     control = ControlClient(spec["control"])
     try:
         control.send("hello", role="rank", rank=spec["rank"], incarnation=spec["incarnation"])

@@ -7,33 +7,18 @@ attribute swap, so a regroup never has to hunt for stale references inside vLLM.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import socket
-import stat
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import PrefixStore, ProcessGroup, ReduceOp, Store
 from vllm.distributed import parallel_state
 from vllm.distributed.eplb.eplb_communicator import EplbCommunicator
 from vllm.distributed.parallel_state import GroupCoordinator
-from vllm.distributed.utils import init_gloo_process_group
 from vllm.forward_context import get_forward_context
 
-from elastic_daemon.errors import PeerLost
-
-CONNECT_TIMEOUT = timedelta(seconds=2)
-"""How long building a group may wait for a member. All have reported before: only a death in between is waited for."""
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""Upper bound for one collective. Survivors are freed by `GlooLinks.shutdown` long before; this is the last resort."""
-
+from elastic_daemon.engine.gloo import AbortableProcessGroup, GlooGroup
 
 @dataclass(frozen=True)
 class PlannedProcessGroup:
@@ -47,89 +32,6 @@ class PlannedProcessGroup:
 
     def rank(self) -> int:
         return self.position
-
-
-class GlooLinks:
-    """The established TCP connections of one gloo group, so that another thread can break them.
-
-    gloo tells only the ring neighbours of a dead member about its death and has no abort that frees a blocked
-    collective; shutting its sockets down does, for every survivor.
-    """
-
-    def __init__(self, fds: Iterable[int]) -> None:
-        self._sockets = [socket.socket(fileno=os.dup(fd)) for fd in sorted(fds)]
-
-    def shutdown(self) -> int:
-        """Break all connections; blocked collectives raise at once. Returns how many were open."""
-        broken = 0
-        for link in self._sockets:
-            with contextlib.suppress(OSError):
-                link.shutdown(socket.SHUT_RDWR)
-                broken += 1
-        return broken
-
-    def close(self) -> None:
-        for link in self._sockets:
-            link.close()
-        self._sockets = []
-
-
-def established_tcp_sockets() -> frozenset[tuple[int, int]]:
-    """Connected TCP sockets of this process: file descriptor and inode.
-
-    The descriptor alone does not tell a socket: gloo's threads may close one at any time, and the next gets its number.
-    """
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        fd = int(name)
-        try:
-            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-                continue
-            with socket.socket(fileno=os.dup(fd)) as probe:
-                if probe.family in (socket.AF_INET, socket.AF_INET6) and probe.getpeername():
-                    found.add((fd, os.fstat(probe.fileno()).st_ino))
-        except OSError:
-            continue
-    return frozenset(found)
-
-
-class GlooGroup:
-    """One gloo process group of one epoch together with the means to break it from another thread."""
-
-    def __init__(self, store: Store, prefix: str, position: int, members: int) -> None:
-        """Meet the other members at `store` under `prefix`.
-
-        Raises:
-            PeerLost: a member did not show up within `CONNECT_TIMEOUT`.
-        """
-        before = established_tcp_sockets()
-        try:
-            self.process_group: ProcessGroup = init_gloo_process_group(
-                prefix_store=PrefixStore(prefix, store),
-                group_rank=position,
-                group_size=members,
-                timeout=CONNECT_TIMEOUT,
-            )
-            self.process_group._get_backend(torch.device("cpu"))._set_default_timeout(COLLECTIVE_TIMEOUT)
-        except Exception as error:
-            raise PeerLost(f"group {prefix} of {members} was not complete: {error}") from error
-        self.links = GlooLinks(fd for fd, _ in established_tcp_sockets() - before)
-
-    def abort(self) -> int:
-        """Free whoever is blocked in a collective of this group. Safe from any thread, and more than once."""
-        return self.links.shutdown()
-
-    def close(self) -> None:
-        self.links.shutdown()
-        self.links.close()
-
-
-@contextlib.contextmanager
-def _peer_loss() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise PeerLost(str(error)) from error
 
 
 class GlooCommunicator:
@@ -170,8 +72,7 @@ class GlooCommunicator:
         packed = torch.zeros((rows, sum(widths)), dtype=torch.uint8)
         torch.cat(flat, dim=1, out=packed[: flat[0].shape[0]])
         gathered = torch.empty((self.world_size * rows, packed.shape[1]), dtype=torch.uint8)
-        with _peer_loss():
-            self._group.cpu_group._allgather_base(gathered, packed).wait()
+        self._group.cpu_group._allgather_base(gathered, packed).wait()
         if any(count != rows for count in counts):
             gathered = torch.cat([gathered[i * rows : i * rows + count] for i, count in enumerate(counts)])
         outputs, start = [], 0
@@ -187,8 +88,7 @@ class GlooCommunicator:
             return tensor
         own = counts[self._group.rank_in_group]
         received = torch.empty((self.world_size * own, tensor.shape[1]), dtype=tensor.dtype)
-        with _peer_loss():
-            self._group.cpu_group.alltoall_base(received, tensor.contiguous(), [own] * self.world_size, counts).wait()
+        self._group.cpu_group.alltoall_base(received, tensor.contiguous(), [own] * self.world_size, counts).wait()
         return received.view(self.world_size, own, tensor.shape[1]).sum(dim=0)
 
     def dispatch(
@@ -222,46 +122,48 @@ class GlooCommunicator:
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.world_size > 1:
-            with _peer_loss():
-                self._group.cpu_group.allreduce([tensor], ReduceOp.SUM).wait()
+            self._group.cpu_group.allreduce([tensor]).wait()  # a sum, as by torch's default
         return tensor
 
 
 class EpochTransfers(EplbCommunicator):
-    """Moves expert weights between ranks over the group of the current epoch.
+    """Moves expert weights between ranks over the group of the current epoch, all of a layer in one collective.
 
-    vLLM's communicators are bound to groups that torch knows globally, for good. Messages between two ranks are matched
-    by their number, so both sides must add them in the same order, which vLLM's plan ensures.
+    vLLM's communicators are bound to groups that torch knows globally, for good. What two ranks exchange is matched by
+    order, so both sides must add it in the same one, which vLLM's plan ensures.
     """
 
     def __init__(self, group: EpochGroup) -> None:
         self._group = group
-        self._sends: list[tuple[torch.Tensor, int]] = []
-        self._receives: list[tuple[torch.Tensor, int]] = []
+        self._sends: dict[int, list[torch.Tensor]] = defaultdict(list)
+        self._receives: dict[int, list[torch.Tensor]] = defaultdict(list)
 
     def add_send(self, tensors: list[torch.Tensor], dst_rank: int, expert_id: int) -> None:
-        self._sends += [(tensor, dst_rank) for tensor in tensors]
+        self._sends[dst_rank] += tensors
 
     def add_recv(self, tensors: list[torch.Tensor], src_rank: int, expert_id: int) -> None:
-        self._receives += [(tensor, src_rank) for tensor in tensors]
+        self._receives[src_rank] += tensors
 
     def execute(self) -> None:
-        """Complete all transfers. Raises PeerLost; what was to be received is then undefined."""
+        """Complete all transfers. Raises PeerLost; nothing was received then."""
         sends, receives = self._sends, self._receives
-        self._sends, self._receives = [], []
-        group = self._group.cpu_group
-        with _peer_loss():
-            works = [group.recv([tensor], src, tag) for tensor, src, tag in _numbered(receives)]
-            works += [group.send([tensor.contiguous()], dst, tag) for tensor, dst, tag in _numbered(sends)]
-            for work in works:
-                work.wait()
+        self._sends, self._receives = defaultdict(list), defaultdict(list)
+        ranks = range(self._group.world_size)
+        outgoing = [tensor for rank in ranks for tensor in sends[rank]]
+        incoming = [tensor for rank in ranks for tensor in receives[rank]]
+        packed = torch.cat([_bytes(tensor) for tensor in outgoing]) if outgoing else torch.empty(0, dtype=torch.uint8)
+        received = torch.empty(sum(tensor.nbytes for tensor in incoming), dtype=torch.uint8)
+        splits = [[sum(tensor.nbytes for tensor in side[rank]) for rank in ranks] for side in (receives, sends)]
+        self._group.cpu_group.alltoall_base(received, packed, *splits).wait()
+        start = 0
+        for tensor in incoming:
+            _bytes(tensor).copy_(received[start : start + tensor.nbytes])
+            start += tensor.nbytes
 
 
-def _numbered(transfers: list[tuple[torch.Tensor, int]]) -> Iterator[tuple[torch.Tensor, int, int]]:
-    count: Counter[int] = Counter()
-    for tensor, peer in transfers:
-        yield tensor, peer, count[peer]
-        count[peer] += 1
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of a contiguous tensor as bytes."""
+    return tensor.view(-1).view(torch.uint8)
 
 
 class EpochGroup(GroupCoordinator):
@@ -279,7 +181,7 @@ class EpochGroup(GroupCoordinator):
         self.device_communicator: Any = GlooCommunicator(self)
         self.bind(PlannedProcessGroup(members, position))
 
-    def bind(self, process_group: ProcessGroup | PlannedProcessGroup) -> None:
+    def bind(self, process_group: AbortableProcessGroup | PlannedProcessGroup) -> None:
         """Use `process_group` from now on. All attributes that depend on size or rank follow."""
         self.cpu_group: Any = process_group
         self.device_group: Any = process_group

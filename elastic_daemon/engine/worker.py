@@ -26,7 +26,8 @@ from elastic_daemon.engine.cpu import enable_expert_parallelism
 from elastic_daemon.engine.eplb import ElasticEplbState
 from elastic_daemon.engine.experts import ExpertSlots, column_slots, loading_into, moe_model, routed_layers
 from elastic_daemon.engine.faults import transfer_fault
-from elastic_daemon.engine.groups import EpochGroups, GlooGroup
+from elastic_daemon.engine.gloo import GlooGroup
+from elastic_daemon.engine.groups import EpochGroups
 from elastic_daemon.engine.resume import enable_resume
 from elastic_daemon.placement import IntArray, Placement, initial
 

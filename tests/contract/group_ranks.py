@@ -24,7 +24,8 @@ from torch.distributed import TCPStore
 from vllm import forward_context
 
 from elastic_daemon.engine.core import is_peer_fault
-from elastic_daemon.engine.groups import EpochGroup, EpochGroups, GlooGroup
+from elastic_daemon.engine.gloo import GlooGroup
+from elastic_daemon.engine.groups import EpochGroup, EpochGroups
 from elastic_daemon.errors import PeerLost
 from elastic_daemon.store import RendezvousStore
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from elastic_daemon.engine import groups
-from elastic_daemon.engine.groups import CONNECT_TIMEOUT
+from elastic_daemon.engine import gloo
+from elastic_daemon.engine.gloo import CONNECT_TIMEOUT
 from tests.contract.group_ranks import RankProcess, Ranks, all_do, build, checked, running
 
 pytestmark = pytest.mark.contract
@@ -182,8 +182,8 @@ def test_a_connection_with_the_number_of_an_old_one_is_broken_too(monkeypatch: p
             assert new.fileno() == number
             return mock.MagicMock()
 
-        monkeypatch.setattr(groups, "init_gloo_process_group", connect)
-        group = groups.GlooGroup(HashStore(), "epoch/1", 0, 2)
+        monkeypatch.setattr(gloo, "init_gloo_process_group", connect)
+        group = gloo.GlooGroup(HashStore(), "epoch/1", 0, 2)
         stack.callback(group.close)
         assert group.abort() == 2, "both ends of the new connection are in this process"
 

@@ -1,0 +1,194 @@
+"""One gloo process group of one epoch, and the means to get out of it.
+
+gloo has no abort. A collective whose peer died raises in the ring neighbours of the dead and leaves others blocked; one
+that is cut in the middle of a message may never raise at all, though all its connections are gone. So a rank is freed in
+two ways: another thread shuts its connections down, and its own waits look up now and then whether that has happened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import structlog
+import torch
+from torch.distributed import PrefixStore, ProcessGroup, Store
+from vllm.distributed.utils import init_gloo_process_group
+
+from elastic_daemon.errors import PeerLost
+
+log = structlog.get_logger(__name__)
+
+CONNECT_TIMEOUT = timedelta(seconds=2)
+"""How long building a group may wait for a member. All have reported before: only a death in between is waited for."""
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""Upper bound for one collective. Survivors are freed long before; this is the last resort."""
+
+LOOK_UP = timedelta(milliseconds=50)
+"""How often a waiting rank looks up whether its group was aborted. A collective that completes wakes it at once."""
+
+ABORT_GRACE_S = 0.1
+"""How long an aborted collective may take to raise by itself before it counts as stuck."""
+
+_ABANDONED: list[ProcessGroup] = []
+"""Groups with a stuck collective: destroying one would block on its thread. Each costs a few threads, and is rare."""
+
+
+class GlooLinks:
+    """The established TCP connections of one gloo group, so that another thread can break them.
+
+    gloo tells only the ring neighbours of a dead member about its death and has no abort that frees a blocked
+    collective; shutting its sockets down does, for every survivor.
+    """
+
+    def __init__(self, fds: Iterable[int]) -> None:
+        self._sockets = [socket.socket(fileno=os.dup(fd)) for fd in sorted(fds)]
+
+    def shutdown(self) -> int:
+        """Break all connections; blocked collectives raise at once. Returns how many were open."""
+        broken = 0
+        for link in self._sockets:
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+                broken += 1
+        return broken
+
+    def close(self) -> None:
+        for link in self._sockets:
+            link.close()
+        self._sockets = []
+
+
+def established_tcp_sockets() -> frozenset[tuple[int, int]]:
+    """Connected TCP sockets of this process: file descriptor and inode.
+
+    The descriptor alone does not tell a socket: gloo's threads may close one at any time, and the next gets its number.
+    """
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        try:
+            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(fd)) as probe:
+                if probe.family in (socket.AF_INET, socket.AF_INET6) and probe.getpeername():
+                    found.add((fd, os.fstat(probe.fileno()).st_ino))
+        except OSError:
+            continue
+    return frozenset(found)
+
+
+class AbortableWork:
+    """A collective under way. Waiting for it ends with its group."""
+
+    def __init__(self, work: Any, group: AbortableProcessGroup) -> None:
+        self._work = work
+        self._group = group
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Raises PeerLost when the group was aborted or the collective failed."""
+        while True:
+            try:
+                return bool(self._work.wait(LOOK_UP))
+            except RuntimeError as error:
+                if self._work.is_completed():
+                    raise PeerLost(str(error)) from error
+                if self._group.is_stuck():
+                    raise PeerLost("the group was aborted while a collective was stuck in it") from error
+
+
+class AbortableProcessGroup:
+    """A gloo process group whose collectives can be left. Passes for a torch ProcessGroup where vLLM wants one."""
+
+    def __init__(self, process_group: ProcessGroup) -> None:
+        self._group = process_group
+        self._aborted_at: float | None = None
+        self._last: Any = None
+
+    def size(self) -> int:
+        return int(self._group.size())
+
+    def rank(self) -> int:
+        return int(self._group.rank())
+
+    def abort(self) -> None:
+        if self._aborted_at is None:
+            self._aborted_at = time.monotonic()
+
+    def is_stuck(self) -> bool:
+        """Whether what has not raised since the abort never will."""
+        return self._aborted_at is not None and time.monotonic() > self._aborted_at + ABORT_GRACE_S
+
+    def close(self) -> None:
+        """Destroy the group, unless a collective is stuck in it."""
+        group, self._group = self._group, None
+        if self._last is not None and not self._last.is_completed():
+            _ABANDONED.append(group)
+            log.warning("group_abandoned", abandoned=len(_ABANDONED))
+
+    def _started(self, work: Any) -> AbortableWork:
+        self._last = work
+        return AbortableWork(work, self)
+
+    def allreduce(self, tensors: Sequence[torch.Tensor], *options: Any) -> AbortableWork:
+        return self._start("allreduce", tensors, *options)
+
+    def _allgather_base(self, output: torch.Tensor, tensor: torch.Tensor) -> AbortableWork:
+        return self._start("_allgather_base", output, tensor)
+
+    def alltoall_base(
+        self, output: torch.Tensor, tensor: torch.Tensor, output_splits: list[int], input_splits: list[int]
+    ) -> AbortableWork:
+        return self._start("alltoall_base", output, tensor, output_splits, input_splits)
+
+    def _start(self, name: str, *arguments: Any) -> AbortableWork:
+        if self._aborted_at is not None:
+            raise PeerLost("the group was aborted")
+        try:
+            return self._started(getattr(self._group, name)(*arguments))
+        except RuntimeError as error:
+            raise PeerLost(str(error)) from error
+
+
+class GlooGroup:
+    """One gloo process group of one epoch together with the means to break it from another thread."""
+
+    def __init__(self, store: Store, prefix: str, position: int, members: int) -> None:
+        """Meet the other members at `store` under `prefix`.
+
+        Raises:
+            PeerLost: a member did not show up within `CONNECT_TIMEOUT`.
+        """
+        before = established_tcp_sockets()
+        try:
+            group = init_gloo_process_group(
+                prefix_store=PrefixStore(prefix, store),
+                group_rank=position,
+                group_size=members,
+                timeout=CONNECT_TIMEOUT,
+            )
+            group._get_backend(torch.device("cpu"))._set_default_timeout(COLLECTIVE_TIMEOUT)
+        except Exception as error:
+            raise PeerLost(f"group {prefix} of {members} was not complete: {error}") from error
+        self.process_group = AbortableProcessGroup(group)
+        self.links = GlooLinks(fd for fd, _ in established_tcp_sockets() - before)
+
+    def abort(self) -> int:
+        """Free whoever is blocked in a collective of this group. Safe from any thread, and more than once.
+
+        Returns the number of connections that were still open.
+        """
+        self.process_group.abort()
+        return self.links.shutdown()
+
+    def close(self) -> None:
+        self.links.shutdown()
+        self.links.close()
+        self.process_group.close()
