@@ -199,6 +199,8 @@ def _stock(report: Report, stock: Stock) -> Table:
 
 def _failure(failure: Failure) -> str:
     known = "some hang" if failure.failed_s is None else f"all failed after {failure.failed_s:.2f} s"
+    if not failure.lost:
+        known = "none failed"
     ended = "server still there" if failure.ended_s is None else f"server ended after {failure.ended_s:.2f} s"
     return f"{failure.lost} of {failure.running} running requests lost, {known}, {ended}"
 

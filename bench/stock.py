@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,10 @@ COLD, PREIMPORTED = "cold", "pre-imported"
 
 @dataclass(frozen=True)
 class Failure:
-    """One SIGKILL. `errors`: how many streams got which. `failed_s`: until the last client knew; None: some hang.
+    """One SIGKILL. `running`: streams then; `lost`: those without their whole answer; `errors`: how many got which.
 
-    `ended_s`: until the server's main process had ended by itself, None if it had not.
+    `failed_s`: until the last client knew, None if some hang. `ended_s`: until the server's main process had ended by
+    itself, None if it had not.
     """
 
     victim: str
@@ -241,7 +243,7 @@ async def run_stock(streams: int, tokens: int, say: Callable[[str], None]) -> St
             stock.first = await server.until_serving(streams)
             say(f"  serving after {stock.first.serving_s:.1f} s; killing one worker under load")
             stock.undisturbed = await _undisturbed(server, streams, tokens)
-            stock.failures.append(await _break(server, "Worker", streams, tokens))
+            stock.failures.append(await _break(server, "Worker", stock.undisturbed, tokens))
             server.end()
             say(f"  {_describe(stock.failures[-1])}; restarting it cold")
             server = Server(home, COLD)
@@ -251,8 +253,8 @@ async def run_stock(streams: int, tokens: int, say: Callable[[str], None]) -> St
             standby = Server(home, PREIMPORTED)
             servers.append(standby)
             await standby.until_imported()
-            await _undisturbed(server, streams, tokens)
-            stock.failures.append(await _break(server, "EngineCore", streams, tokens))
+            again = await _undisturbed(server, streams, tokens)
+            stock.failures.append(await _break(server, "EngineCore", again, tokens))
             server.end()
             say(f"  {_describe(stock.failures[-1])}; starting in the process that has imported vLLM")
             standby.go()
@@ -279,8 +281,9 @@ async def _undisturbed(server: Server, streams: int, tokens: int) -> list[Stream
     return await asyncio.wait_for(run_streams(server.url, prompts_for(streams), tokens), RUN_TIMEOUT_S)
 
 
-async def _break(server: Server, title: str, streams: int, tokens: int) -> Failure:
+async def _break(server: Server, title: str, reference: Sequence[StreamResult], tokens: int) -> Failure:
     """SIGKILL one of its processes under load, and look at what it does by itself then."""
+    streams = len(reference)
     victim = os.pidfd_open(server.find(title))
     left, killed_at = max(1, round(KILL_SHARE * streams * tokens)), None
     latest: dict[int, int] = {}
@@ -312,30 +315,34 @@ async def _break(server: Server, title: str, streams: int, tokens: int) -> Failu
             await run
     if killed_at is None:
         raise ElasticError("stock vLLM: the streams ended before the signal was due")
-    return _failure(title, streams, tokens, killed_at, ended_at, results, latest)
+    return judge_failure(title, reference, killed_at, ended_at, results, latest)
 
 
-def _failure(
+def judge_failure(
     title: str,
-    streams: int,
-    tokens: int,
+    reference: Sequence[StreamResult],
     killed_at: float,
     ended_at: float | None,
-    results: list[StreamResult] | None,
-    received: dict[int, int],
+    results: Sequence[StreamResult] | None,
+    received: Mapping[int, int],
 ) -> Failure:
+    """What one SIGKILL cost. `results`: None where streams hang; `received`: how many tokens each has got then."""
     ended_s = None if ended_at is None else ended_at - killed_at
     if results is None:
-        unfinished = sum(received.get(stream, 0) < tokens for stream in range(streams))
-        return Failure(title, streams, unfinished, unfinished, unfinished, {}, None, ended_s)
-    errors: dict[str, int] = {}
-    lost = [result for result in results if result.error is not None]
-    for result in lost:
-        what = str(result.error).split("\n", 1)[0][:120]
-        errors[what] = errors.get(what, 0) + 1
+        unfinished = sum(received.get(number, 0) < stream.tokens for number, stream in enumerate(reference))
+        return Failure(title, len(reference), unfinished, unfinished, unfinished, {}, None, ended_s)
+    errors: Counter[str] = Counter()
+    failed_s = 0.0
+    for expected, actual in zip(reference, results, strict=True):
+        if actual.error is not None:
+            errors[actual.error.split("\n", 1)[0][:120]] += 1
+        elif actual.token_ids != expected.token_ids:
+            errors[f"incomplete, without an error; finish reason {actual.finish_reason!r}"] += 1
+        else:
+            continue
+        failed_s = max(failed_s, actual.ended - killed_at)
     running = sum(result.ended > killed_at for result in results)
-    failed_s = max((result.ended for result in lost), default=killed_at) - killed_at
-    return Failure(title, streams, running, len(lost), 0, errors, failed_s, ended_s)
+    return Failure(title, len(reference), running, errors.total(), 0, dict(errors), failed_s, ended_s)
 
 
 def _describe(failure: Failure) -> str:

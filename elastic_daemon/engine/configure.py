@@ -44,6 +44,8 @@ def configure(arguments: Sequence[str], ranks: int, survive_losses: int, device:
     Raises:
         ConfigError: with one line that names the flag or model and what to do.
     """
+    if device != "cpu":
+        raise ConfigError(f"--device {device} is not supported yet: ranks on GPUs are not proven; use --device cpu")
     args = _parse(arguments)
     if args.model_tag is not None:
         raise ConfigError(f"unexpected argument {args.model_tag!r}: MODEL comes right after `serve`, before all flags")
@@ -52,10 +54,9 @@ def configure(arguments: Sequence[str], ranks: int, survive_losses: int, device:
     if not Path(args.model).is_dir() and Path(args.model).is_absolute():
         raise ConfigError(f"no such model directory: {args.model}")
     args.use_tqdm_on_load = False  # four progress bars at once, in a log
-    if device == "cpu":
-        args.enforce_eager = True
-        if args.kv_cache_memory_bytes is None:
-            args.kv_cache_memory_bytes = CPU_KV_CACHE_BYTES
+    args.enforce_eager = True
+    if args.kv_cache_memory_bytes is None:
+        args.kv_cache_memory_bytes = CPU_KV_CACHE_BYTES
     redundant = args.eplb_config.num_redundant_experts
     args.eplb_config.num_redundant_experts = 0  # vLLM checks it against balancing that it believes CPUs cannot do
     args.enable_eplb = args.enable_expert_parallel = False  # always on here, likewise

@@ -32,7 +32,7 @@ from vllm.v1.request import Request
 
 from elastic_daemon.engine.experts import SlotContent
 from elastic_daemon.engine.faults import break_links
-from elastic_daemon.engine.gloo import GlooGroup
+from elastic_daemon.engine.gloo import AbortableProcessGroup, GlooGroup
 from elastic_daemon.engine.resume import restore_output
 from elastic_daemon.engine.scheduler import ElasticScheduler
 from elastic_daemon.engine.worker import LocalExecutor, executor_worker, rank_plan
@@ -95,7 +95,7 @@ class ElasticEngineCore(DPEngineCoreProc):
 
     def _init_data_parallel(self, vllm_config: VllmConfig) -> None:
         self.dp_rank, self.dp_size = self.plan.position, len(self.plan.members)
-        self.dp_group = None
+        self.dp_group: AbortableProcessGroup | None = None
 
     def preprocess_add_request(self, request: EngineCoreRequest) -> tuple[Request, int]:
         admitted, wave = super().preprocess_add_request(request)

@@ -1,8 +1,9 @@
 """One gloo process group of one epoch, and the means to get out of it.
 
-gloo has no abort. A collective whose peer died raises in the ring neighbours of the dead and leaves others blocked; one
-that is cut in the middle of a message may never raise at all, though all its connections are gone. So a rank is freed in
-two ways: another thread shuts its connections down, and its own waits look up now and then whether that has happened.
+gloo has no abort. A collective whose peer died raises in the ring neighbours of the dead and leaves others blocked;
+one that is cut in the middle of a message may never raise at all, though all its connections are gone. So a rank is
+freed in two ways: another thread shuts its connections down, and its own waits look up now and then whether that has
+happened.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from vllm.forward_context import get_forward_context
 
 from elastic_daemon.engine.gloo import AbortableProcessGroup, GlooGroup
 
+
 @dataclass(frozen=True)
 class PlannedProcessGroup:
     """Stands for a process group that does not exist yet: layers are built from its size and rank alone."""
