@@ -78,6 +78,9 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument("--shutdown-timeout", type=float, metavar="S", help="let requests finish this long (5)")
     serve.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     serve.add_argument("--port", type=int, help="port to listen on (default: 8000; 0: any free one)")
+    serve.add_argument(
+        "--api-key", action="append", metavar="KEY", help="require this key (again for more; better: $ELASTIC_API_KEY)"
+    )
     serve.add_argument("--runtime-dir", type=Path, metavar="DIR", help=f"default: {default_runtime_dir()}")
 
     status = _add_command(commands, "status", "show ranks and state of a running daemon", STATUS_EXAMPLES)

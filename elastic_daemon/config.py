@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 import tomllib
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -18,6 +19,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from elastic_daemon.access import AccessRules, is_loopback
 from elastic_daemon.errors import ConfigError
 
 BUNDLED_MODEL = Path(__file__).parent / "models" / "tiny_moe"
@@ -57,7 +59,20 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     runtime_dir: Path = Field(default_factory=default_runtime_dir)
+    api_key: Annotated[tuple[str, ...], NoDecode] = ()
     engine_flags: Annotated[tuple[str, ...], NoDecode] = ()
+
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _split_keys(cls, value: Any) -> Any:
+        """The environment gives several keys separated by commas."""
+        return tuple(key for key in value.split(",") if key) if isinstance(value, str) else value
+
+    @field_validator("engine_flags", mode="before")
+    @classmethod
+    def _split_flags(cls, value: Any) -> Any:
+        """The environment gives flags as on a command line."""
+        return tuple(shlex.split(value)) if isinstance(value, str) else value
 
     @classmethod
     def settings_customise_sources(
@@ -72,6 +87,10 @@ class Settings(BaseSettings):
         file = os.environ.get(CONFIG_VARIABLE)
         from_file = (InitSettingsSource(settings_cls, _read_toml(Path(file))),) if file else ()
         return (init_settings, env_settings, *from_file)
+
+    @property
+    def access(self) -> AccessRules:
+        return AccessRules(self.api_key, is_loopback(self.host))
 
     @property
     def bundled(self) -> bool:

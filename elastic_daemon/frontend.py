@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from elastic_daemon.access import AccessGuard, AccessRules
 from elastic_daemon.control_routes import is_control_path
 from elastic_daemon.engine.client import ElasticClient, NotServed, membership_from_message
 from elastic_daemon.engine.configure import Deployment
@@ -107,7 +108,8 @@ class Frontend:
         )
         self._llm = make_llm(self._deployment, self._client)
         gated = HoldGate(await make_app(self._deployment, self._llm), self._client)
-        app = ControlProxy(gated, spec["http_socket"])
+        rules = AccessRules(tuple(spec["api_keys"]), spec["loopback"])
+        app = AccessGuard(ControlProxy(gated, spec["http_socket"]), rules)
         self._server = uvicorn.Server(
             uvicorn.Config(app, lifespan="on", log_level="warning", access_log=False, timeout_keep_alive=30)
         )

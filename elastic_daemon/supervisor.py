@@ -19,6 +19,7 @@ import structlog
 import uvicorn
 
 from elastic_daemon import protocol as p
+from elastic_daemon.access import AccessGuard
 from elastic_daemon.app import make_control_app
 from elastic_daemon.config import Settings
 from elastic_daemon.control_server import ControlServer, Peer
@@ -348,6 +349,8 @@ class Supervisor:
             http_socket=self._runtime.http_socket,
             listen_fd=self._listener.fileno(),
             hold_timeout_s=self.settings.hold_timeout,
+            api_keys=self.settings.api_key,
+            loopback=self.settings.access.loopback,
             **self._zmq_addresses,
         )
 
@@ -421,7 +424,8 @@ class Supervisor:
     def _answer_ourselves(self, app: Any) -> None:
         """Accept on the public socket while no front end does."""
         if self._fallback is None:
-            self._fallback = self._serve_http(app, sockets=[self._listener.dup()])
+            guarded = AccessGuard(app, self.settings.access)
+            self._fallback = self._serve_http(guarded, sockets=[self._listener.dup()])
 
     def _stop_answering_ourselves(self) -> None:
         if self._fallback is not None:

@@ -181,3 +181,11 @@ def test_front_end_crash_keeps_the_ranks(cluster: Cluster) -> None:
     cluster.wait_for(lambda: cluster.health()["status"] == "ok", 30)
     assert [row["pids"] for row in cluster.health()["ranks"]] == [row["pids"] for row in ranks]
     assert_same(run_streams(cluster, max_tokens=10), run_streams(cluster, max_tokens=10))
+
+
+def test_memory_of_the_whole_deployment(cluster: Cluster) -> None:
+    pids = [cluster.process.pid, *cluster.descendants()]
+    rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
+    shares = [int(line.split()[1]) for text in rollups for line in text.splitlines() if line.startswith("Pss:")]
+    assert len(shares) == 7, "supervisor, zygote, front end, four ranks"
+    assert sum(shares) * 1024 < 4 << 30

@@ -143,3 +143,12 @@ def test_runtime_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_runtime_dir() == Path("/run/user/1000/elastic-daemon")
     monkeypatch.setenv("RUNTIME_DIRECTORY", "/run/elastic-daemon:/run/other")
     assert default_runtime_dir() == Path("/run/elastic-daemon")
+
+
+def test_keys_and_engine_flags_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELASTIC_API_KEY", "one,two")
+    monkeypatch.setenv("ELASTIC_ENGINE_FLAGS", "--max-model-len 512 --served-model-name 'my model'")
+    settings = load_settings({})
+    assert settings.api_key == ("one", "two")
+    assert settings.engine_flags == ("--max-model-len", "512", "--served-model-name", "my model")
+    assert load_settings({"api_key": ["three"]}).api_key == ("three",)
