@@ -64,15 +64,15 @@ def calm_gap(streams: Sequence[StreamResult], phase: Phase) -> float:
     return max([*silences, *(client_gap(stream, since) for stream in streams)], default=0.0)
 
 
-def outages(streams: Sequence[StreamResult], killed_at: float, fenced_at: float) -> tuple[float, ...]:
+def outages(streams: Sequence[StreamResult], killed_at: float, resumed_at: float) -> tuple[float, ...]:
     """From the kill to the next token of each stream that was running then.
 
-    Tokens that arrive before the group is fenced had been computed before the kill: they do not count.
+    What arrives before the group resumes had been computed before the kill: it does not count.
     """
     found = []
     for stream in streams:
         if stream.started < killed_at < stream.ended:
-            after = [arrival for arrival in stream.arrivals if arrival > fenced_at]
+            after = [arrival for arrival in stream.arrivals if arrival > resumed_at]
             if after:
                 found.append(after[0] - killed_at)
     return tuple(found)
@@ -139,8 +139,8 @@ def judge(
         problems.append(f"only {len(kills)} of {len(fault.ranks)} signals were sent: the streams ended before")
     excluded = {event["rank"]: event["time"] for event in events if event["event"] == "rank_excluded"}
     detections = tuple(excluded[kill.rank] - kill.wall if kill.rank in excluded else None for kill in kills)
-    fences = [event["time"] for event in events if event["event"] == "regrouping"]
-    fenced_at = first.at + (fences[-1] - first.wall) if fences else first.at
+    done = [event for event in events if event["event"] == "recovery_done"]
+    resumed_at = first.at + (done[-1]["time"] - done[-1]["seconds"]["resume"] - first.wall) if done else first.at
     if None in detections:
         problems.append("a killed rank was not excluded")
     if not reports:
@@ -155,7 +155,7 @@ def judge(
         detections_s=detections,
         gaps_s=tuple(client_gap(stream, first.at) for stream in streams),
         calm_gap_s=calm_gap(reference, fault.phase),
-        outages_s=() if fault.phase is Phase.IDLE else outages(streams, first.at, fenced_at),
+        outages_s=() if fault.phase is Phase.IDLE else outages(streams, first.at, resumed_at),
         during=_during(kills, events) if fault.phase is Phase.DURING else None,
         recoveries=tuple(reports),
         probe=Spread.of([delay.seconds for delay in delays if delay.at > first.at]),

@@ -6,6 +6,7 @@ as it is; `plugin_directory` makes one for PYTHONPATH.
 
 `python -m bench.stock_shim ARGUMENTS` is that server in a process that imports all it needs, prints `ready` and goes on
 when it reads a line: a restart at its best. Its engines and workers are forked, and so have imported everything too.
+(It is never killed here: forked processes hold each other's pipes open, so that the death of an engine goes unnoticed.)
 """
 
 from __future__ import annotations

@@ -95,7 +95,8 @@ class _StatusOnly:
         self._body += message.get("body", b"")
         if message.get("more_body"):
             return
-        body = json.dumps({"status": json.loads(self._body)["status"]}).encode()
+        told = json.loads(self._body or b"{}")  # HEAD has no body
+        body = json.dumps({"status": told["status"]}).encode() if "status" in told else b""
         headers: Sequence[tuple[bytes, bytes]] = self._start["headers"]
         kept = [(name, value) for name, value in headers if name.lower() != b"content-length"]
         await self._send({**self._start, "headers": [*kept, (b"content-length", str(len(body)).encode())]})

@@ -17,7 +17,7 @@ from elastic_daemon.logs import configure_logging
 SERVE_EXAMPLES = """\
 examples:
   elastic-daemon serve                                   the bundled tiny MoE on four CPU ranks
-  elastic-daemon serve Qwen/Qwen3-30B-A3B --device cuda --data-parallel-size 8
+  elastic-daemon serve --data-parallel-size 5 --survive-losses 3
   elastic-daemon serve ./model --data-parallel-size 6 --survive-losses 2 --max-model-len 8192
 Any flag that is not listed here goes to vLLM (docs/flags.md says which cannot work).
 """

@@ -123,6 +123,12 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def key_header() -> dict[str, str]:
+    """What a client of ours sends to a daemon with keys: the first of `$ELASTIC_API_KEY`."""
+    keys = [key for key in os.environ.get("ELASTIC_API_KEY", "").split(",") if key]
+    return {"Authorization": f"Bearer {keys[0]}"} if keys else {}
+
+
 def load_settings(flags: dict[str, Any]) -> Settings:
     """Settings from given flags (only those that were set), environment and file.
 

@@ -317,7 +317,7 @@ class Controller(ControlState):
         self._watch_frontend()
 
     def _unavailable(self, why: NotEnoughSlots) -> None:
-        """Ranks stay parked. When capacity returns, on standby, a new epoch plans again."""
+        """Ranks stay parked, and hold what they hold."""
         if self._phase is not Phase.UNAVAILABLE:
             self._phase = Phase.UNAVAILABLE
             self._deadlines.arm(Wait.HOLD, self._now + self._policy.hold_timeout_s)

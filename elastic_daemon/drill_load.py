@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from elastic_daemon.config import key_header
 from elastic_daemon.drill_report import Delay, StreamResult
 
 OnToken = Callable[[int, int], None]
@@ -40,7 +41,9 @@ async def run_streams(
     """
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     timeout = httpx.Timeout(SILENCE_TIMEOUT_S, connect=10)
-    async with httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits, trust_env=False) as client:
+    async with httpx.AsyncClient(
+        base_url=url, timeout=timeout, limits=limits, trust_env=False, headers=key_header()
+    ) as client:
         streams = [_Stream(number, prompt, on_token) for number, prompt in enumerate(prompts)]
         return await asyncio.gather(*(stream.run(client, tokens) for stream in streams))
 

@@ -62,6 +62,9 @@ REFUSED = (
     Refusal("enable_mm_embeds", "only text reaches a replayed request"),
     Refusal("middleware", "it would run outside the daemon's access rules", ([],)),
     Refusal("uds", "the supervisor owns the listening socket", (None,)),
+    Refusal("ssl_keyfile", "the daemon does not speak TLS yet: put a proxy in front", (None,)),
+    Refusal("ssl_certfile", "the daemon does not speak TLS yet: put a proxy in front", (None,)),
+    Refusal("ssl_ca_certs", "the daemon does not speak TLS yet: put a proxy in front", (None,)),
     Refusal("grpc", "only the OpenAI HTTP front end is supported"),
 )
 

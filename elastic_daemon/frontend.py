@@ -94,6 +94,7 @@ class Frontend:
     def __init__(self, deployment: Deployment, spec: Message) -> None:
         self._deployment = deployment
         self._spec = spec
+        self._lost = 0  # requests given up since the group last served
         self._client: ElasticClient
         self._llm: AsyncLLM
         self._server: uvicorn.Server
@@ -158,10 +159,12 @@ class Frontend:
                 kept=handover.kept,
                 replayed=len(handover.replayed),
                 restarted=len(handover.restarted),
-                lost=0,
+                lost=self._lost,
             )
+            self._lost = 0
         elif not membership.hold:
             failed = fail_in_flight(self._llm, self._client, NotServed(membership.reason))
+            self._lost += len(failed)
             if failed:
                 log.warning("requests_failed", count=len(failed), reason=membership.reason)
 

@@ -106,7 +106,10 @@ class Zygote:
     def pid(self) -> int:
         return self._process.pid
 
-    async def connect(self) -> None:
+    async def connect(self, on_exit: Callable[[], None]) -> None:
+        """`on_exit` is called when the process ends: without it nothing can be started or reaped any more."""
+        self._pidfd = os.pidfd_open(self._process.pid)
+        asyncio.get_running_loop().add_reader(self._pidfd, self._ended, on_exit)
         self._reader, self._writer = await asyncio.open_connection(sock=self._socket, limit=MAX_LINE_BYTES)
 
     async def ask(self, type_: str, **fields: Any) -> Message:
@@ -140,8 +143,13 @@ class Zygote:
         child.close()
         return status
 
+    def _ended(self, on_exit: Callable[[], None]) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        on_exit()
+
     def stop(self) -> None:
         """End the zygote; all its children end with it."""
+        asyncio.get_running_loop().remove_reader(self._pidfd)
         self._process.kill()
         self._process.wait()
         self._writer.transport.abort()

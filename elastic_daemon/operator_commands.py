@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
+from elastic_daemon.config import key_header
 from elastic_daemon.errors import DaemonUnreachable
 from elastic_daemon.runtime_dir import http_socket
 
@@ -66,11 +67,11 @@ class Target:
 
     def client(self, timeout: httpx.Timeout | float = TIMEOUT_S) -> httpx.Client:
         transport = None if self.url else httpx.HTTPTransport(uds=http_socket(self.runtime_dir))
-        return httpx.Client(transport=transport, timeout=timeout, trust_env=False)
+        return httpx.Client(transport=transport, timeout=timeout, trust_env=False, headers=key_header())
 
     def async_client(self) -> httpx.AsyncClient:
         transport = None if self.url else httpx.AsyncHTTPTransport(uds=http_socket(self.runtime_dir))
-        return httpx.AsyncClient(transport=transport, timeout=TIMEOUT_S, trust_env=False)
+        return httpx.AsyncClient(transport=transport, timeout=TIMEOUT_S, trust_env=False, headers=key_header())
 
     def unreachable(self, error: object) -> DaemonUnreachable:
         why = str(error) or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
 from datetime import timedelta
 
@@ -22,6 +23,8 @@ class RendezvousStore:
 
         listener = socket.create_server((HOST, 0), backlog=128)
         self.host, self.port = HOST, int(listener.getsockname()[1])
+        # Any local user can reach the port; whoever does not know the prefix finds nothing there.
+        self.prefix = secrets.token_hex(16)
         self._store = TCPStore(
             self.host,
             self.port,

@@ -104,7 +104,9 @@ class Supervisor:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._stop_requested)
-            await self._zygote.connect()
+            await self._zygote.connect(
+                lambda: self._finish(p.Exit(1, "the zygote has ended, and its children with it"))
+            )
             control = ControlServer(self._on_message, self._on_hello)
             await control.start(self._runtime.control_socket)
             app = make_control_app(self)
@@ -268,6 +270,7 @@ class Supervisor:
                 control=self._runtime.control_socket,
                 store_host=self._store.host,
                 store_port=self._store.port,
+                store_prefix=self._store.prefix,
                 **self._zmq_addresses,
             )
         except ElasticError as error:
@@ -359,8 +362,11 @@ class Supervisor:
         self._stats = {"in_flight": 0, "by_rank": {}}
         if not self._exit.done():
             self._answer_ourselves(make_control_app(self))
-        with contextlib.suppress(ControlClosed):
-            self._tell(p.FrontendExited(await self._zygote.reap(child)))
+        try:
+            status = await self._zygote.reap(child)
+        except ControlClosed as error:
+            status = str(error)
+        self._tell(p.FrontendExited(status))
 
     def _kill_frontend(self, _: p.KillFrontend) -> None:
         if self._frontend is not None:

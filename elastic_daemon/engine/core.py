@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 import structlog
-from torch.distributed import Store, TCPStore
+from torch.distributed import PrefixStore, Store, TCPStore
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.logging_utils.dump_input import dump_engine_exception
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -295,7 +295,7 @@ def run_rank(config: VllmConfig, spec: Message) -> None:
     control = ControlClient(spec["control"])
     try:
         control.send("hello", role="rank", rank=spec["rank"], incarnation=spec["incarnation"])
-        store = connect_store(spec["store_host"], spec["store_port"])
+        store = PrefixStore(spec["store_prefix"], connect_store(spec["store_host"], spec["store_port"]))
         core = ElasticEngineCore(
             config,
             spec["incarnation"],

@@ -50,7 +50,7 @@ def test_many_regroups_leave_memory_descriptors_and_threads_flat(tmp_path: Path)
     for then, now in zip(before, after, strict=True):
         assert now.descriptors <= then.descriptors + 4 + 16 * abandoned, (then, now)
         assert now.threads <= then.threads + 1 + 4 * abandoned, (then, now)
-        assert now.private_kib <= then.private_kib + 20 * 1024, (then, now)
+        assert now.private_kib <= then.private_kib + 64 * 1024, (then, now)
 
 
 def test_nothing_outlives_a_daemon(tmp_path: Path) -> None:
@@ -76,6 +76,16 @@ def test_nothing_outlives_a_daemon(tmp_path: Path) -> None:
     with Cluster(runtime_dir) as cluster:  # what the killed one left behind is no obstacle
         run_streams(cluster, max_tokens=5)
     assert set(os.listdir("/dev/shm")) == shared
+
+
+def test_death_of_the_zygote_ends_the_daemon(tmp_path: Path) -> None:
+    """Nothing can be started or reaped without it, so a service manager must start over."""
+    with Cluster(tmp_path / "run") as cluster:
+        pids = cluster.descendants()
+        (zygote,) = [pid for pid in pids if "zygote" in Path(f"/proc/{pid}/cmdline").read_text()]
+        os.kill(zygote, signal.SIGKILL)
+        assert cluster.process.wait(10) == 1
+        _wait_gone(pids)
 
 
 def _alive(pids: list[int]) -> list[int]:

@@ -18,7 +18,7 @@ from bench.measure import FaultResult, Kill, Summary, Undisturbed, by_phase, cli
 from bench.ours import Ours
 from bench.plan import LOSSES_PER_LIFE, RANKS, Fault, Phase, plan
 from bench.report import Report, render
-from bench.stock import COLD, PREIMPORTED, Failure, Start, Stock
+from bench.stock import COLD, PREIMPORTED, Failure, Start, Stock, judge_failure
 from elastic_daemon.drill_report import Delay, Spread, StreamResult
 
 
@@ -40,6 +40,10 @@ def stream(*arrivals: float, started: float = 0.0, prompt: str = "a", **fields: 
 
 def event(name: str, time: float, **fields: Any) -> dict[str, Any]:
     return {"event": name, "time": time, **fields}
+
+
+def done(time: float) -> dict[str, Any]:
+    return event("recovery_done", time, seconds={"resume": 0.01})
 
 
 def fault_result(**fields: Any) -> FaultResult:
@@ -98,11 +102,11 @@ def test_wait_counts_the_first_token_from_its_request() -> None:
     assert client_gap(stream(1.0, 1.1, started=0.2), killed_at=1.05) == pytest.approx(0.1)
 
 
-def test_outage_ends_with_the_first_token_after_the_fence() -> None:
+def test_outage_ends_with_the_first_token_after_the_group_resumes() -> None:
     late = stream(1.0, 2.001, 2.3, 2.4)  # the second was on its way when the rank was killed
     over = stream(1.0, 1.5)
     new = stream(2.5, started=2.1)
-    assert outages([late, over, new], killed_at=2.0, fenced_at=2.05) == pytest.approx((0.3,))
+    assert outages([late, over, new], killed_at=2.0, resumed_at=2.05) == pytest.approx((0.3,))
 
 
 def judged(streams: list[StreamResult], **changes: Any) -> FaultResult:
@@ -113,7 +117,7 @@ def judged(streams: list[StreamResult], **changes: Any) -> FaultResult:
         "reference": [stream(0.5, 0.6, 0.7)],
         "streams": streams,
         "delays": [Delay(0.9, 0.5), Delay(1.1, 0.002)],
-        "events": [event("rank_excluded", 101.03, rank=2), event("regrouping", 101.05)],
+        "events": [event("rank_excluded", 101.03, rank=2), done(101.05)],
         "reports": [{"epoch": 2, "seconds": {"total": 0.08}}],
     }
     return judge(**{**given, **changes})
@@ -148,10 +152,10 @@ def test_judge_when_the_second_signal_was_not_sent() -> None:
     assert "only 1 of 2 signals" in result.problems[0]
 
 
-@pytest.mark.parametrize(("done", "inside"), [(101.2, True), (101.05, False)])
-def test_judge_tells_whether_the_second_kill_fell_into_the_recovery(done: float, inside: bool) -> None:
+@pytest.mark.parametrize(("end", "inside"), [(101.2, True), (101.05, False)])
+def test_judge_tells_whether_the_second_kill_fell_into_the_recovery(end: float, inside: bool) -> None:
     events = [event("rank_excluded", 101.03, rank=2), event("rank_excluded", 101.12, rank=3)]
-    events += [event("regrouping", 101.15), event("recovery_done", done)]
+    events.append(done(end))
     kills = [Kill(2, 1.0, 101.0), Kill(3, 1.1, 101.1)]
     assert (
         judged([stream(0.9, 1.2, 1.3)], fault=Fault(Phase.DURING, (2, 3)), kills=kills, events=events).during is inside
@@ -201,6 +205,24 @@ def test_undisturbed_run() -> None:
     assert run.first_tokens == pytest.approx((0.5, 0.6))
     assert (run.tokens, run.errors, run.probe_max_s) == (4, 1, 0.003)
     assert run.seconds == pytest.approx(0.9)
+
+
+def failure(*results: StreamResult) -> Failure:
+    reference = [stream(0.5, 0.6)] * len(results)
+    return judge_failure("Worker", reference, 1.0, 3.0, results, {})
+
+
+def test_failure_of_stock() -> None:
+    found = failure(stream(0.9, error="500"), stream(0.9, ended=1.2), stream(0.8, 1.1), stream(0.8, 0.9))
+    assert (found.running, found.lost, found.hanging) == (2, 2, 0)
+    assert found.errors == {"500": 1, "incomplete, without an error; finish reason 'length'": 1}
+    assert found.failed_s == pytest.approx(0.2)
+    assert found.ended_s == 2.0
+
+
+def test_hanging_stock() -> None:
+    found = judge_failure("Worker", [stream(0.5, 0.6)] * 3, 1.0, None, None, {0: 2, 1: 1})
+    assert (found.lost, found.hanging, found.failed_s, found.ended_s) == (2, 2, None, None)
 
 
 # --- report -----------------------------------------------------------------------------------------------------------

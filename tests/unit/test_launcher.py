@@ -84,7 +84,7 @@ class Script(Zygote):
 async def scripted(*answers: Message | None) -> tuple[Script, asyncio.Task[list[Message]]]:
     ours, theirs = socket.socketpair()
     zygote = Script(ours)
-    await zygote.connect()
+    await zygote.connect(lambda: None)
     reader, writer = await asyncio.open_connection(sock=theirs, limit=MAX_LINE_BYTES)
 
     async def play() -> list[Message]:

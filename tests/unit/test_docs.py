@@ -1,0 +1,233 @@
+"""The documents name what is there: files, make targets, flags, variables, fields, metrics, events, messages."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from bench.recovery import parser as bench_parser
+from elastic_daemon import messages
+from elastic_daemon.cli import make_parser
+from elastic_daemon.config import Settings
+from elastic_daemon.control_routes import CONTROL_PATHS
+from elastic_daemon.flags import REFUSED, REFUSED_ON_CPU
+from elastic_daemon.health import HealthView
+from elastic_daemon.membership import RankState, Status
+from elastic_daemon.metrics import Metrics
+from elastic_daemon.placement import expert_safety, initial, slots_per_rank, survivable_losses
+from elastic_daemon.protocol import HealthSnapshot, RankHealth, RecoveryKind, RecoveryReport, RequestCounts
+from elastic_daemon.recovery import Timer
+from elastic_daemon.runtime_dir import SOCKET_NAMES
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+README, API, ARCHITECTURE = (ROOT / name for name in ("README.md", "docs/api.md", "docs/architecture.md"))
+
+FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
+PATH = re.compile(r"[\w.-]+(?:/[\w.-]+)*/?")
+SUFFIXES = (".py", ".md", ".sh", ".toml", ".txt")
+FOLDERS = ("elastic_daemon", "watchdog", "tests", "bench", "training", "scripts", "docs", "requirements")
+
+document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+
+
+def _flags_doc() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("flags_doc", ROOT / "scripts" / "flags_doc.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+flags_doc = _flags_doc()
+
+
+def prose(path: Path) -> str:
+    """A document without its blocks of code."""
+    return FENCE.sub("", path.read_text(encoding="utf-8"))
+
+
+def spans(path: Path) -> list[str]:
+    """What stands between backticks, blocks aside."""
+    return re.findall(r"`([^`\n]+)`", prose(path))
+
+
+def code(path: Path) -> list[str]:
+    """All lines of code, in blocks and in backticks."""
+    blocks = FENCE.findall(path.read_text(encoding="utf-8"))
+    return [*chain.from_iterable(block.splitlines()[1:-1] for block in blocks), *spans(path)]
+
+
+# --- generated ------------------------------------------------------------------------------------------------------
+
+
+def test_flags_page_is_up_to_date() -> None:
+    written = flags_doc.TARGET.read_text(encoding="utf-8")
+    assert written == flags_doc.render(), "run: .venv/bin/python scripts/flags_doc.py"
+
+
+# --- paths, links, targets ------------------------------------------------------------------------------------------
+
+
+@document
+def test_files_that_are_named_exist(path: Path) -> None:
+    named = {span for span in spans(path) if PATH.fullmatch(span)}
+    ours = {
+        span
+        for span in named
+        if (span.endswith(SUFFIXES) and "/" in span) or ("/" in span and span.split("/")[0] in FOLDERS)
+    }
+    assert not [span for span in sorted(ours) if not (ROOT / span).exists()]
+
+
+@document
+def test_links_lead_somewhere(path: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(path)):
+        if link.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in _anchors(target), link
+
+
+def _anchors(path: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", prose(path), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@document
+def test_make_targets_exist(path: Path) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {target for line in code(path) for target in re.findall(r"(?:^|\s)make ([a-z]+)", line)}
+    assert named <= targets
+
+
+@document
+def test_lines_are_not_too_long(path: Path) -> None:
+    assert not [line for line in prose(path).splitlines() if len(line) > 120 and not line.startswith("|")]
+
+
+# --- flags and variables --------------------------------------------------------------------------------------------
+
+
+def _subcommands() -> dict[str, argparse.ArgumentParser]:
+    (commands,) = (action for action in make_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(commands.choices)
+
+
+def _flags(parser: argparse.ArgumentParser) -> set[str]:
+    return {flag for action in parser._actions for flag in action.option_strings}
+
+
+VLLM_FLAGS = {refusal.option for refusal in (*REFUSED, *REFUSED_ON_CPU)} | set(flags_doc.exercised())
+NAMED_FLAGS_OF_VLLM = {"--max-model-len", "--load-format", "--enable-eplb", "--enable-expert-parallel"}
+"""Further flags of vLLM that documents speak of; that it has them is checked in tests/contract or by its own parser."""
+
+
+@document
+def test_flags_exist(path: Path) -> None:
+    known = set.union(*map(_flags, _subcommands().values())) | _flags(bench_parser()) | VLLM_FLAGS | NAMED_FLAGS_OF_VLLM
+    assert set(FLAG.findall(path.read_text(encoding="utf-8"))) - known == set()
+
+
+@document
+def test_command_lines_use_flags_of_their_command(path: Path) -> None:
+    commands = _subcommands()
+    for line in code(path):
+        if match := re.match(r"(?:\S*/|\$ )?elastic-daemon ([a-z]+)", line):
+            allowed = _flags(commands[match[1]]) | (NAMED_FLAGS_OF_VLLM if match[1] == "serve" else set())
+            assert set(FLAG.findall(line.partition("#")[0])) <= allowed, line
+
+
+def test_every_flag_of_serve_is_in_the_readme() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert not [flag for flag in _flags(_subcommands()["serve"]) - {"-h", "--help"} if f"`{flag}`" not in text]
+
+
+@document
+def test_variables_exist(path: Path) -> None:
+    source = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "elastic_daemon").rglob("*.py"))
+    settings = {f"ELASTIC_{name.upper()}" for name in Settings.model_fields}
+    named = set(re.findall(r"\bELASTIC_[A-Z_]+[A-Z]\b", path.read_text(encoding="utf-8")))
+    assert not [name for name in named - settings if name not in source]
+
+
+# --- contracts ------------------------------------------------------------------------------------------------------
+
+REPORT = RecoveryReport(1, RecoveryKind.SHRINK, (2,), "", dict.fromkeys(Timer, 0.0), RequestCounts(0, 0, 0, 0))
+SNAPSHOT = HealthSnapshot(
+    Status.OK, "", "", 1, 4, 4, 1, 2, (RankHealth(0, RankState.ACTIVE, 0.0, None, 1),), REPORT, REPORT, None
+)
+
+
+def _keys(value: object) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from _keys(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _keys(inner)
+
+
+def _in_api(words: set[str]) -> bool:
+    """Whether each is told of in a span of docs/api.md, be it as a part: `seconds.fence` or `ranks[].gpu`."""
+    told = {word for span in spans(API) for word in re.findall(r"\w+", span)}
+    assert words <= told, words - told
+    return True
+
+
+def test_health_is_described_in_full() -> None:
+    body = HealthView(SNAPSHOT, "m", 4, 0, {}, {}, 0.0).to_json()
+    assert _in_api(set(_keys(body)) | {*Status, *RankState, *RecoveryKind})
+
+
+def test_control_routes_are_described() -> None:
+    assert set(spans(API)) >= CONTROL_PATHS
+
+
+def test_metrics_are_described() -> None:
+    totals = {family.name + "_total" * (family.type == "counter") for family in Metrics()._registry.collect()}
+    assert totals <= set(spans(API))
+    assert set(re.findall(r"\belastic_\w+", prose(API))) <= totals
+
+
+def test_events_are_described() -> None:
+    source = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "elastic_daemon").glob("*.py"))
+    events = set(re.findall(r"(?:_record|events\.record)\(\s*\"(\w+)\"", source))
+    assert len(events) > 15
+    assert _in_api(events)
+
+
+def test_runtime_files_are_described() -> None:
+    assert {*SOCKET_NAMES, "daemon.lock", "scratch/"} <= set(spans(API))
+
+
+def test_messages_are_described() -> None:
+    assert messages.__doc__ is not None
+    listed = re.findall(r"^    .*? -> .*? {3,}(.+)$", messages.__doc__, re.MULTILINE)
+    types = {word for line in listed for word in line.split(", ")}
+    assert len(types) > 10
+    assert types <= set(spans(ARCHITECTURE))
+
+
+def test_reserves_in_the_readme_are_right() -> None:
+    rows = re.findall(
+        r"^\| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) % \| (\d+) \| (\d+) \|$", prose(README), re.M
+    )
+    assert len(rows) > 5
+    for row in rows:
+        experts, ranks, losses, slots, total, percent, may_go, in_memory = map(int, row)
+        assert slots == slots_per_rank(experts, ranks, losses), row
+        assert (total, percent) == (ranks * slots, round(100 * (ranks * slots / experts - 1))), row
+        assert may_go == survivable_losses(experts, ranks, slots), row
+        assert in_memory == expert_safety(initial(experts, 1, range(ranks), slots)), row
