@@ -82,7 +82,7 @@ def outages(streams: Sequence[StreamResult], killed_at: float, resumed_at: float
 class FaultResult:
     """`detections_s`: of each kill, None where the daemon did not exclude that rank. `outages_s`: empty with IDLE.
 
-    `calm_gap_s`: the longest wait of any client in the undisturbed run, the first token included where `gaps_s` has it.
+    `resumed_s`: from the (first) kill until the survivors step again, None if they do not. `calm_gap_s`: the longest wait of any client in the undisturbed run, the first token included where `gaps_s` has it.
     `during`: whether the second kill fell into the recovery of the first, as DURING wants it; None elsewhere.
     """
 
@@ -95,6 +95,7 @@ class FaultResult:
     detections_s: tuple[float | None, ...]
     gaps_s: tuple[float, ...]
     calm_gap_s: float
+    resumed_s: float | None
     outages_s: tuple[float, ...]
     during: bool | None
     recoveries: tuple[Mapping[str, Any], ...]
@@ -111,8 +112,15 @@ class FaultResult:
         """Until every interrupted stream has its next token."""
         return max(self.outages_s, default=None)
 
+    @property
+    def recompute_s(self) -> float | None:
+        """From the first step of the survivors until every interrupted stream has its next token."""
+        if self.resumed_s is None or self.outage_s is None:
+            return None
+        return self.outage_s - self.resumed_s
+
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "gap_s": self.gap_s, "outage_s": self.outage_s}
+        return {**asdict(self), "gap_s": self.gap_s, "outage_s": self.outage_s, "recompute_s": self.recompute_s}
 
 
 def judge(
@@ -140,7 +148,7 @@ def judge(
     excluded = {event["rank"]: event["time"] for event in events if event["event"] == "rank_excluded"}
     detections = tuple(excluded[kill.rank] - kill.wall if kill.rank in excluded else None for kill in kills)
     done = [event for event in events if event["event"] == "recovery_done"]
-    resumed_at = first.at + (done[-1]["time"] - done[-1]["seconds"]["resume"] - first.wall) if done else first.at
+    resumed_s = done[-1]["time"] - done[-1]["seconds"]["resume"] - first.wall if done else None
     if None in detections:
         problems.append("a killed rank was not excluded")
     if not reports:
@@ -155,7 +163,8 @@ def judge(
         detections_s=detections,
         gaps_s=tuple(client_gap(stream, first.at) for stream in streams),
         calm_gap_s=calm_gap(reference, fault.phase),
-        outages_s=() if fault.phase is Phase.IDLE else outages(streams, first.at, resumed_at),
+        resumed_s=resumed_s,
+        outages_s=() if fault.phase is Phase.IDLE else outages(streams, first.at, first.at + (resumed_s or 0.0)),
         during=_during(kills, events) if fault.phase is Phase.DURING else None,
         recoveries=tuple(reports),
         probe=Spread.of([delay.seconds for delay in delays if delay.at > first.at]),
@@ -185,6 +194,8 @@ class Summary:
     probe: Spread
     outages: Spread
     detections: Spread
+    resumed: Spread
+    recomputes: Spread
     phases: Mapping[str, Spread] = field(default_factory=dict)
 
     @classmethod
@@ -203,6 +214,8 @@ class Summary:
             probe=Spread.of([result.probe.max for result in results]),
             outages=Spread.of([result.outage_s for result in results if result.outage_s is not None]),
             detections=Spread.of([one for result in results for one in result.detections_s if one is not None]),
+            resumed=Spread.of([result.resumed_s for result in results if result.resumed_s is not None]),
+            recomputes=Spread.of([result.recompute_s for result in results if result.recompute_s is not None]),
             phases={name: Spread.of([one[name] for one in seconds if name in one]) for name in names},
         )
 

@@ -147,6 +147,8 @@ def _daemon(summary: Summary) -> Table:
     table.add_row("detection: SIGKILL -> rank excluded, ms", *_spread(summary.detections))
     for name, spread in summary.phases.items():
         table.add_row(f"recovery, {name}, ms", *_spread(spread))
+    table.add_row("SIGKILL -> survivors step again, ms", *_spread(summary.resumed))
+    table.add_row("from there until all interrupted have their next token, ms", *_spread(summary.recomputes))
     return table
 
 

@@ -14,8 +14,7 @@ pytestmark = pytest.mark.chaos
 BALANCING = json.dumps({"step_interval": 40, "window_size": 30})
 
 
-@pytest.mark.parametrize("point", ["transfer", "commit", "done"])
-@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize(("layer", "point"), [(0, "transfer"), (2, "transfer"), (2, "commit"), (2, "done")])
 def test_death_in_a_rearrangement(tmp_path: Path, layer: int, point: str) -> None:
     """Rank 2 kills itself at the boundary, in the second rearrangement; stock vLLM would then serve wrong text."""
     fault = {"rank": 2, "layer": layer, "point": point, "rearrangement": 2}
