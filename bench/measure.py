@@ -82,7 +82,8 @@ def outages(streams: Sequence[StreamResult], killed_at: float, resumed_at: float
 class FaultResult:
     """`detections_s`: of each kill, None where the daemon did not exclude that rank. `outages_s`: empty with IDLE.
 
-    `resumed_s`: from the (first) kill until the survivors step again, None if they do not. `calm_gap_s`: the longest wait of any client in the undisturbed run, the first token included where `gaps_s` has it.
+    `resumed_s`: from the (first) kill until the survivors step again, None if they do not.
+    `calm_gap_s`: the longest wait of any client in the undisturbed run, the first token included where `gaps_s` has it.
     `during`: whether the second kill fell into the recovery of the first, as DURING wants it; None elsewhere.
     """
 

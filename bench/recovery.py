@@ -26,7 +26,7 @@ from bench.stock import Stock, run_stock
 from elastic_daemon.operator_commands import make_console
 
 EXAMPLES = """examples:
-  python -m bench.recovery                            20 kills, and stock vLLM; about 12 minutes on two quiet cores
+  python -m bench.recovery                            20 kills, and stock vLLM; 8 minutes on two cores
   python -m bench.recovery --quick                    4 kills, no stock vLLM; about a minute, for CI
   python -m bench.recovery --kills 8 --json out.json  all raw numbers as well
 
