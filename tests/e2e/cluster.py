@@ -17,6 +17,8 @@ from typing import Any
 
 import httpx
 
+from elastic_daemon.drill_load import prompts_for
+
 START_TIMEOUT_S = 180.0
 
 
@@ -193,7 +195,8 @@ def _take(seen: Stream, chunk: dict[str, Any], trigger: Trigger | None) -> None:
             trigger.token()
 
 
-PROMPTS = tuple(f"count {i * 7 + 3} from {i + 2}" for i in range(16))
+PROMPTS = tuple(prompts_for(16))
+"""Tasks with long answers that the bundled model is sure of: a near-tie would say nothing about a recovery."""
 
 
 def run_streams(
