@@ -24,8 +24,6 @@ from elastic_daemon.placement import PlacementError, slots_per_rank
 CPU_KV_CACHE_BYTES = 256 << 20
 """Default KV cache of a CPU rank. vLLM's own default takes most of the machine's memory, for each rank."""
 
-BUNDLED_MODEL = Path(__file__).parents[1] / "models" / "tiny_moe"
-
 
 @dataclass(frozen=True)
 class Deployment:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
@@ -48,7 +47,3 @@ class ElasticScheduler(Scheduler):
         request.num_stale_output_tokens = 0
         request.num_output_placeholders = 0
         request.drop_stale_output = False
-
-    def describe_step(self, output: SchedulerOutput) -> dict[str, int]:
-        """What a step was doing, for the log of a recovery."""
-        return {"requests": len(output.num_scheduled_tokens), "tokens": output.total_num_scheduled_tokens}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -192,6 +192,6 @@ def _alone(config: ParallelConfig) -> Iterator[None]:
 
 def executor_worker(executor: UniProcExecutor) -> ElasticCPUWorker:
     """The worker object behind an executor that shares the process with the engine core."""
-    worker: Mapping[str, Any] | Any = executor.driver_worker.worker
+    worker = executor.driver_worker.worker
     assert isinstance(worker, ElasticCPUWorker)
     return worker
