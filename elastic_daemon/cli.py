@@ -68,6 +68,9 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument("--data-parallel-size", type=int, metavar="N", help="ranks to serve with (default: 4)")
     serve.add_argument("--device", choices=[device.value for device in Device], help="default: cpu")
     serve.add_argument(
+        "--ranks-per-gpu", type=int, metavar="R", help="ranks that share a GPU, to test without many (default: 1)"
+    )
+    serve.add_argument(
         "--survive-losses",
         type=int,
         metavar="K",

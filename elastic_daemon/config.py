@@ -52,6 +52,7 @@ class Settings(BaseSettings):
     model: str | None = None
     data_parallel_size: int = Field(4, ge=1, le=1024)
     device: Device = Device.CPU
+    ranks_per_gpu: int = Field(1, ge=1, le=8)
     survive_losses: int | None = Field(None, ge=0)
     hold_timeout: float = Field(60.0, ge=0)
     start_timeout: float = Field(300.0, gt=0)

@@ -21,7 +21,7 @@ import uvicorn
 from elastic_daemon import protocol as p
 from elastic_daemon.access import AccessGuard
 from elastic_daemon.app import make_control_app
-from elastic_daemon.config import Settings
+from elastic_daemon.config import Device, Settings
 from elastic_daemon.control_server import ControlServer, Peer
 from elastic_daemon.controller import EXIT_START, Controller
 from elastic_daemon.errors import ControlClosed, ElasticError, StartError
@@ -42,6 +42,9 @@ LOOP_STALE_S = 5.0
 HEARTBEAT_S = 0.5
 
 SETTLE_TIMEOUT_S = 3.0
+
+REGROUP_TIMEOUT_S = {Device.CPU: 3.0, Device.CUDA: 15.0}
+"""NCCL connects in a third of a second when it is warm, and in seconds when ranks share a GPU and have just started."""
 
 STACKS_DELAY_S = 0.05
 
@@ -147,6 +150,7 @@ class Supervisor:
             ranks=settings.data_parallel_size,
             survive_losses=settings.losses_to_survive,
             device=settings.device,
+            ranks_per_gpu=settings.ranks_per_gpu,
         )
         self.model = answer["model"]
         self.events.record(
@@ -164,6 +168,7 @@ class Supervisor:
             experts=answer["experts"],
             slots=answer["slots"],
             start_timeout_s=settings.start_timeout,
+            regroup_timeout_s=REGROUP_TIMEOUT_S[settings.device],
             hold_timeout_s=settings.hold_timeout,
         )
 

@@ -413,12 +413,12 @@ _COMMUNICATION = (
     ReliedOn(f"{_GROUPS}.GroupCoordinator.destroy", "overridden: the epoch's group owns what there is", ("self",)),
     ReliedOn(
         f"{_GROUPS}.GroupCoordinator.dispatch",
-        "hands its arguments on by position to GlooCommunicator.dispatch",
+        "hands its arguments on by position to EpochCommunicator.dispatch",
         ("self", "hidden_states", "topk_weights", "topk_ids", "is_sequence_parallel", "extra_tensors"),
     ),
     ReliedOn(
         f"{_GROUPS}.GroupCoordinator.combine",
-        "hands its arguments on by position to GlooCommunicator.combine",
+        "hands its arguments on by position to EpochCommunicator.combine",
         ("self", "hidden_states", "is_sequence_parallel"),
     ),
     ReliedOn(

@@ -13,16 +13,25 @@ from pathlib import Path
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from elastic_daemon.engine.worker import ELASTIC_CONFIG, LocalExecutor, RankPlan
+from elastic_daemon.engine.plan import ELASTIC_CONFIG, LocalExecutor, RankPlan
 from elastic_daemon.errors import ConfigError
 from elastic_daemon.flags import refusals
 from elastic_daemon.placement import PlacementError, slots_per_rank
 
 CPU_KV_CACHE_BYTES = 256 << 20
 """Default KV cache of a CPU rank. vLLM's own default takes most of the machine's memory, for each rank."""
+
+SHARED_GPU_KV_CACHE_BYTES = 1 << 30
+"""Default KV cache of a rank that shares its GPU: what is free cannot be measured while others allocate."""
+
+WORKERS = {
+    "cpu": "elastic_daemon.engine.cpu_worker.ElasticCPUWorker",
+    "cuda": "elastic_daemon.engine.gpu_worker.ElasticGPUWorker",
+}
 
 
 @dataclass(frozen=True)
@@ -34,16 +43,27 @@ class Deployment:
     model: str
     experts: int
     slots: int
+    ranks_per_gpu: int
+    """0 without GPUs."""
+
+    def gpu(self, rank: int) -> int:
+        """Index of the visible device of a rank."""
+        return rank // self.ranks_per_gpu if self.ranks_per_gpu else 0
 
 
-def configure(arguments: Sequence[str], ranks: int, survive_losses: int, device: str) -> Deployment:
+def configure(
+    arguments: Sequence[str], ranks: int, survive_losses: int, device: str, ranks_per_gpu: int = 1
+) -> Deployment:
     """Parse vLLM flags, refuse what cannot work, and size the expert slots.
 
     Raises:
         ConfigError: with one line that names the flag or model and what to do.
     """
-    if device != "cpu":
-        raise ConfigError(f"--device {device} is not supported yet: ranks on GPUs are not proven; use --device cpu")
+    if current_platform.device_type != device:
+        raise ConfigError(
+            f"--device {device}: the vLLM in this environment, or this machine, serves on "
+            f"{current_platform.device_type or 'no device'}; install the build for {device}, or change --device"
+        )
     args = _parse(arguments)
     if args.model_tag is not None:
         raise ConfigError(f"unexpected argument {args.model_tag!r}: MODEL comes right after `serve`, before all flags")
@@ -53,8 +73,12 @@ def configure(arguments: Sequence[str], ranks: int, survive_losses: int, device:
         raise ConfigError(f"no such model directory: {args.model}")
     args.use_tqdm_on_load = False  # four progress bars at once, in a log
     args.enforce_eager = True
-    if args.kv_cache_memory_bytes is None:
-        args.kv_cache_memory_bytes = CPU_KV_CACHE_BYTES
+    args.async_scheduling = False
+    if device == "cpu":
+        args.kv_cache_memory_bytes = args.kv_cache_memory_bytes or CPU_KV_CACHE_BYTES
+    elif ranks_per_gpu > 1:
+        args.kv_cache_memory_bytes = args.kv_cache_memory_bytes or SHARED_GPU_KV_CACHE_BYTES
+        args.gpu_memory_utilization /= ranks_per_gpu
     redundant = args.eplb_config.num_redundant_experts
     args.eplb_config.num_redundant_experts = 0  # vLLM checks it against balancing that it believes CPUs cannot do
     args.enable_eplb = args.enable_expert_parallel = False  # always on here, likewise
@@ -66,8 +90,9 @@ def configure(arguments: Sequence[str], ranks: int, survive_losses: int, device:
     if not config.model_config.is_moe or experts < 2:
         raise ConfigError(f"{args.model} is a dense model: without experts there is nothing to shrink")
     slots = _slots(experts, ranks, survive_losses, redundant)
-    _make_elastic(config, ranks, slots * ranks - experts)
-    return Deployment(args, config, args.served_model_name[0] if args.served_model_name else args.model, experts, slots)
+    _make_elastic(config, ranks, slots * ranks - experts, device)
+    name = args.served_model_name[0] if args.served_model_name else args.model
+    return Deployment(args, config, name, experts, slots, 0 if device == "cpu" else ranks_per_gpu)
 
 
 def _slots(experts: int, ranks: int, survive_losses: int, redundant: int) -> int:
@@ -99,7 +124,7 @@ def _parse(arguments: Sequence[str]) -> Namespace:
         raise ConfigError(_first_line(error)) from error
 
 
-def _make_elastic(config: VllmConfig, ranks: int, redundant: int) -> None:
+def _make_elastic(config: VllmConfig, ranks: int, redundant: int, device: str) -> None:
     # Set after validation: vLLM refuses load balancing on CPU, and reserves ports for groups that the daemon builds.
     parallel = config.parallel_config
     parallel.data_parallel_size = ranks
@@ -108,9 +133,11 @@ def _make_elastic(config: VllmConfig, ranks: int, redundant: int) -> None:
     parallel.enable_eplb = True
     parallel.eplb_config.num_redundant_experts = redundant
     parallel.eplb_config.use_async = False
-    parallel.eplb_config.communicator = "torch_nccl"  # torch's point-to-point calls, over gloo for tensors on CPU
+    parallel.eplb_config.communicator = "torch_nccl"  # never made: ours takes its place
     parallel.all2all_backend = "allgather_reducescatter"
-    parallel.worker_cls = "elastic_daemon.engine.worker.ElasticCPUWorker"
+    parallel.disable_nccl_for_dp_synchronization = True  # what hosts agree on stays off the device
+    parallel.worker_cls = WORKERS[device]
+    config.kernel_config.enable_flashinfer_autotune = False  # it tunes by timing, alone: never the same on two ranks
     parallel.distributed_executor_backend = LocalExecutor
     config.scheduler_config.scheduler_cls = "elastic_daemon.engine.scheduler.ElasticScheduler"
 
@@ -121,7 +148,7 @@ def for_rank(config: VllmConfig, plan: RankPlan) -> VllmConfig:
     own.additional_config = {ELASTIC_CONFIG: plan}
     own.parallel_config.data_parallel_rank = plan.position
     own.parallel_config.data_parallel_index = plan.position
-    own.parallel_config.data_parallel_rank_local = 0
+    own.parallel_config.data_parallel_rank_local = plan.gpu
     own.parallel_config.data_parallel_size = len(plan.members)
     return own
 

@@ -32,10 +32,11 @@ from vllm.v1.request import Request
 
 from elastic_daemon.engine.experts import SlotContent
 from elastic_daemon.engine.faults import break_links
-from elastic_daemon.engine.gloo import AbortableProcessGroup, GlooGroup
+from elastic_daemon.engine.gloo import AbortableProcessGroup
+from elastic_daemon.engine.plan import LocalExecutor, rank_plan
 from elastic_daemon.engine.resume import restore_output
 from elastic_daemon.engine.scheduler import ElasticScheduler
-from elastic_daemon.engine.worker import LocalExecutor, executor_worker, rank_plan
+from elastic_daemon.engine.worker import executor_worker
 from elastic_daemon.errors import ControlClosed, Fenced, PeerLost
 from elastic_daemon.messages import ControlClient, Message
 from elastic_daemon.placement import Placement
@@ -109,6 +110,11 @@ class ElasticEngineCore(DPEngineCoreProc):
             self.engines_running = True
             self.output_queue.put_nowait((0, EngineCoreOutputs(start_wave=self.current_wave)))
 
+    def _process_aborts_queue(self) -> None:
+        """Called when the output of a step is there, before it counts: what a fenced step computed must not."""
+        self._raise_if_fenced()
+        super()._process_aborts_queue()
+
     def _process_input_queue(self) -> None:
         self._raise_if_fenced()
         super()._process_input_queue()
@@ -130,8 +136,12 @@ class ElasticEngineCore(DPEngineCoreProc):
                 dump_engine_exception(self.vllm_config, scheduler_output, self.scheduler.make_stats())
             raise
 
+    @property
+    def is_fenced(self) -> bool:
+        return self._fence_epoch > self.epoch
+
     def _raise_if_fenced(self) -> None:
-        if self._fence_epoch > self.epoch:
+        if self.is_fenced:
             raise Fenced(self._fence_epoch)
 
     # --- control thread ---------------------------------------------------------------------------------------------
@@ -200,12 +210,11 @@ class ElasticEngineCore(DPEngineCoreProc):
             placement = Placement.from_json(message["placement"])
             self._load_slots(message["loads"])
             repaired = time.monotonic()
-            group = GlooGroup(
-                self._store, f"epoch/{epoch}", placement.ranks.index(self.plan.rank), len(placement.ranks)
-            )
-            self.worker.join_group(group, placement)
-            self.dp_group = group.process_group
-            self.dp_rank, self.dp_size = group.process_group.rank(), group.process_group.size()
+            position, members = placement.ranks.index(self.plan.rank), len(placement.ranks)
+            connections = self.worker.connect(self._store, f"epoch/{epoch}", position, members)
+            self.worker.join_group(connections, placement)
+            self.dp_group = connections.host
+            self.dp_rank, self.dp_size = position, members
         except PeerLost as error:
             self.worker.groups.release()
             self._control.send("regroup_failed", epoch=epoch, error=str(error))
@@ -278,7 +287,7 @@ class Parking:
         core = self._core
         if is_peer_fault(error):
             core._control.send("fault", epoch=core.epoch, error=str(error).splitlines()[0][:500])
-        elif not isinstance(error, Fenced):
+        elif not core.is_fenced:  # what a step trips over once its collectives were cut is no defect of this rank
             raise error
         core.leave(error)
         core.park()

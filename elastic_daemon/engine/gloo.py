@@ -127,6 +127,9 @@ class AbortableProcessGroup:
         """Whether what has not raised since the abort never will."""
         return self._aborted_at is not None and time.monotonic() > self._aborted_at + ABORT_GRACE_S
 
+    def synchronize(self) -> None:
+        """Collectives in host memory are complete when they were waited for."""
+
     def close(self) -> None:
         """Destroy the group, unless a collective is stuck in it."""
         group, self._group = self._group, None
@@ -176,9 +179,9 @@ class GlooGroup:
                 timeout=CONNECT_TIMEOUT,
             )
             group._get_backend(torch.device("cpu"))._set_default_timeout(COLLECTIVE_TIMEOUT)
-        except Exception as error:
+        except RuntimeError as error:
             raise PeerLost(f"group {prefix} of {members} was not complete: {error}") from error
-        self.process_group = AbortableProcessGroup(group)
+        self.host = self.device = AbortableProcessGroup(group)
         self.links = GlooLinks(fd for fd, _ in established_tcp_sockets() - before)
 
     def abort(self) -> int:
@@ -186,10 +189,10 @@ class GlooGroup:
 
         Returns the number of connections that were still open.
         """
-        self.process_group.abort()
+        self.host.abort()
         return self.links.shutdown()
 
     def close(self) -> None:
         self.links.shutdown()
         self.links.close()
-        self.process_group.close()
+        self.host.close()

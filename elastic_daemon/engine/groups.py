@@ -1,24 +1,45 @@
 """Communication groups that survive a change of membership.
 
 vLLM keeps references to its DP, EP and EPLB groups in layers, managers and metadata. An `EpochGroup` is created once
-per process and stays; what changes with every epoch is the process group that it is bound to. Binding costs one
-attribute swap, so a regroup never has to hunt for stale references inside vLLM.
+per process and stays; what changes with every epoch are the process groups that it is bound to, one for tensors in host
+memory and one for those on the device. Binding costs an attribute swap or two, so a regroup never has to hunt for stale
+references inside vLLM.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from vllm.distributed import parallel_state
 from vllm.distributed.eplb.eplb_communicator import EplbCommunicator
 from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.forward_context import get_forward_context
+from vllm.v1.worker.dp_utils import skip_dp_coordination
 
-from elastic_daemon.engine.gloo import AbortableProcessGroup, GlooGroup
+from elastic_daemon.engine.gloo import AbortableProcessGroup
+
+
+class EpochConnections(Protocol):
+    """The connections among the members of one epoch, and the means to get out of them."""
+
+    host: AbortableProcessGroup
+    """For tensors in host memory: what the engines agree on."""
+
+    @property
+    def device(self) -> Any:
+        """For tensors on the device of the rank; on CPU the same group as `host`."""
+
+    def abort(self) -> int:
+        """Free whoever is blocked in a collective. Safe from any thread. Returns how much was still open."""
+
+    def close(self) -> None:
+        """Abort, and give back what the connections hold. Called by the thread that starts the collectives."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +56,35 @@ class PlannedProcessGroup:
         return self.position
 
 
-class GlooCommunicator:
-    """Dispatch and combine of expert-parallel layers over gloo, for groups of any size including one.
+class Done:
+    """A collective that is complete."""
 
-    vLLM's CPU communicator has neither `all_gatherv` nor `reduce_scatterv`, and its all2all manager is bound to groups
-    of the start. Here one `all_gather` moves hidden states, weights and ids together, and one `all_to_all` brings
-    partial outputs home, where they are added in rank order, so that the sum does not depend on timing.
+    def wait(self) -> None:
+        pass
+
+
+class RehearsalProcessGroup(PlannedProcessGroup):
+    """A group whose other members seem to do what this one does: a rank warms up alone, with the shapes to come."""
+
+    def _allgather_base(self, output: torch.Tensor, tensor: torch.Tensor) -> Done:
+        output.view(self.members, *tensor.shape).copy_(tensor.expand(self.members, *tensor.shape))
+        return Done()
+
+    def alltoall_base(
+        self, output: torch.Tensor, tensor: torch.Tensor, output_splits: list[int], input_splits: list[int]
+    ) -> Done:
+        start = sum(input_splits[: self.position])
+        own = tensor[start : start + input_splits[self.position]]
+        output.view(self.members, *own.shape).copy_(own.expand(self.members, *own.shape))
+        return Done()
+
+
+class EpochCommunicator:
+    """Dispatch and combine of expert-parallel layers, for groups of any size including one.
+
+    vLLM's CPU communicator has neither `all_gatherv` nor `reduce_scatterv`, and its all2all managers are bound to
+    groups of the start. Here one `all_gather` moves hidden states, weights and ids together, and one `all_to_all`
+    brings partial outputs home, where they are added in rank order, so that the sum does not depend on timing.
     """
 
     def __init__(self, group: EpochGroup) -> None:
@@ -70,10 +114,12 @@ class GlooCommunicator:
             return list(tensors)  # on every rank alike: nobody waits for a collective
         flat = [t.reshape(t.shape[0], math.prod(t.shape[1:])).contiguous().view(torch.uint8) for t in tensors]
         widths = [t.shape[1] for t in flat]
-        packed = torch.zeros((rows, sum(widths)), dtype=torch.uint8)
+        packed = flat[0].new_zeros((rows, sum(widths)))
         torch.cat(flat, dim=1, out=packed[: flat[0].shape[0]])
-        gathered = torch.empty((self.world_size * rows, packed.shape[1]), dtype=torch.uint8)
-        self._group.cpu_group._allgather_base(gathered, packed).wait()
+        # Zeros, not whatever was there: on a GPU the kernels behind a gather that was aborted still run, and must not
+        # take rubbish for expert ids.
+        gathered = packed.new_zeros((self.world_size * rows, packed.shape[1]))
+        self._group.device_group._allgather_base(gathered, packed).wait()
         if any(count != rows for count in counts):
             gathered = torch.cat([gathered[i * rows : i * rows + count] for i, count in enumerate(counts)])
         outputs, start = [], 0
@@ -88,8 +134,8 @@ class GlooCommunicator:
         if not any(counts):
             return tensor
         own = counts[self._group.rank_in_group]
-        received = torch.empty((self.world_size * own, tensor.shape[1]), dtype=tensor.dtype)
-        self._group.cpu_group.alltoall_base(received, tensor.contiguous(), [own] * self.world_size, counts).wait()
+        received = tensor.new_empty((self.world_size * own, tensor.shape[1]))
+        self._group.device_group.alltoall_base(received, tensor.contiguous(), [own] * self.world_size, counts).wait()
         return received.view(self.world_size, own, tensor.shape[1]).sum(dim=0)
 
     def dispatch(
@@ -123,7 +169,8 @@ class GlooCommunicator:
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.world_size > 1:
-            self._group.cpu_group.allreduce([tensor]).wait()  # a sum, as by torch's default
+            group = self._group.cpu_group if tensor.is_cpu else self._group.device_group
+            group.allreduce([tensor]).wait()  # a sum, as by torch's default
         return tensor
 
 
@@ -152,10 +199,12 @@ class EpochTransfers(EplbCommunicator):
         ranks = range(self._group.world_size)
         outgoing = [tensor for rank in ranks for tensor in sends[rank]]
         incoming = [tensor for rank in ranks for tensor in receives[rank]]
-        packed = torch.cat([_bytes(tensor) for tensor in outgoing]) if outgoing else torch.empty(0, dtype=torch.uint8)
-        received = torch.empty(sum(tensor.nbytes for tensor in incoming), dtype=torch.uint8)
+        nothing = torch.empty(0, dtype=torch.uint8, device=self._group.device)
+        packed = torch.cat([nothing, *(_bytes(tensor) for tensor in outgoing)])
+        received = nothing.new_empty(sum(tensor.nbytes for tensor in incoming))
         splits = [[sum(tensor.nbytes for tensor in side[rank]) for rank in ranks] for side in (receives, sends)]
-        self._group.cpu_group.alltoall_base(received, packed, *splits).wait()
+        self._group.device_group.alltoall_base(received, packed, *splits).wait()
+        self._group.device_group.synchronize()
         start = 0
         for tensor in incoming:
             _bytes(tensor).copy_(received[start : start + tensor.nbytes])
@@ -168,45 +217,49 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class EpochGroup(GroupCoordinator):
-    """A vLLM group coordinator whose process group is replaced with every epoch."""
+    """A vLLM group coordinator whose process groups are replaced with every epoch."""
 
-    def __init__(self, name: str, position: int, members: int) -> None:
+    def __init__(self, name: str, position: int, members: int, device: torch.device) -> None:
         self.unique_name = f"{name}:elastic"
-        self.local_rank = 0
-        self.device_index = 0
-        self.device = torch.device("cpu")
-        self.backend = "gloo"
+        self.local_rank = device.index or 0
+        self.device_index = device.index or 0
+        self.device = device
+        self.backend = "gloo" if device.type == "cpu" else "nccl"
         self.mq_broadcaster = None
         self.use_custom_op_call = False
         self.use_cpu_custom_send_recv = False
-        self.device_communicator: Any = GlooCommunicator(self)
-        self.bind(PlannedProcessGroup(members, position))
+        self.device_communicator: Any = EpochCommunicator(self)
+        planned = PlannedProcessGroup(members, position)
+        self.bind(planned, planned)
 
-    def bind(self, process_group: AbortableProcessGroup | PlannedProcessGroup) -> None:
-        """Use `process_group` from now on. All attributes that depend on size or rank follow."""
-        self.cpu_group: Any = process_group
-        self.device_group: Any = process_group
-        self.world_size = process_group.size()
-        self.rank = self.rank_in_group = process_group.rank()
+    def bind(self, host: Any, device: Any) -> None:
+        """Use these process groups from now on. All attributes that depend on size or rank follow."""
+        self.cpu_group: Any = host
+        self.device_group: Any = device
+        self.world_size = host.size()
+        self.rank = self.rank_in_group = host.rank()
         self.ranks = list(range(self.world_size))
 
     def destroy(self) -> None:
-        """The epoch's `GlooGroup` owns what there is to release."""
+        """The epoch's connections own what there is to release."""
 
 
 @dataclass
 class EpochGroups:
-    """DP, EP and EPLB groups of a rank. One gloo group serves all three: their collectives come from one thread."""
+    """DP, EP and EPLB groups of a rank. The same connections serve all three: their collectives come from one thread.
+
+    `current`: the connections of this epoch.
+    """
 
     dp: EpochGroup
     ep: EpochGroup
     eplb: EpochGroup
-    current: GlooGroup | None = None
+    current: EpochConnections | None = None
 
     @classmethod
-    def install(cls, position: int, members: int) -> EpochGroups:
+    def install(cls, position: int, members: int, device: torch.device) -> EpochGroups:
         """Replace vLLM's size-one groups of this process by planned groups of `members`."""
-        groups = cls(*(EpochGroup(name, position, members) for name in ("dp", "ep", "eplb")))
+        groups = cls(*(EpochGroup(name, position, members, device) for name in ("dp", "ep", "eplb")))
         world = parallel_state.get_world_group()
         replaced = parallel_state._replace_active_groups(
             world=world, dp=groups.dp, ep=groups.ep, eplb=groups.eplb, node_count=1
@@ -216,22 +269,35 @@ class EpochGroups:
                 group.destroy()
         return groups
 
-    def bind(self, group: GlooGroup) -> None:
-        self.current = group
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Let this rank run its model alone, as if the others did the same."""
+        position, members = self.dp.rank_in_group, self.dp.world_size
+        self._bind(RehearsalProcessGroup(members, position))
+        try:
+            with skip_dp_coordination():
+                yield
+        finally:
+            self._bind(PlannedProcessGroup(members, position))
+
+    def bind(self, connections: EpochConnections) -> None:
+        self.current = connections
         for member in (self.dp, self.ep, self.eplb):
-            member.bind(group.process_group)
+            member.bind(connections.host, connections.device)
+
+    def _bind(self, stand_in: PlannedProcessGroup) -> None:
+        for member in (self.dp, self.ep, self.eplb):
+            member.bind(stand_in, stand_in)
 
     def abort(self) -> int:
         """Free this rank from whatever collective it is in. Called from the control thread."""
-        group = self.current
-        return group.abort() if group is not None else 0
+        connections = self.current
+        return connections.abort() if connections is not None else 0
 
     def release(self) -> None:
-        """Drop the broken group; its connections are closed and vLLM holds no reference to it afterwards."""
-        group, self.current = self.current, None
-        if group is None:
+        """Drop the broken connections; vLLM holds no reference to them afterwards."""
+        connections, self.current = self.current, None
+        if connections is None:
             return
-        planned = PlannedProcessGroup(self.dp.world_size, self.dp.rank_in_group)
-        for member in (self.dp, self.ep, self.eplb):
-            member.bind(planned)
-        group.close()
+        self._bind(PlannedProcessGroup(self.dp.world_size, self.dp.rank_in_group))
+        connections.close()

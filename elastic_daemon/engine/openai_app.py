@@ -21,7 +21,7 @@ from vllm.v1.engine.core_client import EngineCoreClient
 
 from elastic_daemon.engine.client import ElasticClient
 from elastic_daemon.engine.configure import Deployment
-from elastic_daemon.engine.worker import LocalExecutor
+from elastic_daemon.engine.plan import LocalExecutor
 
 SERVED_ROUTES = frozenset(
     {

@@ -4,7 +4,8 @@ Importing vLLM takes seconds of CPU, a fork of a process that has done so takes 
 never change they share. The supervisor stays free of vLLM and talks to the zygote over an inherited socket, one JSON
 line per request and answer:
 
-    {"type": "configure", "arguments": [...], "ranks": 4, "survive_losses": 2, "device": "cpu"}
+    {"type": "configure", "arguments": [...], "ranks": 4, "survive_losses": 2, "device": "cpu",
+     "ranks_per_gpu": 1}
     {"type": "fork", "kind": "rank" | "frontend", ...}     -> {"pid": 123}
     {"type": "reap", "pid": 123}                           -> {"status": "killed by SIGKILL"}
 
@@ -26,7 +27,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from elastic_daemon.engine.compat import check_version
-from elastic_daemon.errors import ConfigError, ElasticError, engine_missing
+from elastic_daemon.errors import ConfigError, ElasticError, StartError, engine_missing
 from elastic_daemon.logs import configure_logging
 
 _PR_SET_PDEATHSIG = 1
@@ -82,8 +83,13 @@ class Zygote:
         from elastic_daemon.engine.configure import configure
 
         self._deployment = deployment = configure(
-            request["arguments"], request["ranks"], request["survive_losses"], request["device"]
+            request["arguments"],
+            request["ranks"],
+            request["survive_losses"],
+            request["device"],
+            request["ranks_per_gpu"],
         )
+        refuse_forks_with_cuda()
         # Children share the heap as it is now; collecting it there would only copy its pages.
         gc.collect()
         gc.freeze()
@@ -120,9 +126,11 @@ class Zygote:
     def _rank(self, request: dict[str, Any]) -> None:
         from elastic_daemon.engine.configure import for_rank
         from elastic_daemon.engine.core import run_rank
-        from elastic_daemon.engine.worker import RankPlan
+        from elastic_daemon.engine.plan import RankPlan
 
-        plan = RankPlan(request["rank"], tuple(request["members"]), request["slots"], request["scratch_dir"])
+        rank, members = request["rank"], tuple(request["members"])
+        gpu = self._deployment.gpu(rank)
+        plan = RankPlan(rank, members, request["slots"], request["scratch_dir"], gpu)
         run_rank(for_rank(self._deployment.config, plan), request)
 
     def _frontend(self, request: dict[str, Any]) -> None:
@@ -136,6 +144,14 @@ class Zygote:
         except ChildProcessError:
             return {"status": "already reaped"}
         return {"status": exit_status(status)}
+
+
+def refuse_forks_with_cuda() -> None:
+    """Raises StartError when this process has touched a GPU: its forks could not."""
+    import torch
+
+    if torch.cuda.is_initialized() or torch.cuda._is_in_bad_fork():
+        raise StartError("parsing the flags initialized CUDA in the process that forks the ranks: this is a defect")
 
 
 def import_engine() -> None:

@@ -56,7 +56,7 @@ class _Rank:
 
     def __init__(self, store: tuple[str, int]) -> None:
         self._store = TCPStore(*store, is_master=False, wait_for_workers=False)
-        self._groups = EpochGroups(*(EpochGroup(name, 0, 1) for name in ("dp", "ep", "eplb")))
+        self._groups = EpochGroups(*(EpochGroup(name, 0, 1, torch.device("cpu")) for name in ("dp", "ep", "eplb")))
         self.rounds = 0
 
     def build(self, prefix: str, position: int, members: int) -> int:

@@ -37,7 +37,7 @@ from elastic_daemon.engine.client import ElasticClient
 from elastic_daemon.engine.compat import RELIED_ON, VLLM_VERSION, ReliedOn, check_version
 from elastic_daemon.engine.core import ElasticEngineCore, Parking
 from elastic_daemon.engine.cpu import map_to_physical_and_record
-from elastic_daemon.engine.groups import EpochGroup, GlooCommunicator
+from elastic_daemon.engine.groups import EpochCommunicator, EpochGroup
 from elastic_daemon.engine.resume import ResumableRequestState, resumed_output, resuming_params
 from elastic_daemon.errors import ConfigError
 
@@ -371,14 +371,14 @@ def test_experts_are_applied_with_keywords() -> None:
 @pytest.mark.parametrize("name", ["dispatch", "combine"])
 def test_groups_hand_their_arguments_on_by_position(name: str) -> None:
     theirs = list(inspect.signature(getattr(EpochGroup, name)).parameters)
-    ours = list(inspect.signature(getattr(GlooCommunicator, name)).parameters)
+    ours = list(inspect.signature(getattr(EpochCommunicator, name)).parameters)
     assert ours[: len(theirs)] == theirs
     seen: list[Any] = []
     group = SimpleNamespace(device_communicator=SimpleNamespace(**{name: lambda *args, **kw: seen.append((args, kw))}))
     arguments = [object() for _ in theirs[1:]]
     getattr(EpochGroup, name)(group, *arguments)
     args, keywords = seen[0]
-    assert inspect.signature(getattr(GlooCommunicator, name)).bind(None, *args, **keywords)
+    assert inspect.signature(getattr(EpochCommunicator, name)).bind(None, *args, **keywords)
     assert [*args, *keywords.values()] == arguments
 
 

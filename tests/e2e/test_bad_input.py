@@ -45,7 +45,7 @@ def error_line(done: subprocess.CompletedProcess[str]) -> str:
         (("--data-parallel-size", "4", "--survive-losses", "4"), 2, "can survive 0 to 3 losses"),
         (("--data-parallel-size", "0"), 2, "--data-parallel-size"),
         (("--port", "0", "stray"), 2, "unexpected argument 'stray'"),
-        (("--device", "cuda"), 2, "--device cuda is not supported yet"),
+        (("--device", "cuda"), 2, "serves on cpu"),
     ],
 )
 def test_refused_with_one_line(tmp_path: Path, arguments: tuple[str, ...], code: int, message: str) -> None:

@@ -1,0 +1,155 @@
+"""The connections of one epoch on GPUs: NCCL for tensors on the device, gloo for what the hosts agree on.
+
+A collective whose peer died does not fail on NCCL: its kernel waits on the device for ever, and the host waits in the
+next synchronization. Aborting the communicator from another thread ends the kernel, and the host comes back, with
+rubbish in the tensors that the kernel was to fill. So everything that leaves a step is checked against the abort
+first: a group is marked as aborted before its kernels are.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import structlog
+import torch
+from torch.distributed import PrefixStore, ProcessGroupNCCL, Store
+
+from elastic_daemon.engine.gloo import COLLECTIVE_TIMEOUT, GlooGroup
+from elastic_daemon.errors import PeerLost
+
+log = structlog.get_logger(__name__)
+
+RANK_ENVIRONMENT = {
+    # torch's own watchdog ends a process whose collective fails or lasts too long: here, the survivor's.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_PROPAGATE_ERROR": "0",
+}
+"""What a rank on a GPU needs in its environment before its first NCCL communicator is made."""
+
+
+class NcclWork:
+    """A collective that was put on the current stream."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self, *_: Any) -> bool:
+        """Let the stream wait, not the host. Raises PeerLost if NCCL already knows that the communicator is broken."""
+        try:
+            return bool(self._work.wait())
+        except RuntimeError as error:
+            raise PeerLost(str(error)) from error
+
+
+class NcclProcessGroup:
+    """An NCCL process group that another thread may abort. Passes for a torch ProcessGroup where vLLM wants one."""
+
+    def __init__(self, store: Store, position: int, members: int, device: torch.device) -> None:
+        """Meet the others and make the communicator, first collective included.
+
+        Raises:
+            PeerLost: NCCL could not connect all members.
+        """
+        self._device = device
+        self._position, self._members = position, members
+        self._void = False
+        self._aborted = False
+        self._abort_lock = threading.Lock()
+        options = ProcessGroupNCCL.Options()
+        options._timeout = COLLECTIVE_TIMEOUT
+        try:
+            self._group = ProcessGroupNCCL(store, position, members, options)
+            # NCCL connects in the first collective. Host memory would have to be pinned: this sum stays on the device.
+            self._group.allreduce([torch.ones(1, device=device)]).wait()
+            torch.cuda.current_stream(device).synchronize()
+        except RuntimeError as error:
+            raise PeerLost(f"NCCL group of {members} was not complete: {error}") from error
+
+    def size(self) -> int:
+        return self._members
+
+    def rank(self) -> int:
+        return self._position
+
+    def void(self) -> None:
+        """From here on nothing is started, and nothing that was started counts."""
+        self._void = True
+
+    def abort(self) -> bool:
+        """End the kernels of this group. Returns whether this call did it; a second one waits for the first."""
+        self.void()
+        with self._abort_lock:
+            first, self._aborted = not self._aborted, True
+            if first:
+                self._group.abort()
+        return first
+
+    def synchronize(self) -> None:
+        """Wait until all that was started is complete. Raises PeerLost if it was not completed but aborted."""
+        torch.cuda.current_stream(self._device).synchronize()
+        if self._void:
+            raise PeerLost("the group was aborted")
+
+    def close(self) -> None:
+        """Abort, and wait until the device is done with what was started: buffers may be used again afterwards."""
+        self.abort()
+        torch.cuda.synchronize(self._device)
+        self._group = None
+
+    def allreduce(self, tensors: Sequence[torch.Tensor], *options: Any) -> NcclWork:
+        return self._start("allreduce", tensors, *options)
+
+    def _allgather_base(self, output: torch.Tensor, tensor: torch.Tensor) -> NcclWork:
+        return self._start("_allgather_base", output, tensor)
+
+    def alltoall_base(
+        self, output: torch.Tensor, tensor: torch.Tensor, output_splits: list[int], input_splits: list[int]
+    ) -> NcclWork:
+        return self._start("alltoall_base", output, tensor, output_splits, input_splits)
+
+    def _start(self, name: str, *arguments: Any) -> NcclWork:
+        if self._void:
+            raise PeerLost("the group was aborted")
+        try:
+            return NcclWork(getattr(self._group, name)(*arguments))
+        except RuntimeError as error:
+            raise PeerLost(str(error)) from error
+
+
+class NcclGroup:
+    """The connections among the members of one epoch on GPUs."""
+
+    def __init__(self, store: Store, prefix: str, position: int, members: int, device: torch.device) -> None:
+        """Meet the other members at `store` under `prefix`, first over gloo: NCCL has no patience of its own.
+
+        Raises:
+            PeerLost: a member did not show up in time.
+        """
+        self._gloo = GlooGroup(store, prefix, position, members)
+        self.host = self._gloo.host
+        started = time.monotonic()
+        try:
+            self.device = NcclProcessGroup(PrefixStore(f"{prefix}/nccl", store), position, members, device)
+        except PeerLost:
+            self._gloo.close()
+            raise
+        log.info("nccl_connected", position=position, members=members, seconds=round(time.monotonic() - started, 3))
+
+    def abort(self) -> int:
+        """Free whoever is blocked in a collective of either kind. Returns how much was still open."""
+        started = time.monotonic()
+        self.device.void()  # first: a host freed from gloo must not go on with tensors of the device
+        broken = self._gloo.abort()
+        aborted = self.device.abort()
+        if aborted:
+            log.info("nccl_aborted", seconds=round(time.monotonic() - started, 3))
+        return broken + aborted
+
+    def close(self) -> None:
+        self.device.close()
+        self._gloo.close()

@@ -1,0 +1,42 @@
+"""What a rank is told before it exists, and how core and worker of a rank share one process."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm.config import VllmConfig
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+ELASTIC_CONFIG = "elastic"
+"""Key of `RankPlan` in vLLM's `additional_config`."""
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Where a rank will be, and which expert slots it fills at its start. `gpu`: index of its device, 0 on CPU."""
+
+    rank: int
+    members: tuple[int, ...]
+    slots: int
+    scratch_dir: str
+    gpu: int = 0
+
+    @property
+    def position(self) -> int:
+        return self.members.index(self.rank)
+
+
+def rank_plan(config: VllmConfig) -> RankPlan:
+    plan = config.additional_config[ELASTIC_CONFIG]
+    assert isinstance(plan, RankPlan)
+    return plan
+
+
+class LocalExecutor(UniProcExecutor):
+    """Core and worker in one process. The rank's own torch group meets in a file: nothing listens on TCP."""
+
+    def _distributed_args(self) -> tuple[str, int, int]:
+        path = Path(rank_plan(self.vllm_config).scratch_dir, f"torch-{os.getpid()}")
+        return f"file://{path}", 0, 0

@@ -1,0 +1,19 @@
+"""What is the same for all model runners of vLLM's first generation, on any device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.sched.output import SchedulerOutput
+
+from elastic_daemon.engine.worker import ElasticModelRunner
+
+
+class ElasticRunnerV1(ElasticModelRunner):
+    requests: dict[str, Any]
+
+    def _forget_requests(self) -> None:
+        self.execute_model_state = None
+        gone = SchedulerOutput.make_empty()
+        gone.finished_req_ids = set(self.requests)
+        self._update_states(gone)  # type: ignore[attr-defined]  # of vLLM's GPUModelRunner, the other base
