@@ -34,10 +34,16 @@ def resumed_output(params: SamplingParams | None) -> list[int]:
 
 
 def restore_output(request: Request) -> None:
-    """Give a scheduler request the output tokens it was admitted with."""
+    """Give a scheduler request the output tokens it was admitted with, as if it had been preempted after them.
+
+    Its prefill has been counted where it ran first, and the prefix cache may hold more of it than its prompt: vLLM
+    takes that for a defect in a request that was never preempted.
+    """
     output = resumed_output(request.sampling_params)
     if output:
         request.append_output_token_ids(output)
+        request.num_preemptions += 1
+        request.prefill_stats = None
 
 
 def remember_output(request: Request) -> None:

@@ -17,10 +17,15 @@ pytestmark = pytest.mark.chaos
 StartCluster = Callable[..., Cluster]
 
 
-@pytest.mark.parametrize("victim", [0, 2])
-def test_kill_in_decode_then_the_next_while_idle_then_unavailable(start_cluster: StartCluster, victim: int) -> None:
-    """One life of a deployment: a kill in decode, one while idle, and a third that leaves too few slots."""
-    cluster = start_cluster("--hold-timeout", "2")
+@pytest.mark.parametrize(("victim", "block_size"), [(0, "32"), (2, "128")])
+def test_kill_in_decode_then_the_next_while_idle_then_unavailable(
+    start_cluster: StartCluster, victim: int, block_size: str
+) -> None:
+    """One life of a deployment: a kill in decode, one while idle, and a third that leaves too few slots.
+
+    With small blocks a replayed request finds more of itself in the prefix cache than its prompt.
+    """
+    cluster = start_cluster("--hold-timeout", "2", "--block-size", block_size)
     reference = run_streams(cluster)
 
     disturbed = run_streams(cluster, during=lambda: cluster.kill(victim))
