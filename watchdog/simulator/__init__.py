@@ -8,9 +8,9 @@ Nothing here loads that library into the calling process: vLLM would take a proc
 What the driver answers to which fault is in `native/state.h`, with the layout of the state file.
 """
 
-from watchdog.simulator.build import build, library_dir
 from watchdog.simulator.errors import BuildError, NoState, NotBuilt, SimulatorError, UnknownGpu
 from watchdog.simulator.layout import MAX_GPUS, NVLINKS, Feature
+from watchdog.simulator.library import build_libraries, library_dir
 from watchdog.simulator.simulator import GpuState, Simulator, Throttle, create, driver_environment
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "SimulatorError",
     "Throttle",
     "UnknownGpu",
-    "build",
+    "build_libraries",
     "create",
     "driver_environment",
     "library_dir",

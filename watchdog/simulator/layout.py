@@ -40,7 +40,7 @@ class EventType(IntFlag):
 class GpuRecord(Structure):
     """`struct sim_gpu`."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("uuid", c_char * 48),
         ("name", c_char * 64),
         ("generation", c_uint32),
@@ -81,4 +81,4 @@ class GpuRecord(Structure):
 class EventRecord(Structure):
     """What an injection asks for: `struct sim_event` without its sequence number."""
 
-    _fields_ = [("type", c_uint64), ("data", c_uint64)]  # noqa: RUF012
+    _fields_ = [("type", c_uint64), ("data", c_uint64)]

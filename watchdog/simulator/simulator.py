@@ -12,10 +12,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Self
 
-from watchdog.simulator.build import library_dir
 from watchdog.simulator.control import StateFile
 from watchdog.simulator.errors import SimulatorError, UnknownGpu
 from watchdog.simulator.layout import MAX_GPUS, NVLINK_COUNTERS, NVLINKS, EventRecord, EventType, Feature, GpuRecord
+from watchdog.simulator.library import library_dir
 
 STATE_VARIABLE = "ELASTIC_NVML_SIMULATOR"
 STATE_NAME = "nvml-simulator.state"
@@ -79,7 +79,9 @@ def create(runtime_dir: Path, gpus: int, spares: int = 0, *, nvlinks: int = NVLI
     """
     total = gpus + spares
     if gpus < 0 or spares < 0 or not 1 <= total <= MAX_GPUS:
-        raise SimulatorError(f"{gpus} simulated GPUs and {spares} spare ones: from 1 to {MAX_GPUS} together are possible")
+        raise SimulatorError(
+            f"{gpus} simulated GPUs and {spares} spare ones: from 1 to {MAX_GPUS} together are possible"
+        )
     if not 0 <= nvlinks <= NVLINKS:
         raise SimulatorError(f"{nvlinks} NVLinks per simulated GPU: from 0 to {NVLINKS} are possible")
     state = StateFile.create(state_path(runtime_dir))
@@ -161,10 +163,10 @@ class Simulator:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def list(self) -> list[GpuState]:
+    def list(self) -> tuple[GpuState, ...]:
         """All GPUs by index, lost ones too."""
         now = time.monotonic_ns()
-        return [describe(index, record, now) for index, record in enumerate(self._state.read_all())]
+        return tuple(describe(index, record, now) for index, record in enumerate(self._state.read_all()))
 
     def lose(self, gpu: int | str, *, event: bool = False) -> None:
         """Off the bus: every call for it answers GPU_IS_LOST, and it is not counted after NVML is initialised again.
@@ -318,7 +320,9 @@ def find(records: list[GpuRecord], gpu: int | str) -> int:
     for index, record in enumerate(records):
         if record.uuid.decode() == text:
             return index
-    raise UnknownGpu(f"no simulated GPU {text!r}: give an index from 0 to {len(records) - 1} or a UUID that `list` shows")
+    raise UnknownGpu(
+        f"no simulated GPU {text!r}: give an index from 0 to {len(records) - 1} or a UUID that `list` shows"
+    )
 
 
 def describe(index: int, record: GpuRecord, now_ns: int) -> GpuState:
