@@ -82,6 +82,7 @@ class HeartbeatWriter:
             raise PageNotCreated(f"heartbeat page {self.path}: {error.strerror}") from error
         self._words = memoryview(self._file).cast("Q")
         self._sequence = 0
+        self._worked = self._waited = 0
         self._reset_counters()
         self._mark = self._entered_at = monotonic_ns()
 
