@@ -123,7 +123,8 @@ stamp_value() {
 }
 
 up_to_date() {
-  [[ -f "$STAMP" && -f "$VENV/pyvenv.cfg" && -x "$VPY" && -x "$VENV/bin/elastic-daemon" ]] || return 1
+  [[ -f "$STAMP" && -f "$VENV/pyvenv.cfg" && -x "$VPY" && -x "$VENV/bin/elastic-daemon" &&
+    -d "$VENV/lib/elastic-watchdog" ]] || return 1
   if [[ -n "${PYTHON:-}" ]]; then
     local wanted have
     wanted="$(describe_python "$PYTHON")" && have="$(describe_python "$VPY")" || return 1
@@ -283,7 +284,7 @@ install_requirements() {
 install_project() { pip_install --no-build-isolation -e .; }
 
 # The simulated NVIDIA driver: what `--device cpu` binds ranks to.
-build_simulator() { "$VPY" -P -m watchdog.simulator.build; }
+build_simulator() { "$VPY" -I -m watchdog.simulator.build; }
 
 # Every engine process imports torch and vLLM, so both must be byte-compiled
 # even where PYTHONDONTWRITEBYTECODE is set.
