@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import re
 import shutil
@@ -32,6 +33,7 @@ from watchdog.simulator import (
     Throttle,
     UnknownGpu,
     build_libraries,
+    control,
     create,
     driver_environment,
     library,
@@ -590,6 +592,17 @@ def test_a_writer_that_died_half_way_stops_nobody(simulator: Simulator, child: N
         (after,) = struct.unpack_from("<I", state, first_slot)
         assert before % 2 == 0 and after == before + 2
     assert child("n.nvmlDeviceGetTemperature(gpu(0), 0)") == 60
+
+
+def test_a_writer_that_never_finishes_is_not_waited_for(
+    simulator: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "LOCK_TIMEOUT_MS", 50)
+    with state_path(tmp_path).open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(SimulatorError, match="another process"):
+            simulator.lose(0)
+    simulator.lose(0)
 
 
 @pytest.mark.parametrize(

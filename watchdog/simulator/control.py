@@ -27,6 +27,9 @@ HEADER = struct.Struct("<QII")
 
 MAGIC = int.from_bytes(b"NVMLSIM1", "little")
 
+LOCK_TIMEOUT_MS = 5000
+"""A change takes microseconds: one who holds the lock for this long is stopped."""
+
 
 @cache
 def library() -> ctypes.CDLL:
@@ -34,14 +37,24 @@ def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library_dir() / CONTROL), use_errno=True)
     loaded.sim_open.restype = ctypes.c_void_p
     loaded.sim_open.argtypes = [ctypes.c_char_p]
-    for name in ("sim_close", "sim_lock", "sim_unlock", "sim_count", "sim_wake"):
+    for name in ("sim_close", "sim_unlock", "sim_count", "sim_wake"):
         getattr(loaded, name).argtypes = [ctypes.c_void_p]
     loaded.sim_count.restype = ctypes.c_uint32
+    loaded.sim_lock.argtypes = [ctypes.c_void_p, ctypes.c_uint32]
     loaded.sim_set_count.argtypes = [ctypes.c_void_p, ctypes.c_uint32]
-    for name in ("sim_get", "sim_put"):
+    for name in ("sim_get", "sim_get_locked", "sim_put"):
         getattr(loaded, name).argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.POINTER(GpuRecord)]
     loaded.sim_post.argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint64]
-    for name in ("sim_close", "sim_unlock", "sim_set_count", "sim_get", "sim_put", "sim_post", "sim_wake"):
+    for name in (
+        "sim_close",
+        "sim_unlock",
+        "sim_set_count",
+        "sim_get",
+        "sim_get_locked",
+        "sim_put",
+        "sim_post",
+        "sim_wake",
+    ):
         getattr(loaded, name).restype = None
     described = [
         layout.LAYOUT,
@@ -118,7 +131,9 @@ class StateFile:
         """A consistent copy of each GPU's record."""
         with self._thread_lock:
             handle = self._open_handle()
-            return [self._read(handle, index) for index in range(self._library.sim_count(handle))]
+            return [
+                self._read(self._library.sim_get, handle, index) for index in range(self._library.sim_count(handle))
+            ]
 
     def update(
         self,
@@ -131,7 +146,8 @@ class StateFile:
         Nothing is changed if one of the functions raises.
         """
         with self._locked() as handle:
-            records = [self._read(handle, index) for index in range(self._library.sim_count(handle))]
+            read = self._library.sim_get_locked
+            records = [self._read(read, handle, index) for index in range(self._library.sim_count(handle))]
             index = choose(records)
             change(records[index])
             self._library.sim_put(handle, index, records[index])
@@ -143,15 +159,16 @@ class StateFile:
         """Make it `count` GPUs and change each one."""
         with self._locked() as handle:
             for index in range(count):
-                record = self._read(handle, index)
+                record = self._read(self._library.sim_get_locked, handle, index)
                 change(index, record)
                 self._library.sim_put(handle, index, record)
             self._library.sim_set_count(handle, count)
             self._library.sim_wake(handle)
 
-    def _read(self, handle: int, index: int) -> GpuRecord:
+    @staticmethod
+    def _read(get: Callable[[int, int, GpuRecord], None], handle: int, index: int) -> GpuRecord:
         record = GpuRecord()
-        self._library.sim_get(handle, index, record)
+        get(handle, index, record)
         return record
 
     def _open_handle(self) -> int:
@@ -163,8 +180,13 @@ class StateFile:
     def _locked(self) -> Iterator[int]:
         with self._thread_lock:
             handle = self._open_handle()
-            if self._library.sim_lock(handle) != 0:
-                raise SimulatorError(f"the simulated GPUs cannot be locked: {os.strerror(ctypes.get_errno())}")
+            if code := self._library.sim_lock(handle, LOCK_TIMEOUT_MS):
+                raise SimulatorError(
+                    f"the simulated GPUs are being changed by another process that does not finish "
+                    f"({LOCK_TIMEOUT_MS / 1000:g} s waited)"
+                    if code == errno.ETIMEDOUT
+                    else f"the simulated GPUs cannot be locked: {os.strerror(code)}"
+                )
             try:
                 yield handle
             finally:

@@ -9,6 +9,7 @@
 #include <string.h>
 #include <sys/file.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "state.h"
@@ -50,11 +51,18 @@ EXPORT void sim_close(struct sim_map *map)
     free(map);
 }
 
-EXPORT int sim_lock(struct sim_map *map)
+/* 0, ETIMEDOUT when others held the lock for all of that time, or another errno. */
+EXPORT int sim_lock(struct sim_map *map, uint32_t timeout_ms)
 {
-    while (flock(map->fd, LOCK_EX) != 0)
-        if (errno != EINTR)
-            return -1;
+    const struct timespec pause = {0, 500000};
+    uint64_t deadline = sim_now_ns() + (uint64_t)timeout_ms * 1000000;
+    while (flock(map->fd, LOCK_EX | LOCK_NB) != 0) {
+        if (errno != EWOULDBLOCK && errno != EINTR)
+            return errno;
+        if (sim_now_ns() >= deadline)
+            return ETIMEDOUT;
+        nanosleep(&pause, NULL);
+    }
     return 0;
 }
 
@@ -78,6 +86,11 @@ EXPORT void sim_get(const struct sim_map *map, uint32_t gpu, struct sim_gpu *cop
 EXPORT void sim_set_count(struct sim_map *map, uint32_t gpus)
 {
     __atomic_store_n(&map->state->gpus, gpus, __ATOMIC_RELEASE);
+}
+
+EXPORT void sim_get_locked(const struct sim_map *map, uint32_t gpu, struct sim_gpu *copy)
+{
+    memcpy(copy, &map->state->slots[gpu].gpu, sizeof *copy);
 }
 
 EXPORT void sim_put(struct sim_map *map, uint32_t gpu, const struct sim_gpu *record)

@@ -87,8 +87,7 @@ void sim_read(const struct sim_map *map, uint32_t gpu, struct sim_gpu *copy)
         uint64_t now = sim_now_ns();
         if (!patience) {
             patience = now + WRITER_PATIENCE_NS;
-        } else if (now > patience) {
-            flock(map->fd, LOCK_SH);
+        } else if (now > patience && flock(map->fd, LOCK_SH | LOCK_NB) == 0) {
             memcpy(copy, &slot->gpu, sizeof *copy);
             flock(map->fd, LOCK_UN);
             return;

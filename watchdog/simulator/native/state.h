@@ -118,7 +118,7 @@ struct sim_map {
 int sim_attach(struct sim_map *map, const char *path, bool writable);
 void sim_detach(struct sim_map *map);
 
-/* A consistent copy of a GPU's record. */
+/* A consistent copy of a GPU's record, for one who does not hold the lock. */
 void sim_read(const struct sim_map *map, uint32_t gpu, struct sim_gpu *copy);
 
 bool sim_lost(const struct sim_gpu *gpu, uint64_t now_ns);
