@@ -39,7 +39,7 @@ from watchdog.simulator import (
     library,
     library_dir,
 )
-from watchdog.simulator.layout import EVENT_SLOTS
+from watchdog.simulator.layout import EVENT_SLOTS, GpuRecord
 from watchdog.simulator.simulator import state_path
 
 pytestmark = [pytest.mark.contract, pytest.mark.timeout(60)]
@@ -365,7 +365,9 @@ def test_each_set_gets_what_it_registered_for_since_then(simulator: Simulator, c
     child("second = listen(0)")
     simulator.xid(1, 43)
     simulator.xid(0, 48)
-    assert [child("drain(first)"), child("drain(second)")] == [[31, 43, 48], [48]]
+    child("n.nvmlDeviceRegisterEvents(gpu(1), n.nvmlEventTypeXidCriticalError, second)")
+    simulator.xid(1, 13)
+    assert [child("drain(first)"), child("drain(second)")] == [[31, 43, 48, 13], [48, 13]]
     assert code_of(child, "n.nvmlEventSetWait_v2(n.c_nvmlEventSet_t(), 0)") == INVALID
     child("n.nvmlShutdown()")
     assert code_of(child, "wait(first, 0)") == pynvml.NVML_ERROR_UNINITIALIZED
@@ -386,7 +388,7 @@ def test_two_processes_see_one_injection(simulator: Simulator, child: NvmlChild,
             one("e = listen(3)")
             one.send("wait(e)")
         injector.xid(simulator.list()[3].uuid, 62)
-        assert [one.answer() for one in (child, other)] == [[3, pynvml.nvmlEventTypeXidCriticalError, 62]] * 2
+        assert [one.answer(wait_s=2) for one in (child, other)] == [[3, pynvml.nvmlEventTypeXidCriticalError, 62]] * 2
         assert [code_of(one, "wait(e, 0)") for one in (child, other)] == [TIMEOUT] * 2
 
 
@@ -413,7 +415,7 @@ def test_a_wait_ends_at_its_time(child: NvmlChild) -> None:
 
 @pytest.mark.parametrize("call", ["n.nvmlDeviceGetTemperature(h, 0)", "gpu(1)", "n.nvmlDeviceGetHandleByUUID(u)"])
 def test_a_hanging_gpu_never_answers_until_it_is_healed(simulator: Simulator, child: NvmlChild, call: str) -> None:
-    child("h = gpu(1); u = n.nvmlDeviceGetUUID(h)")
+    child("h = gpu(1); u = n.nvmlDeviceGetUUID(h); before = time.process_time()")
     simulator.hang(1)
     child.send(f"{call} and None")
     with pytest.raises(TimeoutError):
@@ -423,6 +425,7 @@ def test_a_hanging_gpu_never_answers_until_it_is_healed(simulator: Simulator, ch
         child.answer(RELEASE_S)
     simulator.heal(1)
     child.answer()
+    assert child("time.process_time() - before") < RELEASE_S  # it slept
 
 
 def test_a_hang_leaves_other_gpus_and_events_alone(simulator: Simulator, child: NvmlChild) -> None:
@@ -582,14 +585,33 @@ while len(found) < {total} and time.monotonic() < end:
     assert child("[len(found), torn, n.nvmlDeviceGetTotalEccErrors(gpu(0), 1, 0)]") == [total, 0, total]
 
 
-def test_a_writer_that_died_half_way_stops_nobody(simulator: Simulator, child: NvmlChild, tmp_path: Path) -> None:
-    first_slot = 32  # offsetof(struct sim_state, slots), which begins with the sequence number
+FIRST_SLOT = 32
+"""offsetof(struct sim_state, slots), which begins with the sequence number."""
+
+
+def test_a_record_that_is_being_written_is_not_read(simulator: Simulator, child: NvmlChild, tmp_path: Path) -> None:
+    temperature = FIRST_SLOT + 8 + GpuRecord.temperature_c.offset
+    child("h = gpu(0)")
     with state_path(tmp_path).open("r+b") as file, mmap.mmap(file.fileno(), 0) as state:
-        (before,) = struct.unpack_from("<I", state, first_slot)
-        struct.pack_into("<I", state, first_slot, before + 1)
+        (before,) = struct.unpack_from("<I", state, FIRST_SLOT)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        struct.pack_into("<I", state, FIRST_SLOT, before + 1)
+        struct.pack_into("<I", state, temperature, 99)
+        child.send("n.nvmlDeviceGetTemperature(h, 0)")
+        with pytest.raises(TimeoutError):
+            child.answer(RELEASE_S)
+        struct.pack_into("<I", state, temperature, 60)
+        struct.pack_into("<I", state, FIRST_SLOT, before + 2)
+        assert child.answer() == 60
+
+
+def test_a_writer_that_died_half_way_stops_nobody(simulator: Simulator, child: NvmlChild, tmp_path: Path) -> None:
+    with state_path(tmp_path).open("r+b") as file, mmap.mmap(file.fileno(), 0) as state:
+        (before,) = struct.unpack_from("<I", state, FIRST_SLOT)
+        struct.pack_into("<I", state, FIRST_SLOT, before + 1)
         assert child("n.nvmlDeviceGetTemperature(gpu(0), 0)") == 45
         simulator.temperature(0, 60)
-        (after,) = struct.unpack_from("<I", state, first_slot)
+        (after,) = struct.unpack_from("<I", state, FIRST_SLOT)
         assert before % 2 == 0 and after == before + 2
     assert child("n.nvmlDeviceGetTemperature(gpu(0), 0)") == 60
 
