@@ -16,6 +16,37 @@ from typing import Any, Self
 
 WAIT_S = 10.0
 
+RELEASE_S = 0.3
+"""A call that has not returned for this long hangs."""
+
+# Functions for the child.
+FABRIC = """
+def fabric(device, kind):
+    info = kind()
+    n.nvmlDeviceGetGpuFabricInfoV(device, n.byref(info))
+    return [info.state, info.status, info.cliqueId, info.healthMask, getattr(info, "healthSummary", None)]
+"""
+
+LISTEN = """
+def listen(*indices, types=n.nvmlEventTypeXidCriticalError):
+    events = n.nvmlEventSetCreate()
+    for index in indices:
+        n.nvmlDeviceRegisterEvents(gpu(index), types, events)
+    return events
+
+def wait(events, timeout_ms=5000):
+    data = n.nvmlEventSetWait_v2(events, timeout_ms)
+    return [n.nvmlDeviceGetIndex(data.device), data.eventType, data.eventData]
+
+def drain(events):
+    found = []
+    try:
+        while True:
+            found.append(wait(events, 0)[2])
+    except n.NVMLError_Timeout:
+        return found
+"""
+
 
 class NvmlError(Exception):
     """What pynvml raised in the child; `code` is NVML's."""
@@ -72,6 +103,15 @@ class NvmlChild:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.communicate()
+
+
+def code_of(child: NvmlChild, source: str) -> int:
+    """The NVML error that this raises in the child."""
+    try:
+        answer = child(source)
+    except NvmlError as error:
+        return error.code
+    raise AssertionError(f"{source} raised nothing and gave {answer!r}")
 
 
 def main() -> None:

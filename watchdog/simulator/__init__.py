@@ -11,7 +11,8 @@ What the driver answers to which fault is in `native/state.h`, with the layout o
 from watchdog.simulator.errors import BuildError, NoState, NotBuilt, SimulatorError, UnknownGpu
 from watchdog.simulator.layout import MAX_GPUS, NVLINKS, Feature
 from watchdog.simulator.library import build_libraries, library_dir
-from watchdog.simulator.simulator import GpuState, Simulator, Throttle, create, driver_environment
+from watchdog.simulator.records import GpuState, Throttle
+from watchdog.simulator.simulator import Simulator, create, driver_environment
 
 __all__ = [
     "MAX_GPUS",
