@@ -82,6 +82,8 @@ class Case:
     judgement: Judgement = HEALTHY
     since: float = 0.0
     """Wall-clock time of the present verdict."""
+    again: bool = False
+    """Its ruling is to be issued once more."""
 
 
 @dataclass
@@ -155,13 +157,13 @@ class Docket:
             if self.state.release(uuid, wall):
                 self.gpu(uuid).log.forget()
 
-    def forget_rulings(self, targets: Iterable[Target] | None = None) -> None:
-        """Issue these (all) again at the next review: the daemon was restarted, or is in another epoch."""
+    def say_again(self, targets: Iterable[Target] | None = None) -> None:
+        """Issue these rulings (all) again at the next review: the daemon was restarted, or is in another epoch."""
         cases: Iterable[tuple[Target, Case]] = (*self.gpus.items(), *self.ranks.items())
         wanted = None if targets is None else set(targets)
         for target, case in cases:
-            if wanted is None or target in wanted:
-                case.ruling = None
+            if case.ruling is not None and (wanted is None or target in wanted):
+                case.again = case.ruling.verdict is not Verdict.OK
 
     # --- judging -------------------------------------------------------------------------------------------------
 
@@ -209,20 +211,19 @@ class Docket:
         case.judgement = judgement
         if judgement.verdict is Verdict.OK and old is None:
             return None
-        incarnations = (
-            frozenset(one.incarnation for one in self.bindings.on_gpu(target))
-            if isinstance(target, str)
-            else frozenset()
-        )
-        standing = old is not None and old.act and old.verdict is judgement.verdict
+        incarnations = self._incarnations(target)
+        standing = old is not None and old.act and old.verdict is judgement.verdict and incarnations <= old.incarnations
         held = None if standing else self._held(target, judgement.verdict, now)
         act = judgement.verdict.acts and held is None
+        unchanged = old is not None and (old.verdict, old.act, old.held) == (judgement.verdict, act, held)
         if (
             old is not None
-            and (old.verdict, old.act, old.held is None) == (judgement.verdict, act, held is None)
-            and (not act or (old.signal == judgement.signal and incarnations <= old.incarnations))
+            and unchanged
+            and not case.again
+            and (not act or (standing and old.signal == judgement.signal))
         ):
             return None
+        case.again = False
         if act and not standing:
             self._count_action(target, judgement, now, wall)
         self._count += 1
@@ -241,6 +242,13 @@ class Docket:
         )
         return case.ruling
 
+    def _incarnations(self, target: Target) -> frozenset[int]:
+        return (
+            frozenset(one.incarnation for one in self.bindings.on_gpu(target))
+            if isinstance(target, str)
+            else frozenset()
+        )
+
     def _held(self, target: Target, verdict: Verdict, now: float) -> str | None:
         if not verdict.acts:
             return None
@@ -256,10 +264,15 @@ class Docket:
         ranks: dict[str, tuple[int, ...]] = {}
         for one in self.bindings.ranks:
             ranks[one.gpu or f"rank {one.rank}"] = (*ranks.get(one.gpu or f"rank {one.rank}", ()), one.rank)
-        leaving = frozenset(
-            uuid for uuid, case in self.gpus.items() if case.ruling and case.ruling.act and case.ruling.verdict.removes
-        )
+        leaving = frozenset(uuid for uuid, case in self.gpus.items() if self._is_leaving(uuid, case))
         return Bound(ranks, tuple(self._exclusions), tuple(self._restarts), leaving, self.bindings.min_ranks)
+
+    def _is_leaving(self, uuid: str, case: Case) -> bool:
+        """Its exclusion has been ordered for the ranks that are there now."""
+        ruling = case.ruling
+        if ruling is None or not ruling.act or not ruling.verdict.removes:
+            return False
+        return self._incarnations(uuid) <= ruling.incarnations
 
     def _count_action(self, target: Target, judgement: Judgement, now: float, wall: float) -> None:
         if isinstance(target, str):

@@ -126,7 +126,7 @@ def judge_gpu(
     now: float,
     wall: float,
 ) -> Judgement:
-    """The verdict on a GPU with the `ranks` bound to it. `now`: the clock of the evidence, `wall`: that of the history."""
+    """The verdict on a GPU with `ranks` bound to it. `now`: the clock of the evidence, `wall`: that of the history."""
     weights = [weight for one in evidence if (weight := _weigh(one, evidence, table, policy, ranks, now))]
     weights += _weigh_history(history, table, policy, wall)
     if not weights:
@@ -182,8 +182,8 @@ def _weigh(
     reason = _describe(rule, one, now)
     age = now - one.last(now)
     if wanted is Verdict.EXCLUDE:
-        if _held(one, rule, now) and age <= policy.probation_s:
-            return _Weight(wanted, reason, one, one.signal)
+        if _held(one, rule, now):
+            return _Weight(wanted, reason, one, one.signal) if age <= policy.probation_s else None
     elif wanted is Verdict.DRAIN:
         if _drain_confirmed(one, rule, others, table, now) and age <= policy.probation_s:
             return _Weight(wanted, reason, one, one.signal)
