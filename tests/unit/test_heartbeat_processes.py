@@ -122,7 +122,8 @@ def test_stall_stop_and_death_of_idle_ranks(start: Start, tmp_path: Path) -> Non
     assert watch(tmp_path, judge, 1.0, bool) == []
 
     processes[2].send_signal(signal.SIGSTOP)
-    [hung] = watch(tmp_path, judge, 3.0, lambda findings: all(finding.confirmed for finding in findings))
+    # The bar is 3 s; a loaded machine stalls the reader too, and time that it did not see does not count.
+    [hung] = watch(tmp_path, judge, 8.0, lambda findings: all(finding.confirmed for finding in findings))
     assert (hung.kind, hung.rank, hung.evidence["process"]) == (FindingKind.HUNG, 2, "stopped")
 
     processes[0].kill()
