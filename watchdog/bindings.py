@@ -1,11 +1,12 @@
 """Which rank runs on which GPU, as the daemon says it (`GET /watchdog/bindings`).
 
-    {"epoch": 7, "min_ranks": 2,
+    {"instance": "c0ffee", "epoch": 7, "min_ranks": 2,
      "ranks": [{"rank": 0, "incarnation": 12, "gpu": "GPU-…", "pids": [123], "heartbeat": "/run/…/rank-12.page"}],
      "released": {"GPU-…": 1790000000.0}}
 
-`gpu` and `heartbeat` may be null. `min_ranks`: fewest ranks that can serve (the breaker's floor). `released`: when an
-operator last released a GPU from quarantine, wall-clock seconds. Both are optional.
+`gpu` and `heartbeat` may be null. `instance`: any text that is another one in each life of the daemon, which is then
+told again what it cannot know. `min_ranks`: fewest ranks that can serve (the breaker's floor). `released`: when an
+operator last released a GPU from quarantine, wall-clock seconds. These three are optional.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Bindings:
     ranks: tuple[Binding, ...] = ()
     min_ranks: int | None = None
     released: Mapping[str, float] = field(default_factory=dict)
+    instance: str | None = None
 
     def on_gpu(self, gpu: str) -> tuple[Binding, ...]:
         return tuple(binding for binding in self.ranks if binding.gpu == gpu)
@@ -53,6 +55,8 @@ def parse_bindings(body: Any) -> Bindings:
         )
         least = body.get("min_ranks")
         released = {str(gpu): float(time) for gpu, time in (body.get("released") or {}).items()}
-        return Bindings(int(body["epoch"]), ranks, None if least is None else int(least), released)
+        return Bindings(
+            int(body["epoch"]), ranks, None if least is None else int(least), released, body.get("instance")
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DaemonError(f"the daemon's bindings cannot be read: {type(error).__name__}: {error}") from error

@@ -79,6 +79,7 @@ class Child:
         self._commands = Commands()
         self._pause = REOPEN_S[0]
         self._reopen_at: float | None = None
+        self._gone: set[str] = set()
         self._open_driver()
 
     def _open_driver(self) -> None:
@@ -164,38 +165,39 @@ class PollChild(Child):
                 self._slow_at = 0.0
                 announced = False
 
-    def _must_reopen(self, gone: bool) -> bool:
+    def _must_reopen(self, gone: set[str]) -> bool:
         """Handles stay bound to the GPUs that were there: only a new initialisation shows what came or came back."""
         now = time.monotonic()
-        if not gone:
-            self._reopen_at, self._pause = None, REOPEN_S[0]
-        elif self._reopen_at is None:
+        if gone - self._gone:
+            self._pause = REOPEN_S[0]
             self._reopen_at = now + self._pause
-        elif now >= self._reopen_at:
-            self._pause = min(2 * self._pause, REOPEN_S[1])
-            self._reopen_at = now + self._pause
-            return True
-        return False
+        self._gone = gone
+        if not gone or self._reopen_at is None or now < self._reopen_at:
+            return False
+        self._pause = min(2 * self._pause, REOPEN_S[1])
+        self._reopen_at = now + self._pause
+        return True
 
-    def _poll_all(self, slow: bool) -> bool:
-        """Send what changed. Whether a GPU is gone."""
+    def _poll_all(self, slow: bool) -> set[str]:
+        """Send what changed. Returns the GPUs that are gone."""
         changed: dict[str, dict[str, Any]] = {}
         took: dict[str, float] = {}
         present = set()
-        gone = bool(self.driver.unreadable)
+        gone = set(self.driver.unreadable)
         for gpu in self.driver.gpus:
             started = time.monotonic()
             reading = self._poll(gpu, slow)
             if (seconds := time.monotonic() - started) > TELL_SLOW_S:
                 took[gpu.uuid] = round(seconds, 3)
             present.add(gpu.uuid)
-            gone = gone or reading["status"] == "lost"
+            if reading["status"] == "lost":
+                gone.add(gpu.uuid)
             if reading != self._readings.get(gpu.uuid):
                 self._readings[gpu.uuid] = changed[gpu.uuid] = reading
         if changed or took or slow:
             send("poll", gpus=changed, slow=took)
         expected = {self._only} if self._only else self._known - self._skip
-        return gone or not expected <= present
+        return gone | expected - present
 
     def _poll(self, gpu: Gpu, slow: bool) -> dict[str, Any]:
         before = self._readings.get(gpu.uuid, {})

@@ -113,6 +113,9 @@ class Prober:
         self.expected: set[str] = set()
         """UUIDs that the driver should list: those it listed before, and those that ranks are bound to."""
         self._present: dict[str, Mapping[str, Any]] = {}
+        self.listening: set[str] = set()
+        """GPUs whose events are waited for."""
+        self._noted: set[tuple[str, str, tuple[str, ...]]] = set()
         self._closing = False
         self._now = 0.0
         self._trusted = 0.0
@@ -124,6 +127,11 @@ class Prober:
         return {
             key: child.pid for key, child in self.dying if child.killed and self._now - child.killed > self.policy.reap
         }
+
+    @property
+    def absent(self) -> set[str]:
+        """GPUs that the driver should list and does not; empty until it has listed any."""
+        return self.expected - self._present.keys() - self.isolated.keys() if self.driver else set()
 
     @property
     def pids(self) -> dict[str, int]:
@@ -284,16 +292,18 @@ class Prober:
             self.expected |= gpus.keys()
             changed = gpus.keys() != self._present.keys()
             self._present = gpus
-            absent = self.expected - gpus.keys() - self.isolated.keys()
-            self.sink.listed(gpus, absent, message["driver"], now)
+            self.sink.listed(gpus, self.absent, message["driver"], now)
             if changed:
-                log.info("gpus_listed", present=len(gpus), absent=sorted(absent), driver=self.driver)
+                log.info("gpus_listed", present=len(gpus), absent=sorted(self.absent), driver=self.driver)
             if changed and self.events.child is not None and self.events.child.opened:
                 self.events.child.tell("reopen")
         elif child is self.events.child:
             self.events.pause = 0.0
+            self.listening = {gpu["uuid"] for gpu in message["gpus"]}
         for gpu in message["gpus"]:
-            if gpu["missing"]:
+            note = (gpu["uuid"], child.role, tuple(gpu["missing"]))
+            if gpu["missing"] and note not in self._noted:
+                self._noted.add(note)
                 log.info("gpu_lacks_signals", gpu=gpu["uuid"], role=child.role, signals=gpu["missing"])
 
     def _on_poll(self, child: Child, message: Message, now: float) -> None:

@@ -155,13 +155,15 @@ class Service:
                     await self._read_bindings.wait()
 
     def _rebind(self, bindings: Bindings) -> None:
-        if self._daemon_error is not None:
+        known = self._docket.bindings
+        if self._daemon_error is not None or bindings.instance != known.instance or bindings.epoch < known.epoch:
             log.info("daemon_reached", epoch=bindings.epoch, ranks=len(bindings.ranks))
             self._daemon_error = None
             self._docket.say_again()  # whoever answers may be another one, which knows nothing
         if bindings != self._docket.bindings:
             self._docket.bind(bindings)
             self._prober.expected |= {one.gpu for one in bindings.ranks if one.gpu}
+            self._docket.see_gpus({}, self._prober.absent, time.monotonic())
         self._review()
 
     def _lose_daemon(self, error: str) -> None:
@@ -265,6 +267,7 @@ class Service:
                 "children": prober.pids,
                 "stuck": prober.stuck,
                 "isolated": sorted(prober.isolated),
+                "listening": sorted(prober.listening),
             },
             "breaker": {
                 "exclusions": len(bound.exclusions),

@@ -44,6 +44,11 @@ class GpuRecord:
     verdict: Verdict = Verdict.OK
     seen: float = 0.0
 
+    @property
+    def last(self) -> float:
+        """When anything was last known of it."""
+        return max(self.seen, *self.history.failures, *self.history.restarts, 0.0)
+
 
 class State:
     """All records. Changes are kept in memory until `save`."""
@@ -111,7 +116,7 @@ class State:
     def snapshot(self) -> bytes:
         """The file's contents now; what is later than this is dirty again."""
         now = time.time()
-        kept = {gpu: one for gpu, one in self._records.items() if one.seen > now - FORGET_S or one.history.quarantined}
+        kept = {gpu: one for gpu, one in self._records.items() if one.last > now - FORGET_S or one.history.quarantined}
         body = {gpu: {"seen": one.seen, "verdict": one.verdict, **asdict(one.history)} for gpu, one in kept.items()}
         self.dirty = False
         return json.dumps({"version": VERSION, "gpus": body}, indent=1).encode()

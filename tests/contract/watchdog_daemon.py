@@ -27,6 +27,7 @@ class DaemonRoutes:
 
     socket: Path
     epoch: int = 1
+    instance: str = "first"
     ranks: list[dict[str, Any]] = field(default_factory=list)
     min_ranks: int = 1
     released: dict[str, float] = field(default_factory=dict)
@@ -45,7 +46,13 @@ class DaemonRoutes:
 
     def bindings(self) -> dict[str, Any]:
         self.asked += 1
-        return {"epoch": self.epoch, "min_ranks": self.min_ranks, "ranks": self.ranks, "released": self.released}
+        return {
+            "instance": self.instance,
+            "epoch": self.epoch,
+            "min_ranks": self.min_ranks,
+            "ranks": self.ranks,
+            "released": self.released,
+        }
 
     def take(self, id_: str, body: dict[str, Any]) -> int:
         assert id_ == body["id"]
@@ -64,7 +71,6 @@ class DaemonRoutes:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
     routes: DaemonRoutes
 
     def address_string(self) -> str:
@@ -183,6 +189,7 @@ def _ready(watchdog: Watchdog) -> bool:
         read = sum(bool(gpu["reading"].get("celsius")) for gpu in status["gpus"])
         return (
             read == len(watchdog.gpus)
+            and len(status["driver"]["listening"]) == len(watchdog.gpus)
             and status["daemon"]["reachable"]
             and {"poll", "events"} <= status["driver"]["children"].keys()
         )
