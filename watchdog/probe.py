@@ -29,7 +29,7 @@ class ProbePolicy:
     """All in seconds but `max_isolated`. With these, a GPU that hangs is `driver_wedged` within 2 s."""
 
     interval: float = 0.25
-    call_deadline: float = 0.75
+    call_deadline: float = 0.65
     """Of a call for one GPU."""
     init_deadline: float = 15.0
     """Of a call for the driver as a whole: without persistence mode it takes seconds to wake GPUs up."""
@@ -37,9 +37,9 @@ class ProbePolicy:
     """Of the wait for events, which returns by itself after 0.5 s."""
     starved_deadline: float = 5.0
     """Of a child that has no processor."""
-    wedged_after: float = 1.4
+    wedged_after: float = 1.25
     """How long a GPU must have answered nobody, two processes having asked."""
-    second_call: float = 0.3
+    second_call: float = 0.25
     """How long the second process must have been asking."""
     turn_deadline: float = 10.0
     """A child that makes no call and does not turn is replaced after this."""
@@ -347,5 +347,5 @@ def child_time(message: Message, now: float) -> float:
 
 
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """What the children run with: this environment, and what makes Python start fast and quietly."""
-    return {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONNOUSERSITE": "1", **extra}
+    """What the children run with: this environment, and what the driver needs."""
+    return {**os.environ, "PYTHONNOUSERSITE": "1", **extra}

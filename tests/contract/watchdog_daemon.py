@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from watchdog.simulator import Simulator
 
 T = TypeVar("T")
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -159,7 +160,7 @@ def start(runtime_dir: Path, *options: str) -> tuple[subprocess.Popen[bytes], Pa
     command = [sys.executable, "-m", "watchdog.cli", "run", "--simulated", "--runtime-dir", str(runtime_dir)]
     command += ["--state-dir", str(runtime_dir / "state"), *options]
     with log.open("ab") as file:
-        process = subprocess.Popen(command, stderr=file, env={**os.environ, "ELASTIC_LOG_FORMAT": "json"})
+        process = subprocess.Popen(command, stderr=file, env={**os.environ, "ELASTIC_LOG_FORMAT": "json"}, cwd=ROOT)
     return process, log
 
 
