@@ -60,7 +60,7 @@ class Sink(Protocol):
     """Who is told what the children found. Times are CLOCK_MONOTONIC seconds."""
 
     def listed(self, gpus: Mapping[str, Mapping[str, Any]], absent: Iterable[str], driver: str, now: float) -> None: ...
-    def reading(self, gpu: str, reading: Mapping[str, Any], now: float) -> None: ...
+    def readings(self, readings: Mapping[str, Mapping[str, Any]], now: float) -> None: ...
     def event(self, gpu: str, signal: str, number: int, now: float) -> None: ...
     def condition(self, gpu: str, signal: str, holds: bool, now: float, detail: Mapping[str, Any]) -> None: ...
     def late(self, gpu: str, now: float, detail: Mapping[str, Any]) -> None: ...
@@ -310,8 +310,8 @@ class Prober:
         only = next((gpu for gpu, case in self.isolated.items() if case.child is child), None)
         if only is not None:
             self._answered(only, message["slow"].get(only, 0.0), now)
-        for gpu, reading in message["gpus"].items():
-            self.sink.reading(gpu, reading, now)
+        if message["gpus"]:
+            self.sink.readings(message["gpus"], now)
         if child is self.main.child:
             for gpu, seconds in message["slow"].items():
                 if seconds > self.policy.slow_reading:

@@ -110,8 +110,9 @@ class Service:
             self._state.see(uuid, time.time())
         self._review()
 
-    def reading(self, gpu: str, reading: Mapping[str, Any], now: float) -> None:
-        self._docket.gpu(gpu).observer.observe(reading, now)
+    def readings(self, readings: Mapping[str, Mapping[str, Any]], now: float) -> None:
+        for gpu, reading in readings.items():
+            self._docket.gpu(gpu).observer.observe(reading, now)
         self._review()
 
     def event(self, gpu: str, signal: str, number: int, now: float) -> None:
