@@ -22,7 +22,8 @@ STAMP="$VENV/.setup-stamp"
 LOG="$ROOT/.setup.log"
 LOCK="$ROOT/.setup.lock"
 REQUIREMENTS=(requirements/cpu.txt requirements/dev.txt)
-KEY_FILES=("${REQUIREMENTS[@]}" pyproject.toml scripts/setup.sh scripts/venv_tool.py)
+KEY_FILES=("${REQUIREMENTS[@]}" pyproject.toml scripts/setup.sh scripts/venv_tool.py
+  watchdog/simulator/library.py watchdog/simulator/native/*.[ch])
 
 MIN_MEMORY_BYTES=6000000000
 MIN_DISK_KIB=$((4 * 1024 * 1024))
@@ -122,7 +123,8 @@ stamp_value() {
 }
 
 up_to_date() {
-  [[ -f "$STAMP" && -f "$VENV/pyvenv.cfg" && -x "$VPY" && -x "$VENV/bin/elastic-daemon" ]] || return 1
+  [[ -f "$STAMP" && -f "$VENV/pyvenv.cfg" && -x "$VPY" && -x "$VENV/bin/elastic-daemon" &&
+    -d "$VENV/lib/elastic-watchdog" ]] || return 1
   if [[ -n "${PYTHON:-}" ]]; then
     local wanted have
     wanted="$(describe_python "$PYTHON")" && have="$(describe_python "$VPY")" || return 1
@@ -281,6 +283,9 @@ install_requirements() {
 
 install_project() { pip_install --no-build-isolation -e .; }
 
+# The simulated NVIDIA driver: what `--device cpu` binds ranks to.
+build_simulator() { "$VPY" -I -m watchdog.simulator.build; }
+
 # Every engine process imports torch and vLLM, so both must be byte-compiled
 # even where PYTHONDONTWRITEBYTECODE is set.
 byte_compile() { "$VPY" -I scripts/venv_tool.py compile; }
@@ -339,6 +344,7 @@ fi
 step "installing torch $TORCH_VERSION+cpu" install_torch
 step "installing vLLM and the other pinned packages" install_requirements
 step "installing this project" install_project
+step "building the simulated NVIDIA driver" build_simulator
 step "byte-compiling the packages" byte_compile
 step "verifying versions and imports" verify
 
