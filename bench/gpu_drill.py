@@ -45,7 +45,7 @@ class Cell:
 
 
 PARTS: Mapping[str, tuple[Cell, ...]] = {
-    "kill": (Cell(1, 2, 1), Cell(2, 2, 1), Cell(1, 2, 0), Cell(2, 2, 0), Cell(1, 3, 1), Cell(2, 3, 0)),
+    "kill": (Cell(1, 2, 1), Cell(1, 2, 0), Cell(2, 2, 1), Cell(2, 2, 0), Cell(1, 3, 1), Cell(2, 3, 0)),
 }
 
 
@@ -146,7 +146,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         seconds = recoveries[0]["seconds"] if recoveries else {}
         aborts = [event["seconds"] for event in events if event["event"] == "nccl_aborted"]
         phases = [_ms(seconds.get(phase)) for phase in ("fence", "regroup", "repair", "total")]
-        gap = f"{_ms(_gap(drill, 'disturbed'))} ({_ms(_gap(drill, 'reference'))})"
+        gap = f"{_ms(_gap(drill, 'disturbed'))} (undisturbed {_ms(_gap(drill, 'reference'))})"
         detect = _ms((drill.get("strike") or {}).get("detection_s"))
         cells = [name, "yes" if result["passed"] else "no", result["start_s"], detect, _ms(max(aborts, default=None))]
         lines.append("| " + " | ".join(map(str, [*cells, *phases, gap])) + " |")
@@ -154,7 +154,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _gap(drill: Mapping[str, Any], run: str) -> float | None:
-    return (drill.get(run) or {}).get("longest_gap_s")
+    return ((drill.get(run) or {}).get("gaps") or {}).get("max")
 
 
 def _ms(seconds: float | None) -> str:
