@@ -230,8 +230,8 @@ class Supervisor:
                 self._answering.close_public()
                 self._tell(p.FrontendReady())
             case "synced":
-                counts = (message["kept"], message["replayed"], message["restarted"], message["lost"])
-                self._tell(p.FrontendSynced(message["epoch"], *counts))
+                fields = ("epoch", "kept", "replayed", "restarted", "lost", "delivered")
+                self._tell(p.FrontendSynced(*(message[field] for field in fields)))
             case "stats":
                 self._stats = message
             case "drained":
