@@ -22,7 +22,7 @@ from elastic_daemon.protocol import (
     RecoveryReport,
     Snapshot,
 )
-from elastic_daemon.recovery import Recovery, Timer
+from elastic_daemon.recovery import Fault, FaultRun, Recovery, Timer
 
 
 class Phase(StrEnum):
@@ -58,7 +58,8 @@ class ControlState:
         self._regrouped: dict[int, Mapping[str, float]] = {}  # who has regrouped in this epoch, and how fast
         self._placement: Placement | None = None  # of the last group that was planned
         self._recovery: Recovery | None = None  # the one under way, start-up's first regroup included
-        self._fault: tuple[float, str] | None = None  # the first one reported in this epoch: when, what
+        self._fault: Fault | None = None  # the first one reported in this epoch
+        self._fault_run = FaultRun(policy.max_vain_faults)
         self._frontend = Frontend.DOWN
         self._frontend_exits: deque[float] = deque()
         self._opened = False  # whether the endpoint has ever served

@@ -24,7 +24,7 @@ from elastic_daemon.control_state import ControlState, Frontend, Phase
 from elastic_daemon.deadlines import Wait
 from elastic_daemon.membership import MEMBERS, Rank, RankState
 from elastic_daemon.placement import NotEnoughSlots, Placement, repair
-from elastic_daemon.recovery import Recovery
+from elastic_daemon.recovery import Fault, Recovery, Remedy
 
 EXIT_STOPPED, EXIT_START, EXIT_FRONTEND = 0, 3, 4
 
@@ -93,6 +93,8 @@ class Controller(ControlState):
                 if self._frontend is not Frontend.DOWN:
                     self._on_frontend_exited(event.status)
             case p.FrontendSynced():
+                if event.epoch == self.epoch:
+                    self._fault_run.in_step(event.kept + event.replayed + event.restarted, event.delivered)
                 if self._phase is Phase.RESUMING and event.epoch == self.epoch:
                     self._finish(p.RequestCounts(event.kept, event.replayed, event.restarted, event.lost))
             case _:
@@ -126,8 +128,7 @@ class Controller(ControlState):
             self._record("frontend_not_in_step", epoch=self.epoch)
             self._finish(None)
         if due(Wait.GRACE, now) and self._fault is not None:
-            self._open_recovery(self._fault[1])
-            self._new_epoch()
+            self._on_lone_fault(self._fault)
         if due(Wait.HOLD, now):
             self._hold = False
             self._record("hold_over", reason=self._trouble)
@@ -187,6 +188,7 @@ class Controller(ControlState):
             self._exit(EXIT_STOPPED, "a rank was lost while draining")
         elif lost_members:
             cause = "; ".join(f"rank {rank}: {reason}" for rank, reason in reasons.items())
+            self._fault_run.lost_member()
             self._open_recovery(cause).lose(lost_members, cause)
             if self._phase is Phase.UNAVAILABLE:
                 self._ranks.next_epoch()
@@ -202,37 +204,55 @@ class Controller(ControlState):
             self._deadlines.arm(Wait.RANK_RESTART, self._now + self._policy.backoff(starts), rank)
 
     def _on_fault(self, event: p.RankFault, row: Rank) -> None:
-        reason = f"rank {row.rank}: {event.error}"
+        fault = Fault(self._now, row.rank, event.error)
         match self._phase:
             case Phase.REGROUPING:
                 self._regroup_failed((row.rank,), event.error)
             case Phase.STOPPING:
-                self._exit(EXIT_STOPPED, f"a fault while draining: {reason}")
+                self._exit(EXIT_STOPPED, f"a fault while draining: {fault.reason}")
             case Phase.RESUMING | Phase.SERVING:
                 if row.state is RankState.ACTIVE:
                     self._ranks.move(row.rank, RankState.SUSPECT, self._now, event.error)
                     self._record("rank_fault", rank=row.rank, incarnation=row.incarnation, error=event.error)
                 if self._fault is None:  # a death may follow that explains it
-                    self._fault = (self._now, reason)
+                    self._fault = fault
                     self._deadlines.arm(Wait.GRACE, self._now + self._policy.fault_grace_s)
+
+    def _on_lone_fault(self, fault: Fault) -> None:
+        """No death explains it. The same members regroup, unless that has cured nothing for too long."""
+        members = self._ranks.members
+        may_exclude = (len(members) - 1) * self._policy.slots >= self._policy.experts
+        remedy = self._fault_run.fault(fault.rank, may_exclude)
+        why = f"{self._policy.max_vain_faults} faults in a row before any request got a token, the last: {fault.reason}"
+        if remedy is Remedy.EXCLUDE:
+            return self._lose({self._fault_run.most_blamed(row.rank for row in members): why}, kill=True)
+        hopeless = remedy is Remedy.END_REQUESTS
+        cause = why if hopeless else fault.reason
+        self._open_recovery(cause).add_cause(cause)
+        if hopeless:
+            self._record("requests_given_up", epoch=self.epoch, reason=why)
+        self._new_epoch(hold=not hopeless)
 
     # --- the path: fence, regroup, resume ------------------------------------------------------------------------
 
     def _open_recovery(self, cause: str) -> Recovery:
         """The recovery under way; a new one if there is none."""
         if self._recovery is None:
-            evidence_at = self._fault[0] if self._fault else self._now
+            evidence_at = self._fault.at if self._fault else self._now
             self._recovery = Recovery(cause, evidence_at, self._now)
             self._record("recovery_started", cause=cause)
         return self._recovery
 
-    def _new_epoch(self) -> None:
-        """Void the current epoch and fence every member in the next. The world stops here."""
+    def _new_epoch(self, hold: bool = True) -> None:
+        """Void the current epoch and fence every member in the next. The world stops here.
+
+        `hold`: whether requests wait for it, or are ended.
+        """
         self._lap()
         # Who has not answered the fence before this one is not given more time.
         promised = self._deadlines.of(Wait.FENCE)
         self._deadlines.clear(Wait.FENCE, Wait.REGROUP, Wait.SYNC, Wait.GRACE, Wait.HOLD)
-        self._fault, self._hold = None, True
+        self._fault, self._hold = None, hold
         self._columns = {row.rank: self._columns[row.rank] for row in self._ranks.where(RankState.STANDBY)}
         self._phase = Phase.FENCING
         epoch = self._ranks.next_epoch()
@@ -295,7 +315,7 @@ class Controller(ControlState):
         for row in self._ranks.members:
             if row.state in (RankState.JOINING, RankState.SUSPECT):
                 self._ranks.move(row.rank, RankState.ACTIVE, self._now)
-        self._phase = Phase.RESUMING
+        self._phase, self._hold = Phase.RESUMING, True
         self._publish()  # before any rank steps, so that the front end knows the epoch its output belongs to
         for row in self._ranks.members:
             self._emit(p.Resume(row.rank, self.epoch))
@@ -333,8 +353,9 @@ class Controller(ControlState):
         self._watch_frontend()
 
     def _watch_frontend(self) -> None:
-        """Its time to start runs only once the ranks serve: it may have to wait for them."""
-        if self._frontend is Frontend.STARTING and self._phase is Phase.SERVING:
+        """Its time to start runs from when the ranks first serve: it may have to wait for them. It runs once."""
+        watched = Wait.FRONTEND_START in self._deadlines
+        if self._frontend is Frontend.STARTING and self._phase is Phase.SERVING and not watched:
             self._deadlines.arm(Wait.FRONTEND_START, self._now + self._policy.frontend_start_timeout_s)
 
     def _on_frontend_exited(self, status: str) -> None:

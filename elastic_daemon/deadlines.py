@@ -40,6 +40,9 @@ class Deadlines:
         """All deadlines of these kinds; of every kind when none is named."""
         self._at = {key: at for key, at in self._at.items() if whats and key[0] not in whats}
 
+    def __contains__(self, what: Wait) -> bool:
+        return any(kind is what for kind, _ in self._at)
+
     def of(self, what: Wait) -> dict[int, float]:
         """Deadlines of this kind, by rank."""
         return {rank: at for (kind, rank), at in self._at.items() if kind is what}

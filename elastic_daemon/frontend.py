@@ -160,6 +160,7 @@ class Frontend:
                 replayed=len(handover.replayed),
                 restarted=len(handover.restarted),
                 lost=self._lost,
+                delivered=self._client.ledger.delivered,
             )
             self._lost = 0
         elif not membership.hold:

@@ -20,6 +20,7 @@ class Policy:
     fence_timeout_s: float = 3.0
     regroup_timeout_s: float = 3.0
     max_regroup_failures: int = 5  # in a row, with the same members
+    max_vain_faults: int = 10  # in a row without a death, before any request got a token
     sync_timeout_s: float = 5.0  # ranks resumed -> the front end has placed every request
     hold_timeout_s: float = 60.0  # how long requests are held while unavailable
     frontend_start_timeout_s: float = 180.0

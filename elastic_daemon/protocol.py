@@ -92,13 +92,14 @@ class FrontendExited:
 
 @dataclass(frozen=True)
 class FrontendSynced:
-    """Every request has found its place in this epoch."""
+    """Every request has found its place in this epoch. `delivered`: tokens it has delivered in all its life."""
 
     epoch: int
     kept: int
     replayed: int
     restarted: int
     lost: int
+    delivered: int
 
 
 @dataclass(frozen=True)

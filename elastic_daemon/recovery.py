@@ -1,10 +1,12 @@
-"""The books of one recovery: who was lost, why, how long each phase took, which regroups failed. Pure."""
+"""The books of a recovery: who was lost, why, how long each phase took, which regroups failed. And of faults that
+recoveries do not cure. Pure."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
+from typing import NamedTuple
 
 from elastic_daemon.protocol import Identity, RecoveryKind, RecoveryReport, RequestCounts
 
@@ -17,6 +19,18 @@ class Timer(StrEnum):
     REGROUP = "regroup"
     REPAIR = "repair"
     RESUME = "resume"
+
+
+class Fault(NamedTuple):
+    """The first one reported in an epoch."""
+
+    at: float
+    rank: int
+    error: str
+
+    @property
+    def reason(self) -> str:
+        return f"rank {self.rank}: {self.error}"
 
 
 class Recovery:
@@ -35,10 +49,13 @@ class Recovery:
     def lose(self, ranks: Iterable[Identity], reason: str) -> None:
         """A loss is progress: the regroups that failed before it count no more."""
         self.lost += tuple(ranks)
-        if reason not in self.cause:
-            self.cause = f"{self.cause}; {reason}"
+        self.add_cause(reason)
         self.failed_regroups = 0
         self._blame.clear()
+
+    def add_cause(self, reason: str) -> None:
+        if reason not in self.cause:
+            self.cause = f"{self.cause}; {reason}"
 
     def regroup_failed(self, ranks: Iterable[int]) -> None:
         self.failed_regroups += 1
@@ -46,7 +63,7 @@ class Recovery:
 
     def most_blamed(self, members: Iterable[int]) -> int:
         """Of these, the rank whose regroup failed most often; the highest id of several."""
-        return max(members, key=lambda rank: (self._blame[rank], rank))
+        return _most_blamed(self._blame, members)
 
     def lap(self, timer: Timer, now: float) -> None:
         """The time since the last lap goes to `timer`."""
@@ -66,3 +83,58 @@ class Recovery:
         seconds = {timer.value: spent for timer, spent in self._seconds.items()}
         seconds["total"] = now - self._began
         return RecoveryReport(epoch, kind, tuple(rank for rank, _ in self.lost), self.cause, seconds, requests)
+
+
+class Remedy(StrEnum):
+    """What to do about a fault without a death."""
+
+    REGROUP = "regroup"
+    EXCLUDE = "exclude"
+    END_REQUESTS = "end requests"
+
+
+class FaultRun:
+    """Faults without a death, in a row, between which no request got a token. To regroup once more cures none of them.
+
+    A rank that cannot keep its connections does that, and so does a request that breaks every step it is in. They look
+    alike from here, so after `limit` faults a rank is given up, which loses no request; if that does not help either,
+    the requests in flight are ended. It takes turns from then on, until a token comes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._length = 0
+        self._blame: Counter[int] = Counter()
+        self._in_flight = self._delivered = self._delivered_before = 0
+        self._excluded = False
+
+    def in_step(self, in_flight: int, delivered: int) -> None:
+        """What the front end says when an epoch begins: its requests, and all tokens that it has ever delivered."""
+        self._in_flight, self._delivered = in_flight, delivered
+
+    def lost_member(self) -> None:
+        """Another group is another chance."""
+        self._length = 0
+        self._blame.clear()
+
+    def fault(self, rank: int, may_exclude: bool) -> Remedy:
+        """One more, first reported by `rank`."""
+        if self._in_flight == 0 or self._delivered != self._delivered_before:
+            self.lost_member()
+            self._excluded = False
+        self._delivered_before = self._delivered
+        self._length += 1
+        self._blame[rank] += 1
+        if self._length < self._limit:
+            return Remedy.REGROUP
+        self._length = 0
+        self._excluded = may_exclude and not self._excluded
+        return Remedy.EXCLUDE if self._excluded else Remedy.END_REQUESTS
+
+    def most_blamed(self, members: Iterable[int]) -> int:
+        """Of these, the rank that was the first to report most often; the highest id of several."""
+        return _most_blamed(self._blame, members)
+
+
+def _most_blamed(blame: Counter[int], members: Iterable[int]) -> int:
+    return max(members, key=lambda rank: (blame[rank], rank))

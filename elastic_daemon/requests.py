@@ -45,6 +45,8 @@ class Ledger(Generic[R]):
     def __init__(self) -> None:
         self._entries: dict[str, Entry[R]] = {}
         self._load: Counter[int] = Counter()
+        self.delivered = 0
+        """Tokens of all requests so far."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -76,6 +78,7 @@ class Ledger(Generic[R]):
         if entry is None or entry.owner != incarnation:
             return False
         entry.output.extend(tokens)
+        self.delivered += len(tokens)
         if finished:
             self.forget(request_id)
         return True

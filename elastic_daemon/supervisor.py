@@ -1,38 +1,38 @@
 """The supervisor: the impure shell around the controller.
 
-It owns the listening socket, the runtime directory, the rendezvous store and all processes. It turns what happens into
-events for the controller and carries out the actions that come back, in order.
+It owns the listening socket, the runtime directory, the rendezvous store, all processes (`processes.py`) and its HTTP
+servers (`answering.py`). It turns what happens into events for the controller and carries out the actions that come
+back, in order.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
-import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
 import structlog
-import uvicorn
 
 from elastic_daemon import protocol as p
-from elastic_daemon.access import AccessGuard
+from elastic_daemon.answering import Answering, bind
 from elastic_daemon.app import make_control_app
 from elastic_daemon.config import Device, Settings
 from elastic_daemon.control_server import ControlServer, Peer
 from elastic_daemon.controller import EXIT_START, Controller
-from elastic_daemon.errors import ControlClosed, ElasticError, StartError
+from elastic_daemon.errors import ElasticError
 from elastic_daemon.events import EventLog
 from elastic_daemon.health import HealthView, url_of
-from elastic_daemon.launcher import Child, Zygote, adopt_orphans, reap_orphans
+from elastic_daemon.launcher import Zygote, adopt_orphans, reap_orphans
 from elastic_daemon.messages import Message
 from elastic_daemon.metrics import Metrics
 from elastic_daemon.policy import Policy
+from elastic_daemon.processes import Processes
 from elastic_daemon.runtime_dir import RuntimeDir
 from elastic_daemon.store import RendezvousStore
+from elastic_daemon.tasks import Tasks
 
 log = structlog.get_logger(__name__)
 
@@ -46,18 +46,7 @@ SETTLE_TIMEOUT_S = 3.0
 REGROUP_TIMEOUT_S = {Device.CPU: 3.0, Device.CUDA: 15.0}
 """NCCL connects in a third of a second when it is warm, and in seconds when ranks share a GPU and have just started."""
 
-STACKS_DELAY_S = 0.05
-
-Identity = tuple[int, int]
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """The listening socket. Raises StartError with the reason when the address cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise StartError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+NO_STATS: Message = {"in_flight": 0, "by_rank": {}}
 
 
 class Supervisor:
@@ -69,17 +58,13 @@ class Supervisor:
         self._started = time.monotonic()
         self._last_turn = time.monotonic()
         self._controller: Controller | None = None
-        self._children: dict[Identity, Child] = {}
-        self._doomed: set[Identity] = set()
-        self._frontend: Child | None = None
-        self._peers: dict[Identity, Peer] = {}
+        self._peers: dict[p.Identity, Peer] = {}
         self._frontend_peer: Peer | None = None
         self._ready: dict[int, str] = {}
         self._published: p.Snapshot | None = None
-        self._stats: Message = {"in_flight": 0, "by_rank": {}}
+        self._stats = NO_STATS
         self._exit: asyncio.Future[p.Exit]
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._fallback: uvicorn.Server | None = None
+        self._tasks = Tasks(lambda error: self._finish(p.Exit(1, error)))
         self._wake = asyncio.Event()
 
     # --- life ---------------------------------------------------------------------------------------------------------
@@ -103,6 +88,14 @@ class Supervisor:
         )
         adopt_orphans()
         self._zygote = Zygote(self._listener)
+        self._processes = Processes(
+            self._zygote,
+            self._tasks,
+            self.events,
+            self._rank_exited,
+            self._frontend_gone,
+            lambda status: self._tell(p.FrontendExited(status)),
+        )
         try:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -112,9 +105,9 @@ class Supervisor:
             )
             control = ControlServer(self._on_message, self._on_hello)
             await control.start(self._runtime.control_socket)
-            app = make_control_app(self)
-            internal = self._serve_http(app, uds=self._runtime.http_socket)
-            self._answer_ourselves(app)
+            self._answering = Answering(make_control_app(self), self._listener, self.settings.access, self._tasks)
+            self._answering.open_internal(self._runtime.http_socket)
+            self._answering.open_public()
             preparing = asyncio.gather(asyncio.to_thread(RendezvousStore), self._configure())
             either: set[asyncio.Future[Any]] = {preparing, self._exit}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -122,8 +115,7 @@ class Supervisor:
                 self._store, policy = await preparing
                 self._begin(policy)
             ended = await self._supervise()
-            internal.should_exit = True
-            self._stop_answering_ourselves()
+            self._answering.close()
             await control.close()
             return ended.code
         finally:
@@ -132,15 +124,9 @@ class Supervisor:
 
     async def _settle(self) -> None:
         """See the children's ends, and let tasks finish, before the runtime directory goes."""
-        frontend = [self._frontend] if self._frontend is not None else []
-        ends = [child.exited.wait() for child in (*self._children.values(), *frontend)]
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.gather(*ends), SETTLE_TIMEOUT_S)
+        await self._processes.wait_all(SETTLE_TIMEOUT_S)
         reap_orphans()
-        if self._tasks:
-            _, unfinished = await asyncio.wait(self._tasks, timeout=SETTLE_TIMEOUT_S)
-            for task in unfinished:
-                task.cancel()
+        await self._tasks.settle(SETTLE_TIMEOUT_S)
 
     async def _configure(self) -> Policy:
         settings = self.settings
@@ -241,11 +227,11 @@ class Supervisor:
     def _on_frontend_message(self, message: Message) -> None:
         match message["type"]:
             case "ready":
-                self._stop_answering_ourselves()
+                self._answering.close_public()
                 self._tell(p.FrontendReady())
             case "synced":
-                counts = (message["kept"], message["replayed"], message["restarted"], message["lost"])
-                self._tell(p.FrontendSynced(message["epoch"], *counts))
+                fields = ("epoch", "kept", "replayed", "restarted", "lost", "delivered")
+                self._tell(p.FrontendSynced(*(message[field] for field in fields)))
             case "stats":
                 self._stats = message
             case "drained":
@@ -258,17 +244,12 @@ class Supervisor:
             self._handlers[type(action)](self, action)
 
     def _start_rank(self, action: p.StartRank) -> None:
-        self._spawn(self._fork_rank(action))
+        self._tasks.spawn(self._fork_rank(action))
 
     async def _fork_rank(self, action: p.StartRank) -> None:
-        identity = (action.rank, action.incarnation)
         try:
-            child = await self._zygote.fork(
-                "rank",
-                f"rank {action.rank}",
-                lambda child: self._spawn(self._rank_exited(identity, child)),
-                rank=action.rank,
-                incarnation=action.incarnation,
+            await self._processes.fork_rank(
+                (action.rank, action.incarnation),
                 members=action.members,
                 slots=action.slots,
                 scratch_dir=str(self._runtime.scratch),
@@ -280,31 +261,17 @@ class Supervisor:
             )
         except ElasticError as error:
             self._finish(p.Exit(EXIT_START, str(error)))
-            return
-        self._children[identity] = child
-        if identity in self._doomed:
-            child.kill()
 
     @property
     def _zmq_addresses(self) -> dict[str, str]:
         return {"input_address": self._runtime.zmq("input.sock"), "output_address": self._runtime.zmq("output.sock")}
 
-    async def _rank_exited(self, identity: Identity, child: Child) -> None:
-        # Told first, reaped afterwards: the group must not wait for bookkeeping.
+    def _rank_exited(self, identity: p.Identity) -> None:
         self._tell(p.RankExited(*identity, "process ended"))
-        self._children.pop(identity, None)
         self._peers.pop(identity, None)
-        self._doomed.discard(identity)
-        with contextlib.suppress(ControlClosed):
-            status = await self._zygote.reap(child)
-            self.events.record("rank_reaped", {"rank": identity[0], "pid": child.pid, "status": status})
 
     def _kill_rank(self, action: p.KillRank) -> None:
-        identity = (action.rank, action.incarnation)
-        self._doomed.add(identity)  # its fork may still be under way
-        if child := self._children.get(identity):
-            child.signal(signal.SIGUSR1)  # its stacks, for the log: what was it doing?
-            asyncio.get_running_loop().call_later(STACKS_DELAY_S, child.kill)
+        self._processes.kill_rank((action.rank, action.incarnation))
 
     def _fence(self, action: p.Fence) -> None:
         self._send_to_rank(action.rank, "fence", epoch=action.epoch)
@@ -346,13 +313,10 @@ class Supervisor:
         )
 
     def _start_frontend(self, _: p.StartFrontend) -> None:
-        self._spawn(self._fork_frontend())
+        self._tasks.spawn(self._fork_frontend())
 
     async def _fork_frontend(self) -> None:
-        self._frontend = await self._zygote.fork(
-            "frontend",
-            "front end",
-            lambda child: self._spawn(self._frontend_exited(child)),
+        await self._processes.fork_frontend(
             control=self._runtime.control_socket,
             http_socket=self._runtime.http_socket,
             listen_fd=self._listener.fileno(),
@@ -362,20 +326,14 @@ class Supervisor:
             **self._zmq_addresses,
         )
 
-    async def _frontend_exited(self, child: Child) -> None:
-        self._frontend = self._frontend_peer = None
-        self._stats = {"in_flight": 0, "by_rank": {}}
+    def _frontend_gone(self) -> None:
+        self._frontend_peer = None
+        self._stats = NO_STATS
         if not self._exit.done():
-            self._answer_ourselves(make_control_app(self))
-        try:
-            status = await self._zygote.reap(child)
-        except ControlClosed as error:
-            status = str(error)
-        self._tell(p.FrontendExited(status))
+            self._answering.open_public()
 
     def _kill_frontend(self, _: p.KillFrontend) -> None:
-        if self._frontend is not None:
-            self._frontend.kill()
+        self._processes.kill_frontend()
 
     def _record(self, action: p.RecordEvent) -> None:
         self.events.record(action.name, action.fields)
@@ -389,9 +347,7 @@ class Supervisor:
         )
 
     def _stop_all(self, _: p.StopAll) -> None:
-        for child in (*self._children.values(), self._frontend):
-            if child is not None:
-                child.kill()
+        self._processes.kill_all()
 
     _handlers: ClassVar[dict[type, Callable[[Supervisor, Any], None]]] = {
         p.StartRank: _start_rank,
@@ -408,40 +364,7 @@ class Supervisor:
         p.Exit: _finish,
     }
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._task_done)
-
-    def _task_done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("task_failed", error=f"{type(error).__name__}: {error}")
-            self._finish(p.Exit(1, f"{type(error).__name__}: {error}"))
-
     # --- answering ----------------------------------------------------------------------------------------------------
-
-    def _serve_http(
-        self, app: Any, uds: str | None = None, sockets: list[socket.socket] | None = None
-    ) -> uvicorn.Server:
-        config = uvicorn.Config(
-            app, uds=uds, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=1
-        )
-        server = uvicorn.Server(config)
-        server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
-        self._spawn(server.serve(sockets=sockets))
-        return server
-
-    def _answer_ourselves(self, app: Any) -> None:
-        """Accept on the public socket while no front end does."""
-        if self._fallback is None:
-            guarded = AccessGuard(app, self.settings.access)
-            self._fallback = self._serve_http(guarded, sockets=[self._listener.dup()])
-
-    def _stop_answering_ourselves(self) -> None:
-        if self._fallback is not None:
-            self._fallback.should_exit = True
-            self._fallback = None
 
     @property
     def is_turning(self) -> bool:
@@ -456,7 +379,7 @@ class Supervisor:
             target=self.settings.data_parallel_size,
             in_flight=self._stats["in_flight"],
             in_flight_by_rank={int(rank): count for rank, count in self._stats["by_rank"].items()},
-            pids={identity: child.pid for identity, child in self._children.items()},
+            pids=self._processes.rank_pids,
             epoch_start=datetime.now(UTC).timestamp() - now,
             url=url_of(self.settings.host, self.port),
         )

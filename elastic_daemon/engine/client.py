@@ -40,10 +40,10 @@ CONNECT_TIMEOUT_S = 5.0
 
 
 class NotServed(GracefulHTTPError):
-    """A request could not be served within the hold timeout. vLLM's handlers make a 503 of it."""
+    """A request could not be served within the hold timeout, or was given up. vLLM's handlers make a 503 of it."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(f"no capacity to serve this request now: {reason}", HTTPStatus.SERVICE_UNAVAILABLE)
+        super().__init__(f"this request could not be served: {reason}", HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 @dataclass(frozen=True)
@@ -223,13 +223,22 @@ class ElasticClient(AsyncMPClient):
         return isinstance(error, zmq.ZMQError) and error.errno == zmq.EHOSTUNREACH
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
+        for owner, owned in self._forget(request_ids).items():
+            await self._send(EngineCoreRequestType.ABORT, owned, owner)
+
+    def give_up(self, request_ids: list[str]) -> None:
+        """As an abort, without waiting for engines: the group may just be changing."""
+        for owner, owned in self._forget(request_ids).items():
+            self._in_background(self._send(EngineCoreRequestType.ABORT, owned, owner))
+
+    def _forget(self, request_ids: list[str]) -> dict[int, list[str]]:
+        """Strike them from the ledger. Returns them by the incarnation that computes them."""
         by_owner: dict[int, list[str]] = {}
         for request_id in request_ids:
             if (owner := self.ledger.owner(request_id)) is not None:
                 by_owner.setdefault(owner, []).append(request_id)
             self.ledger.forget(request_id)
-        for owner, owned in by_owner.items():
-            await self._send(EngineCoreRequestType.ABORT, owned, owner)
+        return by_owner
 
     # --- outputs ----------------------------------------------------------------------------------------------------
 

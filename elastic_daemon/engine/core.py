@@ -47,17 +47,19 @@ WAVES_PER_EPOCH = 1_000_000
 """Waves of an epoch start here times its number, so that a late START_DP_WAVE of an old epoch starts nothing."""
 
 
-def is_peer_fault(error: BaseException | None) -> bool:
-    """Whether `error` says that a member of the group is gone, as opposed to a defect of our own.
+def peer_fault(error: BaseException | None) -> BaseException | None:
+    """What in the chain of `error` says that a member of the group is gone. None: it is a defect of our own.
 
     gloo raises plain RuntimeErrors, with the path of its source in the message; and torch's logging of a failed
-    collective raises another error on top, since it does not know groups that were built without its global state.
+    collective raises another error on top, since it does not know groups that were built without its global state. So
+    the innermost says what happened.
     """
+    found = None
     while error is not None:
         if isinstance(error, PeerLost) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-            return True
+            found = error
         error = error.__cause__ or error.__context__
-    return False
+    return found
 
 
 class ElasticEngineCore(DPEngineCoreProc):
@@ -132,7 +134,7 @@ class ElasticEngineCore(DPEngineCoreProc):
         try:
             yield
         except Exception as error:
-            if not is_peer_fault(error):
+            if peer_fault(error) is None:
                 dump_engine_exception(self.vllm_config, scheduler_output, self.scheduler.make_stats())
             raise
 
@@ -285,8 +287,8 @@ class Parking:
     def on_fault(self, error: Exception) -> None:
         """Park after a fence or the loss of a peer. Any other error is this rank's own and ends it."""
         core = self._core
-        if is_peer_fault(error):
-            core._control.send("fault", epoch=core.epoch, error=str(error).splitlines()[0][:500])
+        if (lost := peer_fault(error)) is not None:
+            core._control.send("fault", epoch=core.epoch, error=str(lost).splitlines()[0][:500])
         elif not core.is_fenced:  # what a step trips over once its collectives were cut is no defect of this rank
             raise error
         core.leave(error)

@@ -4,6 +4,8 @@
   of its second rearrangement.
 - `ELASTIC_FAULT_LINKS={"rank": 1, "every_s": 0.2}` breaks rank 1's connections again and again: faults without a death.
 
+`"rank": null` means every rank.
+
 Unset, as they should be in production, nothing is installed.
 """
 
@@ -20,7 +22,7 @@ from typing import Any
 
 def _wanted(variable: str, rank: int) -> dict[str, Any] | None:
     fault: dict[str, Any] | None = json.loads(os.environ.get(variable) or "null")
-    return fault if fault is not None and fault["rank"] == rank else None
+    return fault if fault is not None and fault["rank"] in (rank, None) else None
 
 
 def transfer_fault(rank: int) -> Callable[[int, str], None] | None:

@@ -85,11 +85,11 @@ def _is_served(path: str) -> bool:
 
 
 def fail_in_flight(llm: AsyncLLM, client: ElasticClient, error: Exception) -> list[str]:
-    """End every request in flight with `error`. Returns their ids; the engine is not told."""
+    """End every request in flight with `error`, also in the engines. Returns their ids."""
     failed = []
     for request_id, state in list(llm.output_processor.request_states.items()):
         if state.queue is not None:
             state.queue.put(error)
             failed.append(request_id)
-        client.ledger.forget(request_id)
+    client.give_up(list(llm.output_processor.request_states))
     return failed

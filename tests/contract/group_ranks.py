@@ -23,7 +23,7 @@ import torch
 from torch.distributed import TCPStore
 from vllm import forward_context
 
-from elastic_daemon.engine.core import is_peer_fault
+from elastic_daemon.engine.core import peer_fault
 from elastic_daemon.engine.gloo import GlooGroup
 from elastic_daemon.engine.groups import EpochGroup, EpochGroups
 from elastic_daemon.errors import PeerLost
@@ -120,12 +120,12 @@ class _Rank:
 
 def _run(rank: _Rank, connection: Connection, lock: threading.Lock, name: str, arguments: tuple[Any, ...]) -> None:
     started = time.monotonic()
-    result, error, peer_fault = None, None, False
+    result, error, peer_lost = None, None, False
     try:
         result = getattr(rank, name)(*arguments)
     except Exception as caught:
-        error, peer_fault = f"{type(caught).__name__}: {caught}", is_peer_fault(caught)
-    answer = Answer(name, result, error, peer_fault, started, time.monotonic())
+        error, peer_lost = f"{type(caught).__name__}: {caught}", peer_fault(caught) is not None
+    answer = Answer(name, result, error, peer_lost, started, time.monotonic())
     with lock:
         connection.send(answer)
 

@@ -74,8 +74,8 @@ class Shell:
     def regroup_failed(self, rank: int) -> list[p.Action]:
         return self.send(p.RegroupFailed(rank, self.incarnation(rank), self.controller.epoch, "no route"))
 
-    def synced(self) -> list[p.Action]:
-        return self.send(p.FrontendSynced(self.controller.epoch, *SYNCED))
+    def synced(self, delivered: int = 0) -> list[p.Action]:
+        return self.send(p.FrontendSynced(self.controller.epoch, *SYNCED, delivered))
 
     # Ways to somewhere:
 

@@ -12,6 +12,7 @@ from elastic_daemon.controller import Controller
 from elastic_daemon.membership import Status
 from elastic_daemon.placement import Placement
 from elastic_daemon.policy import Policy
+from tests.unit.poison import Poison
 
 SERVING = (Status.OK, Status.DEGRADED)
 WAITING = (Phase.STARTING, Phase.FENCING, Phase.REGROUPING, Phase.RESUMING, Phase.STOPPING)
@@ -47,11 +48,12 @@ class Process:
 class Books:
     """Who is dead, parked or regrouped, by what was really said; never by asking the controller."""
 
-    def __init__(self, policy: Policy, sloppy: float) -> None:
+    def __init__(self, policy: Policy, sloppy: float, poison: Poison) -> None:
         self.now = 0.0
         self.policy = policy
         self.controller = Controller(policy, 0.0)
         self.sloppy = sloppy  # how often an answer goes wrong
+        self.poison = poison
         self.processes: dict[int, Process] = {}  # the current one of each rank
         self.epoch = self.last_incarnation = 0
         self.dead: set[p.Identity] = set()  # reported dead, or given up
@@ -118,7 +120,7 @@ class Books:
             case p.RecordEvent("recovery_started"):
                 assert not self.recovering, "two recoveries at once"
                 self.recovering = True
-            case p.KillRank() if not self.sloppy:
+            case p.KillRank() if not self.sloppy and not self.poison.has_acted:
                 # Where everybody who can answer does, only the dead and the hung may be given up.
                 assert not self.processes[action.rank].works, f"gives up a healthy rank: {action}"
             case p.RecoveryDone(report):

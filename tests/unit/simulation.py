@@ -2,6 +2,7 @@
 
 `run(seed)` plays one random schedule of faults and checks the invariants after each event. A rank may answer promptly,
 late, twice or never, may die or hang at any step, and old processes may go on talking; its death may be reported late.
+In some worlds a rank or a request is poison: no step with it succeeds, and nobody dies of it.
 The world keeps books of its own about who is dead, parked or regrouped, and never asks the controller for them.
 """
 
@@ -19,6 +20,7 @@ from elastic_daemon.membership import Status
 from elastic_daemon.placement import EMPTY, Placement, initial, slots_per_rank
 from elastic_daemon.policy import Policy
 from tests.unit.invariants import SERVING, Books, Process
+from tests.unit.poison import Poison
 
 HORIZON = 8.0  # no fault begins after this
 SETTLE = 120.0  # and this much later all must be quiet
@@ -64,9 +66,9 @@ class World(Books):
         policy = Policy(
             ranks, experts, slots, start_timeout_s=3.0, restart_backoff_s=0.1, max_backoff_s=1.0, fault_grace_s=0.2,
             fence_timeout_s=1.0, regroup_timeout_s=1.0, sync_timeout_s=1.0, hold_timeout_s=5.0,
-            frontend_start_timeout_s=3.0,
+            frontend_start_timeout_s=3.0, max_vain_faults=4,
         )  # fmt: skip
-        super().__init__(policy, sloppy=rng.choice((0.0, 0.0, 0.01, 0.04)))
+        super().__init__(policy, sloppy=rng.choice((0.0, 0.0, 0.01, 0.04)), poison=Poison(rng))
         self.traps = {rng.choice(("StartRank", "Fence", "Regroup", "Resume")): rng.randint(1, 8) for _ in range(2)}
 
         self.queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -98,7 +100,16 @@ class World(Books):
         self.check_end()
 
     def quiet(self) -> bool:
-        return len(self.queue) == self.background and self.controller.next_deadline() is None
+        idle = len(self.queue) == self.background and self.controller.next_deadline() is None
+        return idle and not self.poison_acts()
+
+    def poison_acts(self) -> bool:
+        """Whether there is poison in the group that the controller can get rid of."""
+        members = self.members.get(self.epoch, ())
+        if self.controller.status not in SERVING or self.frontend is None or not self.frontend.ready:
+            return False
+        can_do_without = (len(members) - 1) * self.policy.slots >= self.policy.experts
+        return (can_do_without and self.poison.rank in members) or self.poison.request in self.frontend.owner
 
     def later(self, delay: float, call: Callable[..., None], *arguments: Any) -> None:
         self.sequence += 1
@@ -276,6 +287,8 @@ class World(Books):
             close = at and self.rng.random() < 0.5
             at = min(at + self.rng.uniform(0.0, 0.08), HORIZON) if close else self.rng.uniform(0.1, HORIZON)
             self.later(at, self.rng.choice(kinds))
+        if self.rng.random() < 0.05:
+            self.later(self.rng.uniform(0.0, HORIZON), self.poison_links)
         if self.rng.random() < 0.1:
             self.later(self.rng.uniform(0.0, HORIZON), self.tell, p.StopRequested(self.rng.uniform(0.0, 3.0)))
         if self.rng.random() < 0.02:
@@ -303,6 +316,10 @@ class World(Books):
 
     def fault_only(self) -> None:
         self.fault(self.rng.choice(self.processes), "a collective failed")
+
+    def poison_links(self) -> None:
+        """From now on one rank breaks every step that it is in."""
+        self.poison.rank = self.rng.choice(self.processes).identity
 
     def zombie(self) -> None:
         """Somebody repeats himself, or speaks for another time."""
@@ -342,12 +359,16 @@ class World(Books):
             for request in moved:
                 self.assign(frontend, request)
             if not self.happens(2):
-                synced = p.FrontendSynced(view.epoch, len(frontend.owner) - len(moved), len(moved), 0, 0)
+                synced = p.FrontendSynced(view.epoch, len(frontend.owner) - len(moved), len(moved), 0, 0, self.tokens)
                 self.later(self.rng.uniform(0.5, 2.0) if self.happens(2) else self.soon(), self.tell, synced)
             if self.happens(5):
-                self.later(self.soon(), self.tell, p.FrontendSynced(view.epoch - 1, 0, 0, 0, 0))  # long overdue
+                self.later(self.soon(), self.tell, p.FrontendSynced(view.epoch - 1, 0, 0, 0, 0, 0))  # long overdue
         elif view.status is Status.STOPPING and self.rng.random() < 0.7:
             self.later(self.rng.uniform(0.0, 3.0), self.tell, p.DrainComplete())
+        elif not view.hold:
+            frontend.owner.clear()
+            for process in self.processes.values():
+                process.requests.clear()
 
     def assign(self, frontend: SimulatedFrontend, request: int) -> None:
         assert frontend.view is not None
@@ -364,11 +385,16 @@ class World(Books):
             self.next_request += 1
             self.assign(frontend, self.next_request)
         for epoch in list(self.members)[-2:]:
-            group = [self.process_of(identity) for identity in self.members[epoch]]
-            if all(peer and peer.works and peer.mode == "stepping" and peer.epoch == epoch for peer in group):
-                self.move_experts([peer for peer in group if peer])
+            group = [peer for identity in self.members[epoch] if (peer := self.process_of(identity))]
+            whole = len(group) == len(self.members[epoch])
+            if whole and all(peer.works and peer.mode == "stepping" and peer.epoch == epoch for peer in group):
+                if self.poison.spoils(group):
+                    for peer in self.rng.sample(group, self.rng.randint(1, len(group))):
+                        self.fault(peer, "poison")
+                    continue
+                self.move_experts(group)
                 for peer in group:
-                    if peer and peer.requests:
+                    if peer.requests:
                         self.later(self.soon(), self.on_output, peer, epoch, tuple(peer.requests))
                         self.background += 1
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from elastic_daemon import protocol as p
 from elastic_daemon.control_state import Phase
-from elastic_daemon.membership import RankState, Status
+from elastic_daemon.membership import MEMBERS, RankState, Status
 from elastic_daemon.placement import missing
 from elastic_daemon.policy import Policy
-from tests.unit.driver import SYNCED, Shell, of, published, too_few
+from tests.unit.driver import POLICY, SYNCED, Shell, of, published, too_few
 
 # --- losing ranks ----------------------------------------------------------------------------------------------------
 
@@ -75,7 +77,7 @@ def test_a_death_later_on_goes_back_to_fencing(step: str) -> None:
     assert published(actions).status is Status.RECOVERING
     assert published(actions).excluded == ((1, 2), (3, 4))
     assert shell.regrouped(0, 2, epoch=2) == []
-    assert shell.send(p.FrontendSynced(2, *SYNCED)) == []
+    assert shell.send(p.FrontendSynced(2, *SYNCED, 0)) == []
     shell.recover(0, 2)
     assert len(of(p.RecoveryDone, shell.actions)) == 2
 
@@ -248,3 +250,107 @@ def test_all_ranks_may_die_at_once() -> None:
     shell = Shell().serve()
     shell.exited(0, 1, 2, 3)
     assert shell.controller.status is Status.UNAVAILABLE
+
+
+# --- faults that regrouping does not cure ----------------------------------------------------------------------------
+
+
+def faults_in_vain(shell: Shell, rank: int, count: int, delivered: int = 7) -> list[p.Action]:
+    """`count` faults that `rank` reports first, each after a recovery; what the last of them leads to."""
+    actions: list[p.Action] = []
+    for number in range(count):
+        shell.fault(rank)
+        actions = shell.tick()
+        if number + 1 < count:
+            shell.fenced(*members(shell))
+            shell.regrouped(*members(shell))
+            shell.synced(delivered)
+    return actions
+
+
+def members(shell: Shell) -> list[int]:
+    return [row.rank for row in shell.controller.snapshot(shell.now).ranks if row.state in MEMBERS]
+
+
+def recover(shell: Shell, delivered: int) -> None:
+    shell.fenced(*members(shell))
+    shell.regrouped(*members(shell))
+    shell.synced(delivered)
+
+
+def test_a_fault_that_repeats_before_any_token_costs_the_rank_that_reports_it_first() -> None:
+    shell = Shell(replace(POLICY, max_vain_faults=3)).serve()
+    # The first fault says nothing about vain: only after it does the front end report what is in flight.
+    actions = faults_in_vain(shell, 1, 4)
+    [kill] = of(p.KillRank, actions)
+    assert (kill.rank, kill.reason) == (
+        1,
+        "3 faults in a row before any request got a token, the last: rank 1: peer is gone",
+    )
+    assert published(actions).hold
+    recover(shell, 7)
+    assert shell.controller.status is Status.DEGRADED
+
+
+def test_a_token_or_a_death_in_between_makes_it_another_fault() -> None:
+    shell = Shell(replace(POLICY, max_vain_faults=3)).serve()
+    for delivered in range(12):
+        faults_in_vain(shell, 1, 1)
+        recover(shell, delivered)
+    assert not of(p.KillRank, shell.actions)
+
+    faults_in_vain(shell, 1, 2, delivered=11)
+    recover(shell, 11)
+    shell.exited(3)
+    recover(shell, 11)
+    assert not of(p.KillRank, faults_in_vain(shell, 1, 2, delivered=11))
+
+
+def test_faults_without_requests_in_flight_harm_nobody() -> None:
+    shell = Shell(replace(POLICY, max_vain_faults=3)).serve()
+    for _ in range(10):
+        shell.fault(1)
+        shell.tick()
+        shell.fenced(0, 1, 2, 3)
+        shell.regrouped(0, 1, 2, 3)
+        shell.send(p.FrontendSynced(shell.controller.epoch, 0, 0, 0, 0, 7))
+    assert not of(p.KillRank, shell.actions)
+    assert all(action.membership.hold for action in of(p.Publish, shell.actions))
+
+
+def test_requests_are_ended_when_giving_up_a_rank_did_not_help() -> None:
+    shell = Shell(replace(POLICY, max_vain_faults=3)).serve()
+    faults_in_vain(shell, 1, 4)
+    recover(shell, 7)
+    actions = faults_in_vain(shell, 2, 3)
+    assert not of(p.KillRank, actions)
+    told = published(actions)
+    assert not told.hold, "the front end ends what is in flight"
+    assert "3 faults in a row" in told.reason
+    shell.fenced(0, 2, 3)
+    assert published(shell.regrouped(0, 2, 3)).hold, "later requests are held again"
+
+
+def test_the_last_ranks_that_can_hold_every_expert_are_not_given_up_for_it() -> None:
+    shell = Shell(replace(POLICY, max_vain_faults=3)).serve()
+    shell.exited(0)
+    shell.exited(1)
+    recover(shell, 7)
+    actions = faults_in_vain(shell, 2, 3)
+    assert not of(p.KillRank, actions)
+    assert not published(actions).hold
+
+
+def test_faults_give_a_front_end_no_more_time_to_start() -> None:
+    shell = Shell()
+    shell.ready(0, 1, 2, 3)
+    shell.regrouped(0, 1, 2, 3)
+    started = shell.now
+    while not of(p.KillFrontend, shell.actions):
+        shell.fault(1)
+        shell.tick()
+        if shell.controller.phase is Phase.FENCING:
+            shell.fenced(0, 1, 2, 3)
+            shell.regrouped(0, 1, 2, 3)
+            shell.now += 10.0
+        assert shell.now <= started + shell.policy.frontend_start_timeout_s + 11
