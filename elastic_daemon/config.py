@@ -44,6 +44,11 @@ def default_runtime_dir() -> Path:
     return Path(tempfile.gettempdir(), f"elastic-daemon-{os.getuid()}")
 
 
+class Restore(StrEnum):
+    AUTO = "auto"
+    OFF = "off"
+
+
 class Settings(BaseSettings):
     """Everything the supervisor needs to know. `engine_flags` go to vLLM as they are."""
 
@@ -54,6 +59,7 @@ class Settings(BaseSettings):
     device: Device = Device.CPU
     ranks_per_gpu: int = Field(1, ge=1, le=8)
     survive_losses: int | None = Field(None, ge=0)
+    restore: Restore = Restore.AUTO
     hold_timeout: float = Field(60.0, ge=0)
     start_timeout: float = Field(300.0, gt=0)
     shutdown_timeout: float = Field(5.0, ge=0)

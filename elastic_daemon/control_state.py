@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
+from elastic_daemon.comebacks import Comebacks
 from elastic_daemon.deadlines import Deadlines
-from elastic_daemon.membership import IN_GROUP, Membership, Rank, RankState, Status
+from elastic_daemon.membership import IN_GROUP, Membership, Rank, Status
 from elastic_daemon.placement import Placement, expert_safety, survivable_losses
 from elastic_daemon.policy import Policy
 from elastic_daemon.protocol import (
@@ -60,6 +61,7 @@ class ControlState:
         self._recovery: Recovery | None = None  # the one under way, start-up's first regroup included
         self._fault: Fault | None = None  # the first one reported in this epoch
         self._fault_run = FaultRun(policy.max_vain_faults)
+        self._comebacks = Comebacks(policy)
         self._frontend = Frontend.DOWN
         self._frontend_exits: deque[float] = deque()
         self._opened = False  # whether the endpoint has ever served
@@ -97,8 +99,8 @@ class ControlState:
             case Status.UNAVAILABLE | Status.STOPPING:
                 return self._trouble
             case Status.DEGRADED:
-                gone = self._ranks.where(RankState.EXCLUDED, RankState.RETIRED)
-                return "; ".join(f"rank {row.rank}: {row.reason}" for row in gone)
+                missing = (row for row in self._ranks if row.state not in IN_GROUP)
+                return "; ".join(f"rank {row.rank}: {row.reason or row.state}" for row in missing)
             case _:
                 if self._recovery is not None:
                     return self._recovery.cause
@@ -139,7 +141,7 @@ class ControlState:
             ranks=tuple(RankHealth(row.rank, row.state, row.since, row.reason, row.incarnation) for row in self._ranks),
             last_recovery=self._last_recovery,
             last_shrink=self._last.get(RecoveryKind.SHRINK),
-            last_grow=None,
+            last_grow=self._last.get(RecoveryKind.GROW),
         )
 
     @property

@@ -252,6 +252,7 @@ Action = (
 class RecoveryKind(StrEnum):
     START = "start"
     SHRINK = "shrink"
+    GROW = "grow"
     REGROUP = "regroup"  # the same members again, after a fault without a death
 
 
@@ -272,7 +273,7 @@ class RecoveryReport:
 
     epoch: int
     kind: RecoveryKind
-    ranks: tuple[int, ...]  # lost in it
+    ranks: tuple[int, ...]  # lost in it; those that joined, when it grew
     cause: str
     seconds: Mapping[str, float]
     requests: RequestCounts | None

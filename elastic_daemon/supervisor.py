@@ -19,7 +19,7 @@ import structlog
 from elastic_daemon import protocol as p
 from elastic_daemon.answering import Answering, bind
 from elastic_daemon.app import make_control_app
-from elastic_daemon.config import Device, Settings
+from elastic_daemon.config import Device, Restore, Settings
 from elastic_daemon.control_server import ControlServer, Peer
 from elastic_daemon.controller import EXIT_START, Controller
 from elastic_daemon.errors import ElasticError
@@ -156,6 +156,7 @@ class Supervisor:
             start_timeout_s=settings.start_timeout,
             regroup_timeout_s=REGROUP_TIMEOUT_S[settings.device],
             hold_timeout_s=settings.hold_timeout,
+            restore=settings.restore is Restore.AUTO,
         )
 
     def _begin(self, policy: Policy) -> None:

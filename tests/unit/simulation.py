@@ -66,7 +66,7 @@ class World(Books):
         policy = Policy(
             ranks, experts, slots, start_timeout_s=3.0, restart_backoff_s=0.1, max_backoff_s=1.0, fault_grace_s=0.2,
             fence_timeout_s=1.0, regroup_timeout_s=1.0, sync_timeout_s=1.0, hold_timeout_s=5.0,
-            frontend_start_timeout_s=3.0, max_vain_faults=4,
+            frontend_start_timeout_s=3.0, max_vain_faults=4, restore=rng.random() < 0.5,
         )  # fmt: skip
         super().__init__(policy, sloppy=rng.choice((0.0, 0.0, 0.01, 0.04)), poison=Poison(rng))
         self.traps = {rng.choice(("StartRank", "Fence", "Regroup", "Resume")): rng.randint(1, 8) for _ in range(2)}
