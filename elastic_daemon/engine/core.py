@@ -213,7 +213,9 @@ class ElasticEngineCore(DPEngineCoreProc):
             self._load_slots(message["loads"])
             repaired = time.monotonic()
             position, members = placement.ranks.index(self.plan.rank), len(placement.ranks)
-            connections = self.worker.connect(self._store, f"epoch/{epoch}", position, members)
+            connections = self.worker.connect(
+                self._store, f"epoch/{epoch}", position, members, lambda: self._fence_epoch > epoch
+            )
             self.worker.join_group(connections, placement)
             self.dp_group = connections.host
             self.dp_rank, self.dp_size = position, members
