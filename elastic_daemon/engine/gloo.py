@@ -154,7 +154,7 @@ class AbortableProcessGroup:
         drop_abandoned()
         if self._last is not None and not self._last.is_completed():
             _ABANDONED.append((group, self._last))
-            log.warning("group_abandoned", abandoned=len(_ABANDONED))
+            log.warning("group_abandoned", position=group.rank(), abandoned=len(_ABANDONED))
 
     def _started(self, work: Any) -> AbortableWork:
         self._last = work
