@@ -161,11 +161,16 @@ def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1000:.0f}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_drill", description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=PARTS, help="what to run")
     parser.add_argument("--out", type=Path, default=Path("gpu-drill.json"), help="results (default: %(default)s)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="print the table of these results")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = make_parser()
     chosen = parser.parse_args(arguments)
     if chosen.report:
         print(table(json.loads(chosen.report.read_text())))

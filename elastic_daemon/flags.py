@@ -68,17 +68,24 @@ REFUSED = (
     Refusal("grpc", "only the OpenAI HTTP front end is supported"),
 )
 
-REFUSED_ON_CPU = (
-    Refusal("async_scheduling", "vLLM's CPU backend schedules synchronously"),
-    Refusal("quantization", "expert repair of quantized weights is not proven on CPU", (None,)),
-)
+REFUSED_ON = {
+    "cpu": (
+        Refusal("async_scheduling", "vLLM's CPU backend schedules synchronously"),
+        Refusal("quantization", "expert repair of quantized weights is not proven on CPU", (None,)),
+    ),
+    "cuda": (
+        Refusal("async_scheduling", "several steps in flight cannot be taken back yet"),
+        Refusal("quantization", "expert repair of quantized weights is not proven on GPUs", (None,)),
+    ),
+}
+"""What cannot work on one device, by the value of `--device`."""
 
 REFUSED_LOAD_FORMATS = {"dummy": "replicas of one expert would get different random weights"}
 
 
 def refusals(values: Mapping[str, Any], device: str) -> list[str]:
     """One sentence for each flag whose value cannot work here. `values`: flag name (underscores) -> parsed value."""
-    table = REFUSED + (REFUSED_ON_CPU if device == "cpu" else ())
+    table = REFUSED + REFUSED_ON[device]
     found = [
         f"{refusal.option} {values[refusal.flag]!r} is not supported: {refusal.reason}"
         for refusal in table

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from elastic_daemon.cli import make_parser  # noqa: E402
 from elastic_daemon.config import BUNDLED_FLAGS  # noqa: E402
-from elastic_daemon.flags import OURS, REFUSED, REFUSED_LOAD_FORMATS, REFUSED_ON_CPU, Refusal  # noqa: E402
+from elastic_daemon.flags import OURS, REFUSED, REFUSED_LOAD_FORMATS, REFUSED_ON, Refusal  # noqa: E402
 
 TARGET = ROOT / "docs" / "flags.md"
 TESTED_FOLDERS = ("tests/e2e", "tests/chaos")
@@ -72,8 +72,9 @@ def render() -> str:
 def _refused() -> Iterator[str]:
     yield "## Refused\n"
     yield from _table(REFUSED)
-    yield "\n## Refused on CPU only\n"
-    yield from _table(REFUSED_ON_CPU)
+    for device, refusals in REFUSED_ON.items():
+        yield f"\n## Refused with `--device {device}`\n"
+        yield from _table(refusals)
     yield "\n## Refused values\n"
     yield "| flag | reason |\n|---|---|"
     for name, reason in REFUSED_LOAD_FORMATS.items():

@@ -33,7 +33,7 @@ RANK_ENVIRONMENT = {
 
 
 class NcclWork:
-    """A collective that was put on the current stream."""
+    """A collective that was put on a stream. `work` is None where the current stream has it already."""
 
     def __init__(self, work: Any) -> None:
         self._work = work
@@ -41,7 +41,7 @@ class NcclWork:
     def wait(self, *_: Any) -> bool:
         """Let the stream wait, not the host. Raises PeerLost if NCCL already knows that the communicator is broken."""
         try:
-            return bool(self._work.wait())
+            return self._work is None or bool(self._work.wait())
         except RuntimeError as error:
             raise PeerLost(str(error)) from error
 

@@ -8,11 +8,11 @@ import pytest
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from elastic_daemon.flags import OURS, REFUSED, REFUSED_LOAD_FORMATS, REFUSED_ON_CPU, Refusal, refusals
+from elastic_daemon.flags import OURS, REFUSED, REFUSED_LOAD_FORMATS, REFUSED_ON, Refusal, refusals
 
 pytestmark = pytest.mark.contract
 
-TABLE = (*REFUSED, *REFUSED_ON_CPU)
+TABLE = (*REFUSED, *REFUSED_ON["cpu"])
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,13 @@ from types import ModuleType
 
 import pytest
 
+from bench.gpu_drill import make_parser as gpu_drill_parser
 from bench.recovery import parser as bench_parser
 from elastic_daemon import messages
 from elastic_daemon.cli import make_parser
 from elastic_daemon.config import Settings
 from elastic_daemon.control_routes import CONTROL_PATHS
-from elastic_daemon.flags import REFUSED, REFUSED_ON_CPU
+from elastic_daemon.flags import REFUSED, REFUSED_ON
 from elastic_daemon.health import HealthView
 from elastic_daemon.membership import RankState, Status
 from elastic_daemon.metrics import Metrics
@@ -25,6 +26,7 @@ from elastic_daemon.placement import expert_safety, initial, slots_per_rank, sur
 from elastic_daemon.protocol import HealthSnapshot, RankHealth, RecoveryKind, RecoveryReport, RequestCounts
 from elastic_daemon.recovery import Timer
 from elastic_daemon.runtime_dir import SOCKET_NAMES
+from watchdog.cli import make_parser as watchdog_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -124,18 +126,34 @@ def _subcommands() -> dict[str, argparse.ArgumentParser]:
     return dict(commands.choices)
 
 
+def _commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """A parser and those of all its commands, at any depth."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from _commands(command)
+
+
 def _flags(parser: argparse.ArgumentParser) -> set[str]:
     return {flag for action in parser._actions for flag in action.option_strings}
 
 
-VLLM_FLAGS = {refusal.option for refusal in (*REFUSED, *REFUSED_ON_CPU)} | set(flags_doc.exercised())
-NAMED_FLAGS_OF_VLLM = {"--max-model-len", "--load-format", "--enable-eplb", "--enable-expert-parallel"}
+VLLM_FLAGS = {refusal.option for refusal in (*REFUSED, *REFUSED_ON["cpu"])} | set(flags_doc.exercised())
+NAMED_FLAGS_OF_VLLM = {
+    "--enable-eplb",
+    "--enable-expert-parallel",
+    "--gpu-memory-utilization",
+    "--load-format",
+    "--max-model-len",
+}
 """Further flags of vLLM that documents speak of; that it has them is checked in tests/contract or by its own parser."""
 
 
 @document
 def test_flags_exist(path: Path) -> None:
-    known = set.union(*map(_flags, _subcommands().values())) | _flags(bench_parser()) | VLLM_FLAGS | NAMED_FLAGS_OF_VLLM
+    parsers = [*_commands(make_parser()), *_commands(watchdog_parser()), bench_parser(), gpu_drill_parser()]
+    known = set.union(*map(_flags, parsers)) | VLLM_FLAGS | NAMED_FLAGS_OF_VLLM
     assert set(FLAG.findall(path.read_text(encoding="utf-8"))) - known == set()
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from elastic_daemon.flags import OURS, REFUSED, REFUSED_LOAD_FORMATS, REFUSED_ON_CPU, Refusal, refusals
+from elastic_daemon.flags import OURS, REFUSED, REFUSED_LOAD_FORMATS, REFUSED_ON, Refusal, refusals
 
-TABLE = (*REFUSED, *REFUSED_ON_CPU)
+TABLE = (*REFUSED, *REFUSED_ON["cpu"])
 
 
 class Anything:
@@ -45,9 +45,11 @@ def test_allowed_values_pass(refusal: Refusal) -> None:
         assert refusals({refusal.flag: value}, "cpu") == []
 
 
-@pytest.mark.parametrize("refusal", REFUSED_ON_CPU, ids=ids)
-def test_limits_of_the_cpu_backend_hold_on_cpu_only(refusal: Refusal) -> None:
-    assert refusals({refusal.flag: Anything()}, "cuda") == []
+@pytest.mark.parametrize("device", REFUSED_ON)
+def test_each_device_has_limits_and_reasons_of_its_own(device: str) -> None:
+    for refusal in REFUSED_ON[device]:
+        (text,) = refusals({refusal.flag: Anything()}, device)
+        assert text.endswith(refusal.reason)
 
 
 @pytest.mark.parametrize("name", REFUSED_LOAD_FORMATS)
