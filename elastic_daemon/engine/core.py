@@ -54,12 +54,13 @@ def peer_fault(error: BaseException | None) -> BaseException | None:
     collective raises another error on top, since it does not know groups that were built without its global state. So
     the innermost says what happened.
     """
-    found = None
+    chain = []
     while error is not None:
-        if isinstance(error, PeerLost) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-            found = error
+        chain.append(error)
         error = error.__cause__ or error.__context__
-    return found
+    ours = [link for link in chain if isinstance(link, PeerLost)]
+    theirs = [link for link in chain if isinstance(link, RuntimeError) and "gloo" in str(link)]
+    return (ours or theirs or [None])[-1]
 
 
 class ElasticEngineCore(DPEngineCoreProc):
@@ -171,7 +172,7 @@ class ElasticEngineCore(DPEngineCoreProc):
     def serve(self) -> None:
         """Report what this rank holds, wait for the first epoch, then step until told otherwise."""
         threading.Thread(target=self.listen, name="control", daemon=True).start()
-        break_links(self.plan.rank, self.worker.groups.abort)
+        break_links(self.plan.rank, self.worker.groups.abort, lambda: self.step_counter)
         ready = base64.b64encode(msgspec.msgpack.encode(self._make_ready_response())).decode()
         column = self.worker.column()
         self._control.send("ready", layers=len(column), column=column.tolist(), response=ready)
@@ -183,7 +184,7 @@ class ElasticEngineCore(DPEngineCoreProc):
         traceback.clear_frames(error.__traceback__)
         self.worker.leave_group()
         kept = self.scheduler.void_step()
-        self.dp_group = None
+        self.dp_group, self.step_counter = None, 0
         log.info("parked", rank=self.plan.rank, epoch=self.epoch, kept=kept, because=str(error).splitlines()[0][:200])
 
     def park(self) -> None:
@@ -213,7 +214,9 @@ class ElasticEngineCore(DPEngineCoreProc):
             self._load_slots(message["loads"])
             repaired = time.monotonic()
             position, members = placement.ranks.index(self.plan.rank), len(placement.ranks)
-            connections = self.worker.connect(self._store, f"epoch/{epoch}", position, members)
+            connections = self.worker.connect(
+                self._store, f"epoch/{epoch}", position, members, lambda: self._fence_epoch > epoch
+            )
             self.worker.join_group(connections, placement)
             self.dp_group = connections.host
             self.dp_rank, self.dp_size = position, members

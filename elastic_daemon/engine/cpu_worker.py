@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch.distributed import Store
@@ -48,5 +49,5 @@ class ElasticCPUWorker(ElasticWorker, CPUWorker):
         set_random_seed(self.model_config.seed)
         self.model_runner = ElasticCPUModelRunner(self.vllm_config, self.device)
 
-    def connect(self, store: Store, prefix: str, position: int, members: int) -> GlooGroup:
-        return GlooGroup(store, prefix, position, members)
+    def connect(self, store: Store, prefix: str, position: int, members: int, is_void: Callable[[], bool]) -> GlooGroup:
+        return GlooGroup(store, prefix, position, members, is_void)

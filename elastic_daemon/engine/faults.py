@@ -3,6 +3,7 @@
 - `ELASTIC_FAULT_TRANSFER={"rank": 2, "layer": 0, "point": "commit", "rearrangement": 2}` kills rank 2 at that boundary
   of its second rearrangement.
 - `ELASTIC_FAULT_LINKS={"rank": 1, "every_s": 0.2}` breaks rank 1's connections again and again: faults without a death.
+  With `"after_steps": 20`, only once 20 steps of the epoch are done.
 
 `"rank": null` means every rank.
 
@@ -42,8 +43,8 @@ def transfer_fault(rank: int) -> Callable[[int, str], None] | None:
     return die_there
 
 
-def break_links(rank: int, abort: Callable[[], int]) -> None:
-    """Start breaking this rank's connections, if the environment asks for it."""
+def break_links(rank: int, abort: Callable[[], int], steps: Callable[[], int]) -> None:
+    """Start breaking this rank's connections, if the environment asks for it. `steps()`: done in this epoch."""
     fault = _wanted("ELASTIC_FAULT_LINKS", rank)
     if fault is None:
         return
@@ -51,6 +52,7 @@ def break_links(rank: int, abort: Callable[[], int]) -> None:
     def keep_breaking() -> None:
         while True:
             time.sleep(fault["every_s"])
-            abort()
+            if steps() >= fault.get("after_steps", 0):
+                abort()
 
     threading.Thread(target=keep_breaking, name="fault-links", daemon=True).start()

@@ -12,8 +12,10 @@ import contextlib
 import os
 import socket
 import stat
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
 
@@ -27,7 +29,9 @@ from elastic_daemon.errors import PeerLost
 log = structlog.get_logger(__name__)
 
 CONNECT_TIMEOUT = timedelta(seconds=2)
-"""How long building a group may wait for a member. All have reported before: only a death in between is waited for."""
+"""How long building a group may wait for a member. All have reported before: only a death in between is waited for.
+
+gloo takes it five times for a connection that another member opens and closes again meanwhile: see `_build`."""
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """Upper bound for one collective. Survivors are freed long before; this is the last resort."""
@@ -38,8 +42,14 @@ LOOK_UP = timedelta(milliseconds=50)
 ABORT_GRACE_S = 0.1
 """How long an aborted collective may take to raise by itself before it counts as stuck."""
 
-_ABANDONED: list[ProcessGroup] = []
-"""Groups with a stuck collective: destroying one would block on its thread. Each costs a few threads, and is rare."""
+_ABANDONED: list[tuple[ProcessGroup, Any]] = []
+"""Groups with the work that is stuck in them: destroying one would block on its thread. Each costs a few threads until
+gloo's own timeout ends the work."""
+
+
+def drop_abandoned() -> None:
+    """Destroy the abandoned groups whose collective has ended after all."""
+    _ABANDONED[:] = [(group, work) for group, work in _ABANDONED if not work.is_completed()]
 
 
 class GlooLinks:
@@ -49,8 +59,16 @@ class GlooLinks:
     collective; shutting its sockets down does, for every survivor.
     """
 
-    def __init__(self, fds: Iterable[int]) -> None:
-        self._sockets = [socket.socket(fileno=os.dup(fd)) for fd in sorted(fds)]
+    def __init__(self, sockets: Iterable[tuple[int, int]]) -> None:
+        """Each by descriptor and inode; one that is gone by now needs no breaking."""
+        self._sockets = []
+        for fd, inode in sorted(sockets):
+            with contextlib.suppress(OSError):
+                link = socket.socket(fileno=os.dup(fd))
+                if os.fstat(link.fileno()).st_ino == inode:
+                    self._sockets.append(link)
+                else:
+                    link.close()
 
     def shutdown(self) -> int:
         """Break all connections; blocked collectives raise at once. Returns how many were open."""
@@ -133,9 +151,10 @@ class AbortableProcessGroup:
     def close(self) -> None:
         """Destroy the group, unless a collective is stuck in it."""
         group, self._group = self._group, None
+        drop_abandoned()
         if self._last is not None and not self._last.is_completed():
-            _ABANDONED.append(group)
-            log.warning("group_abandoned", abandoned=len(_ABANDONED))
+            _ABANDONED.append((group, self._last))
+            log.warning("group_abandoned", position=group.rank(), abandoned=len(_ABANDONED))
 
     def _started(self, work: Any) -> AbortableWork:
         self._last = work
@@ -161,16 +180,11 @@ class AbortableProcessGroup:
             raise PeerLost(str(error)) from error
 
 
-class GlooGroup:
-    """One gloo process group of one epoch together with the means to break it from another thread."""
+def _build(store: Store, prefix: str, position: int, members: int, is_void: Callable[[], bool]) -> ProcessGroup:
+    """gloo's constructor, in a thread of its own, so that it can be left: it waits ten seconds for a connection that
+    was broken before it was complete, and cannot be interrupted. The thread ends then, and leaves nothing."""
 
-    def __init__(self, store: Store, prefix: str, position: int, members: int) -> None:
-        """Meet the other members at `store` under `prefix`.
-
-        Raises:
-            PeerLost: a member did not show up within `CONNECT_TIMEOUT`.
-        """
-        before = established_tcp_sockets()
+    def build(outcome: Future[ProcessGroup]) -> None:
         try:
             group = init_gloo_process_group(
                 prefix_store=PrefixStore(prefix, store),
@@ -178,11 +192,48 @@ class GlooGroup:
                 group_size=members,
                 timeout=CONNECT_TIMEOUT,
             )
+        except BaseException as error:
+            outcome.set_exception(error.with_traceback(None))
+        else:
+            outcome.set_result(group)
+
+    built: Future[ProcessGroup] = Future()
+    threading.Thread(target=build, args=(built,), name="gloo-connect", daemon=True).start()
+    try:
+        while True:
+            try:
+                return built.result(LOOK_UP.total_seconds())
+            except TimeoutError:
+                if is_void():
+                    raise PeerLost("left before it was complete") from None
+    finally:
+        del built  # it holds the error whose traceback holds this frame: a cycle would keep sockets open
+
+
+def never() -> bool:
+    return False
+
+
+class GlooGroup:
+    """One gloo process group of one epoch together with the means to break it from another thread."""
+
+    def __init__(
+        self, store: Store, prefix: str, position: int, members: int, is_void: Callable[[], bool] = never
+    ) -> None:
+        """Meet the other members at `store` under `prefix`, unless `is_void()` says meanwhile that nobody waits for it.
+
+        Raises:
+            PeerLost: a member did not show up, or was gone before all were connected; or it was void.
+        """
+        try:
+            own = store.clone()  # one that a thread waits at is locked for all others
+            before = established_tcp_sockets()
+            group = _build(own, prefix, position, members, is_void)
             group._get_backend(torch.device("cpu"))._set_default_timeout(COLLECTIVE_TIMEOUT)
-        except RuntimeError as error:
+        except (RuntimeError, PeerLost) as error:
             raise PeerLost(f"group {prefix} of {members} was not complete: {error}") from error
         self.host = self.device = AbortableProcessGroup(group)
-        self.links = GlooLinks(fd for fd, _ in established_tcp_sockets() - before)
+        self.links = GlooLinks(established_tcp_sockets() - before)
 
     def abort(self) -> int:
         """Free whoever is blocked in a collective of this group. Safe from any thread, and more than once.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.distributed import Store
@@ -84,5 +84,5 @@ class ElasticGPUWorker(ElasticWorker, Worker):
         with self.groups.rehearsal():
             return super().compile_or_warm_up_model()
 
-    def connect(self, store: Store, prefix: str, position: int, members: int) -> NcclGroup:
-        return NcclGroup(store, prefix, position, members, self.device)
+    def connect(self, store: Store, prefix: str, position: int, members: int, is_void: Callable[[], bool]) -> NcclGroup:
+        return NcclGroup(store, prefix, position, members, self.device, is_void)

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import structlog
 import torch
 from torch.distributed import PrefixStore, ProcessGroupNCCL, Store
 
-from elastic_daemon.engine.gloo import COLLECTIVE_TIMEOUT, GlooGroup
+from elastic_daemon.engine.gloo import COLLECTIVE_TIMEOUT, GlooGroup, never
 from elastic_daemon.errors import PeerLost
 
 log = structlog.get_logger(__name__)
@@ -124,13 +124,21 @@ class NcclProcessGroup:
 class NcclGroup:
     """The connections among the members of one epoch on GPUs."""
 
-    def __init__(self, store: Store, prefix: str, position: int, members: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        store: Store,
+        prefix: str,
+        position: int,
+        members: int,
+        device: torch.device,
+        is_void: Callable[[], bool] = never,
+    ) -> None:
         """Meet the other members at `store` under `prefix`, first over gloo: NCCL has no patience of its own.
 
         Raises:
             PeerLost: a member did not show up in time.
         """
-        self._gloo = GlooGroup(store, prefix, position, members)
+        self._gloo = GlooGroup(store, prefix, position, members, is_void)
         self.host = self._gloo.host
         started = time.monotonic()
         try:

@@ -6,7 +6,7 @@ What is the same on every device; `cpu_worker` and `gpu_worker` derive from it a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -88,8 +88,10 @@ class ElasticWorker:
         set_data_parallel(self.parallel_config, len(plan.members), plan.position)
         self.groups = EpochGroups.install(plan.position, len(plan.members), device)
 
-    def connect(self, store: Store, prefix: str, position: int, members: int) -> EpochConnections:
-        """Meet the other members of an epoch. Raises PeerLost."""
+    def connect(
+        self, store: Store, prefix: str, position: int, members: int, is_void: Callable[[], bool]
+    ) -> EpochConnections:
+        """Meet the other members of an epoch, while it is not void. Raises PeerLost."""
         raise NotImplementedError
 
     def column(self) -> IntArray:

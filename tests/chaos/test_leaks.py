@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,21 @@ from tests.e2e.cluster import Cluster, assert_same, run_streams
 
 pytestmark = pytest.mark.chaos
 
-REGROUPS = 50
+WARM_UP, REGROUPS = 30, 50
+
+GROWTH_KIB = 8 * 1024
+"""What 50 regroups may add to a rank: 3 to 6 MiB were seen, less and less, in what malloc keeps between its blocks."""
+
+BOUNDED_CACHES = {
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
+    "LRU_CACHE_CAPACITY": "32",
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": str(128 << 10),
+    "MALLOC_TRIM_THRESHOLD_": str(128 << 10),
+}
+"""oneDNN keeps a compiled kernel for each shape of a batch it has seen, up to 1024 of them, and malloc keeps what was
+freed. Both grow with the variety of batches, regroup or not, until they are full: here they are full after the warm-up.
+"""
 
 
 @dataclass(frozen=True)
@@ -35,54 +51,85 @@ class Usage:
 
 def test_many_regroups_leave_memory_descriptors_and_threads_flat(tmp_path: Path) -> None:
     """A rank whose connections break again and again: faults without a death, the same members regroup each time."""
-    fault = {"rank": 1, "every_s": 0.9}
-    with Cluster(tmp_path / "run", env={"ELASTIC_FAULT_LINKS": json.dumps(fault)}) as cluster:
+    fault = {"ELASTIC_FAULT_LINKS": json.dumps({"rank": 1, "every_s": 0.005, "after_steps": 20})}
+    with Cluster(tmp_path / "run", env=fault | BOUNDED_CACHES) as cluster:
         reference = run_streams(cluster, max_tokens=60)
-        pids = [cluster.pid(rank) for rank in cluster.active()]
-        first = cluster.health()["epoch"]
-        before = [Usage.of(pid) for pid in pids]
-        while cluster.health()["epoch"] - first < REGROUPS:
-            assert_same(run_streams(cluster, max_tokens=60), reference)
-        after = [Usage.of(pid) for pid in pids]
+        pids = [cluster.pid(rank) for rank in range(4)]
+
+        def regroup_until(epoch: int) -> list[Usage]:
+            while cluster.health()["epoch"] < epoch:
+                assert_same(run_streams(cluster, max_tokens=60), reference)
+            return [Usage.of(pid) for pid in pids]
+
+        before = regroup_until(WARM_UP)
+        after = regroup_until(cluster.health()["epoch"] + REGROUPS)
         assert not cluster.events("rank_excluded")
         # Now and then gloo never ends a collective that was cut; such a group is left behind, and said so.
-        abandoned = cluster.log.count("group_abandoned")
-    for then, now in zip(before, after, strict=True):
-        assert now.descriptors <= then.descriptors + 4 + 16 * abandoned, (then, now)
-        assert now.threads <= then.threads + 1 + 4 * abandoned, (then, now)
-        assert now.private_kib <= then.private_kib + 64 * 1024, (then, now)
+        abandoned = Counter(map(int, re.findall(r'"position": (\d), "abandoned": \d+, "event": "group_', cluster.log)))
+    for rank, (then, now) in enumerate(zip(before, after, strict=True)):
+        assert now.descriptors <= then.descriptors + 4 + 16 * abandoned[rank], (then, now)
+        assert now.threads <= then.threads + 1 + 4 * abandoned[rank], (then, now)
+        assert now.private_kib <= then.private_kib + GROWTH_KIB, (then, now)
 
 
-def test_nothing_outlives_a_daemon(tmp_path: Path) -> None:
-    """Two deaths and a drain, then a SIGKILL of the supervisor: no process, socket, file or shared memory is left."""
+def test_kills_and_restarts_leave_nothing_behind(tmp_path: Path) -> None:
+    """Twenty kills in three lives, which end by a drain, a SIGKILL of the supervisor, and a drain.
+
+    No process, descriptor, thread, socket, file or shared memory is left, neither while they live nor afterwards.
+    """
     shared = set(os.listdir("/dev/shm"))
-    runtime_dir = tmp_path / "run"
-    with Cluster(runtime_dir) as cluster:
-        pids = [cluster.process.pid, *cluster.descendants()]
-        cluster.kill(0)
+    runtime_dir, temporary = tmp_path / "run", tmp_path / "tmp"
+    temporary.mkdir()
+    options = ("--data-parallel-size", "6", "--survive-losses", "5")
+    kills = 0
+    for ending in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
+        with Cluster(runtime_dir, *options, env={"TMPDIR": str(temporary)}) as cluster:
+            kills += _kill_all_but_one(cluster)
+            pids = [cluster.process.pid, *cluster.descendants()]
+            cluster.process.send_signal(ending)
+            assert cluster.process.wait(20) == (0 if ending == signal.SIGTERM else -signal.SIGKILL)
+            _wait_gone(pids)
+            if ending == signal.SIGTERM:
+                assert list(runtime_dir.iterdir()) == []
+    assert kills >= 20
+    left = [path.name for path in temporary.iterdir()]
+    assert not [name for name in left if not name.startswith("torchinductor_")], "all but torch's cache, one for all"
+    assert not set(os.listdir("/dev/shm")) - shared
+
+
+def _kill_all_but_one(cluster: Cluster) -> int:
+    """Kill five of six ranks, and the front end twice, one after the other. Returns the number of kills."""
+    keepers = [cluster.process.pid, *_titled(cluster, "zygote")]
+    run_streams(cluster, max_tokens=5)
+    before = [Usage.of(pid) for pid in keepers]
+    victims = (3, None, 0, 5, None, 1, 4)
+    for victim in victims:
+        restarts = len(cluster.events("frontend_ready"))
+        if victim is None:
+            [frontend] = _titled(cluster, "front end")
+            os.kill(frontend, signal.SIGKILL)
+            cluster.wait_for(lambda restarts=restarts: len(cluster.events("frontend_ready")) > restarts)
+        else:
+            cluster.kill(victim)
+            cluster.wait_for(lambda victim=victim: victim not in cluster.active())
         cluster.wait_for(lambda: cluster.health()["status"] == "degraded")
-        cluster.kill(1)
-        cluster.wait_for(lambda: len(cluster.active()) == 2 and cluster.health()["status"] == "degraded")
-    assert cluster.process.returncode == 0
-    assert not _alive(pids)
-    assert [path.name for path in runtime_dir.iterdir() if path.name != "daemon.lock"] == []
+    run_streams(cluster, max_tokens=5)
+    cluster.wait_for(lambda: len(cluster.descendants()) == 3)  # zygote, one rank, front end; a zombie would count
+    for then, now in zip(before, (Usage.of(pid) for pid in keepers), strict=True):
+        assert now.descriptors <= then.descriptors, (then, now)
+        assert now.threads <= then.threads, (then, now)
+    return len(victims)
 
-    with Cluster(runtime_dir) as cluster:
-        pids = [cluster.process.pid, *cluster.descendants()]
-        os.kill(cluster.process.pid, signal.SIGKILL)
-        cluster.process.wait()
-        _wait_gone(pids)
 
-    with Cluster(runtime_dir) as cluster:  # what the killed one left behind is no obstacle
-        run_streams(cluster, max_tokens=5)
-    assert set(os.listdir("/dev/shm")) == shared
+def _titled(cluster: Cluster, title: str) -> list[int]:
+    return [pid for pid in cluster.descendants() if title in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 def test_death_of_the_zygote_ends_the_daemon(tmp_path: Path) -> None:
     """Nothing can be started or reaped without it, so a service manager must start over."""
     with Cluster(tmp_path / "run") as cluster:
         pids = cluster.descendants()
-        (zygote,) = [pid for pid in pids if "zygote" in Path(f"/proc/{pid}/cmdline").read_text()]
+        [zygote] = _titled(cluster, "zygote")
         os.kill(zygote, signal.SIGKILL)
         assert cluster.process.wait(10) == 1
         _wait_gone(pids)

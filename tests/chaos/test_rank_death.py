@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.cluster import Cluster, assert_same, run_streams
+from tests.e2e.cluster import START_TIMEOUT_S, Cluster, assert_same, run_streams
 
 pytestmark = pytest.mark.chaos
 
@@ -55,6 +55,21 @@ def test_kill_in_decode_then_the_next_while_idle_then_unavailable(
     assert refused.error.startswith("503")
     assert "16 slots" in refused.error
     assert time.monotonic() - started < 10
+
+
+def test_a_rank_killed_while_the_others_start_is_started_again(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path / "run", "--data-parallel-size", "2")
+    try:
+        cluster.wait_for(lambda: len([row for row in cluster.health()["ranks"] if row["pids"]]) == 2, START_TIMEOUT_S)
+        assert {row["state"] for row in cluster.health()["ranks"]} == {"starting"}
+        cluster.kill(1)
+        with cluster:  # waits until it is ok, by itself
+            assert [event["attempt"] for event in cluster.events("rank_starting") if event["rank"] == 1] == [1, 2]
+            assert cluster.active() == [0, 1]
+            assert all(seen.error is None for seen in run_streams(cluster, max_tokens=10))
+            cluster.verify_experts()
+    finally:
+        cluster.stop()
 
 
 def test_two_ranks_at_once(start_cluster: StartCluster) -> None:

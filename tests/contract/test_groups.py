@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from itertools import accumulate
@@ -11,10 +12,12 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.distributed import HashStore
+from torch.distributed import HashStore, TCPStore
 
 from elastic_daemon.engine import gloo
 from elastic_daemon.engine.gloo import CONNECT_TIMEOUT
+from elastic_daemon.errors import PeerLost
+from elastic_daemon.store import RendezvousStore
 from tests.contract.group_ranks import RankProcess, Ranks, all_do, build, checked, running
 
 pytestmark = pytest.mark.contract
@@ -186,6 +189,24 @@ def test_a_connection_with_the_number_of_an_old_one_is_broken_too(monkeypatch: p
         group = gloo.GlooGroup(HashStore(), "epoch/1", 0, 2)
         stack.callback(group.close)
         assert group.abort() == 2, "both ends of the new connection are in this process"
+
+
+def test_a_rank_leaves_a_group_that_nobody_waits_for_any_more() -> None:
+    """gloo itself waits for its whole timeout; and the next group can be built at once, at the same store."""
+    store = RendezvousStore()
+    client = TCPStore(store.host, store.port, is_master=False, wait_for_workers=False)
+    void = threading.Event()
+    threading.Timer(0.2, void.set).start()
+    started = time.monotonic()
+    with pytest.raises(PeerLost, match="group epoch/1 of 2 was not complete: left"):
+        gloo.GlooGroup(client, "epoch/1", 0, 2, void.is_set)
+    gloo.GlooGroup(client, "epoch/2", 0, 1).close()
+    assert time.monotonic() - started < 1.0
+
+
+def test_a_connection_that_closes_while_the_group_is_built_is_left_out() -> None:
+    links = gloo.GlooLinks([(99_999, 1), (0, -1)])
+    assert links.shutdown() == 0
 
 
 # --- dispatch and combine --------------------------------------------------------------------------------------------
