@@ -254,6 +254,7 @@ class Supervisor:
                 members=action.members,
                 slots=action.slots,
                 scratch_dir=str(self._runtime.scratch),
+                heartbeat_dir=str(self._runtime.path),
                 control=self._runtime.control_socket,
                 store_host=self._store.host,
                 store_port=self._store.port,
