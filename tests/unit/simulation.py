@@ -321,7 +321,7 @@ class World(Books):
         self.fault(self.rng.choice(self.processes), "a collective failed")
 
     def verdict(self) -> None:
-        """The watchdog accuses or clears a GPU with one or two ranks, right or wrong, perhaps of an older incarnation."""
+        """The watchdog accuses or clears a GPU with one or two ranks, right or wrong, or an older incarnation."""
         rng = self.rng
         accused = rng.sample(list(self.processes.values()), min(len(self.processes), rng.choice((1, 1, 1, 2))))
         ranks = tuple((process.rank, process.incarnation - (rng.random() < 0.1)) for process in accused)
