@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 
+from bench.detection import parser as detection_parser
 from bench.recovery import parser as bench_parser
 from elastic_daemon import messages
 from elastic_daemon.cli import make_parser
@@ -25,6 +26,7 @@ from elastic_daemon.placement import expert_safety, initial, slots_per_rank, sur
 from elastic_daemon.protocol import HealthSnapshot, RankHealth, RecoveryKind, RecoveryReport, RequestCounts
 from elastic_daemon.recovery import Timer
 from elastic_daemon.runtime_dir import SOCKET_NAMES
+from watchdog.cli import make_parser as watchdog_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -128,6 +130,16 @@ def _flags(parser: argparse.ArgumentParser) -> set[str]:
     return {flag for action in parser._actions for flag in action.option_strings}
 
 
+def _all_parsers() -> Iterator[argparse.ArgumentParser]:
+    """Of the daemon, the watchdog and the benchmarks, subcommands of subcommands included."""
+    pending = [make_parser(), watchdog_parser(), bench_parser(), detection_parser()]
+    while pending:
+        parser = pending.pop()
+        yield parser
+        nested = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+        pending += chain.from_iterable(action.choices.values() for action in nested)
+
+
 VLLM_FLAGS = {refusal.option for refusal in (*REFUSED, *REFUSED_ON_CPU)} | set(flags_doc.exercised())
 NAMED_FLAGS_OF_VLLM = {"--max-model-len", "--load-format", "--enable-eplb", "--enable-expert-parallel"}
 """Further flags of vLLM that documents speak of; that it has them is checked in tests/contract or by its own parser."""
@@ -135,7 +147,7 @@ NAMED_FLAGS_OF_VLLM = {"--max-model-len", "--load-format", "--enable-eplb", "--e
 
 @document
 def test_flags_exist(path: Path) -> None:
-    known = set.union(*map(_flags, _subcommands().values())) | _flags(bench_parser()) | VLLM_FLAGS | NAMED_FLAGS_OF_VLLM
+    known = set.union(*map(_flags, _all_parsers())) | VLLM_FLAGS | NAMED_FLAGS_OF_VLLM
     assert set(FLAG.findall(path.read_text(encoding="utf-8"))) - known == set()
 
 
