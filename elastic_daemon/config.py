@@ -99,13 +99,15 @@ class Settings(BaseSettings):
         return AccessRules(self.api_key, is_loopback(self.host))
 
     @property
-    def watchdog_options(self) -> tuple[str, ...]:
-        """Arguments of `elastic-watchdog run`; the user's come last and win.
+    def simulated_state_dir(self) -> Path:
+        """Simulated GPUs belong to the runtime directory, and so does what is remembered of them."""
+        return self.runtime_dir / "state"
 
-        Simulated GPUs belong to the runtime directory, and so does what is remembered of them.
-        """
+    @property
+    def watchdog_options(self) -> tuple[str, ...]:
+        """Arguments of `elastic-watchdog run`; the user's come last and win."""
         simulated = self.device is Device.CPU
-        state_dir = self.state_dir or (self.runtime_dir / "state" if simulated else None)
+        state_dir = self.state_dir or (self.simulated_state_dir if simulated else None)
         remembered = ("--state-dir", str(state_dir)) if state_dir is not None else ()  # else the watchdog's own default
         return (*remembered, *(("--simulated",) if simulated else ()), *self.watchdog_flags)
 

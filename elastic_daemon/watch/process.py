@@ -70,15 +70,12 @@ class WatchdogProcess:
         """End it, in order if it does so in time."""
         self._closing = True
         self._wake.set()
-        if (child := self._child) is not None:
-            child.signal(signal.SIGTERM)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(STOP_TIMEOUT_S):
-                    await child.exited.wait()
-            child.kill()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(STOP_TIMEOUT_S):
-                    await child.exited.wait()
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if (child := self._child) is not None:
+                child.signal(number)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(STOP_TIMEOUT_S):
+                        await child.exited.wait()
 
     def _sign(self) -> tuple[int, int] | None:
         try:

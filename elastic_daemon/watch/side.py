@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 
@@ -55,6 +56,7 @@ class WatchdogSide:
         if not self._on:
             return
         if settings.device is Device.CPU:
+            self._forget_simulated()
             self._desk.gpus = await asyncio.to_thread(
                 simulate,
                 self._runtime_dir,
@@ -81,6 +83,11 @@ class WatchdogSide:
     def remove_page(self, incarnation: int) -> None:
         """The heartbeat page of a rank that has ended."""
         page_path(self._runtime_dir, incarnation).unlink(missing_ok=True)
+
+    def _forget_simulated(self) -> None:
+        """Simulated GPUs are healthy after a start, and so is what is remembered of them, unless it is kept elsewhere."""
+        if self._settings.state_dir is None:
+            shutil.rmtree(self._settings.simulated_state_dir, ignore_errors=True)
 
     def _remove_pages(self) -> None:
         for page in Path(self._runtime_dir, DIRECTORY_NAME).glob("rank-*"):
