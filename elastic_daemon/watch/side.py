@@ -85,7 +85,7 @@ class WatchdogSide:
         page_path(self._runtime_dir, incarnation).unlink(missing_ok=True)
 
     def _forget_simulated(self) -> None:
-        """Simulated GPUs are healthy after a start, and so is what is remembered of them, unless it is kept elsewhere."""
+        """Simulated GPUs are healthy after a start; what was remembered of them goes, unless it is kept elsewhere."""
         if self._settings.state_dir is None:
             shutil.rmtree(self._settings.simulated_state_dir, ignore_errors=True)
 
