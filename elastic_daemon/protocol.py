@@ -102,6 +102,36 @@ class FrontendSynced:
     delivered: int
 
 
+class VerdictKind(StrEnum):
+    """The watchdog's verdicts, the lightest first."""
+
+    OK = "ok"
+    SUSPECT = "suspect"
+    RESTART_RANK = "restart-rank"
+    DRAIN = "drain"
+    EXCLUDE = "exclude"
+
+    @property
+    def acts(self) -> bool:
+        return self not in (VerdictKind.OK, VerdictKind.SUSPECT)
+
+
+@dataclass(frozen=True)
+class TelemetryVerdict:
+    """What the watchdog says about a GPU or a rank (`subject`), and so about `ranks`.
+
+    It replaces what was said about the same subject before. Nothing is done about it unless `act`. `at`: when it was
+    judged.
+    """
+
+    subject: str
+    ranks: tuple[Identity, ...]
+    verdict: VerdictKind
+    act: bool
+    reason: str
+    at: float
+
+
 @dataclass(frozen=True)
 class StopRequested:
     timeout_s: float
@@ -120,7 +150,7 @@ class Tick:
 RankEvent = RankReady | RankExited | RankFault | RankFenced | RankRegrouped | RegroupFailed
 FrontendEvent = FrontendReady | FrontendExited | FrontendSynced
 OperatorEvent = StopRequested | DrainComplete
-Event = RankEvent | FrontendEvent | OperatorEvent | Tick
+Event = RankEvent | FrontendEvent | OperatorEvent | TelemetryVerdict | Tick
 
 
 # --- actions ---------------------------------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ class Books:
         self.processes: dict[int, Process] = {}  # the current one of each rank
         self.epoch = self.last_incarnation = 0
         self.dead: set[p.Identity] = set()  # reported dead, or given up
+        self.accused: set[p.Identity] = set()  # to be removed, as the watchdog said
         self.members: dict[int, tuple[p.Identity, ...]] = {}  # by epoch, as regrouped
         self.planned: dict[int, Placement] = {}
         self.fenced: defaultdict[int, set[p.Identity]] = defaultdict(set)  # by epoch: who really said so
@@ -130,10 +131,13 @@ class Books:
                 assert not self.recovering, "two recoveries at once"
                 self.recovering = True
             case p.KillRank() if not self.sloppy and not self.poison.has_acted:
-                # Where everybody who can answer does, only the dead, the hung, and who fails to join may be given up.
+                # Where everybody who can answer does, only the dead, the hung, the accused, and who fails to join may be
+                # given up.
                 process = self.processes[action.rank]
-                rejoins = self.policy.restore and process.identity not in self.served
-                assert rejoins or not process.works, f"gives up a healthy rank: {action}"
+                excused = process.identity in self.accused or (
+                    self.policy.restore and process.identity not in self.served
+                )
+                assert excused or not process.works, f"gives up a healthy rank: {action}"
             case p.RecoveryDone(report):
                 assert report.requests is None or report.epoch in self.synced, "counts requests of another epoch"
                 assert self.recovering, "a recovery ends that never began"
