@@ -26,10 +26,13 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class Answering:
-    """Serves one application. `listener` is the public socket, which is shared with the front end."""
+    """`app` for the public, `internal` for this user. `listener`: the public socket, shared with the front end."""
 
-    def __init__(self, app: ASGIApp, listener: socket.socket, rules: AccessRules, tasks: Tasks) -> None:
+    def __init__(
+        self, app: ASGIApp, internal: ASGIApp, listener: socket.socket, rules: AccessRules, tasks: Tasks
+    ) -> None:
         self._app = app
+        self._internal_app = internal
         self._listener = listener
         self._rules = rules
         self._tasks = tasks
@@ -38,7 +41,7 @@ class Answering:
 
     def open_internal(self, path: str) -> None:
         """Answer on the Unix socket at `path`, which only this user can reach: without keys."""
-        self._internal = self._serve(self._app, uds=path)
+        self._internal = self._serve(self._internal_app, uds=path)
 
     def open_public(self) -> None:
         """Accept on the public socket too, until `close_public`."""

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from elastic_daemon import __version__
-from elastic_daemon.config import Device, default_runtime_dir, load_settings
-from elastic_daemon.errors import ElasticError
+from elastic_daemon.config import Device, Restore, default_runtime_dir, load_settings
+from elastic_daemon.errors import ElasticError, wrong_watchdog
 from elastic_daemon.logs import configure_logging
+from elastic_daemon.watch.upkeep import WatchMode
 
 SERVE_EXAMPLES = """\
 examples:
@@ -76,9 +77,24 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="K",
         help="size slots so that any N-K ranks hold every expert (default: 1)",
     )
+    serve.add_argument(
+        "--restore",
+        choices=[restore.value for restore in Restore],
+        help="start lost ranks again and let them rejoin (default: auto)",
+    )
     serve.add_argument("--hold-timeout", type=float, metavar="S", help="hold requests this long without capacity (60)")
     serve.add_argument("--start-timeout", type=float, metavar="S", help="give a rank this long to start (300)")
     serve.add_argument("--shutdown-timeout", type=float, metavar="S", help="let requests finish this long (5)")
+    serve.add_argument(
+        "--watchdog",
+        choices=[mode.value for mode in WatchMode],
+        help="start and tend a watchdog, expect one that others start, or do without (default: spawn)",
+    )
+    serve.add_argument(
+        "--watchdog-flags", metavar="FLAGS", help='for `elastic-watchdog run`, e.g. --watchdog-flags="--mode observe"'
+    )
+    serve.add_argument("--spare-gpus", type=int, metavar="K", help="idle simulated GPUs on --device cpu (default: 0)")
+    serve.add_argument("--state-dir", type=Path, metavar="DIR", help="what the watchdog remembers over restarts")
     serve.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     serve.add_argument("--port", type=int, help="port to listen on (default: 8000; 0: any free one)")
     serve.add_argument(
@@ -141,7 +157,12 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
 
 
 def serve(arguments: argparse.Namespace, engine_flags: Sequence[str]) -> int:
-    from elastic_daemon.supervisor import Supervisor
+    try:
+        from elastic_daemon.supervisor import Supervisor
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] == "watchdog":
+            raise wrong_watchdog(error) from error
+        raise
 
     flags = {name: value for name, value in vars(arguments).items() if name != "command"}
     settings = load_settings({**flags, "engine_flags": tuple(engine_flags)} if engine_flags else flags)

@@ -21,6 +21,7 @@ from pydantic_settings import (
 
 from elastic_daemon.access import AccessRules, is_loopback
 from elastic_daemon.errors import ConfigError
+from elastic_daemon.watch.upkeep import WatchMode
 
 BUNDLED_MODEL = Path(__file__).parent / "models" / "tiny_moe"
 BUNDLED_NAME = "tiny-moe"
@@ -44,6 +45,11 @@ def default_runtime_dir() -> Path:
     return Path(tempfile.gettempdir(), f"elastic-daemon-{os.getuid()}")
 
 
+class Restore(StrEnum):
+    AUTO = "auto"
+    OFF = "off"
+
+
 class Settings(BaseSettings):
     """Everything the supervisor needs to know. `engine_flags` go to vLLM as they are."""
 
@@ -54,9 +60,14 @@ class Settings(BaseSettings):
     device: Device = Device.CPU
     ranks_per_gpu: int = Field(1, ge=1, le=8)
     survive_losses: int | None = Field(None, ge=0)
+    restore: Restore = Restore.AUTO
     hold_timeout: float = Field(60.0, ge=0)
     start_timeout: float = Field(300.0, gt=0)
     shutdown_timeout: float = Field(5.0, ge=0)
+    watchdog: WatchMode = WatchMode.SPAWN
+    watchdog_flags: Annotated[tuple[str, ...], NoDecode] = ()
+    spare_gpus: int = Field(0, ge=0, le=71)
+    state_dir: Path | None = None
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     runtime_dir: Path = Field(default_factory=default_runtime_dir)
@@ -69,10 +80,10 @@ class Settings(BaseSettings):
         """The environment gives several keys separated by commas."""
         return tuple(key for key in value.split(",") if key) if isinstance(value, str) else value
 
-    @field_validator("engine_flags", mode="before")
+    @field_validator("engine_flags", "watchdog_flags", mode="before")
     @classmethod
     def _split_flags(cls, value: Any) -> Any:
-        """The environment gives flags as on a command line."""
+        """One text is taken as a command line."""
         return tuple(shlex.split(value)) if isinstance(value, str) else value
 
     @classmethod
@@ -92,6 +103,19 @@ class Settings(BaseSettings):
     @property
     def access(self) -> AccessRules:
         return AccessRules(self.api_key, is_loopback(self.host))
+
+    @property
+    def simulated_state_dir(self) -> Path:
+        """Simulated GPUs belong to the runtime directory, and so does what is remembered of them."""
+        return self.runtime_dir / "state"
+
+    @property
+    def watchdog_options(self) -> tuple[str, ...]:
+        """Arguments of `elastic-watchdog run`; the user's come last and win."""
+        simulated = self.device is Device.CPU
+        state_dir = self.state_dir or (self.simulated_state_dir if simulated else None)
+        remembered = ("--state-dir", str(state_dir)) if state_dir is not None else ()  # else the watchdog's own default
+        return (*remembered, *(("--simulated",) if simulated else ()), *self.watchdog_flags)
 
     @property
     def bundled(self) -> bool:

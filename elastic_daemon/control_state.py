@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
+from elastic_daemon.comebacks import Comebacks
 from elastic_daemon.deadlines import Deadlines
 from elastic_daemon.membership import IN_GROUP, Membership, Rank, RankState, Status
 from elastic_daemon.placement import Placement, expert_safety, survivable_losses
@@ -15,6 +16,7 @@ from elastic_daemon.protocol import (
     Action,
     Column,
     HealthSnapshot,
+    Identity,
     Publish,
     RankHealth,
     RecordEvent,
@@ -23,6 +25,7 @@ from elastic_daemon.protocol import (
     Snapshot,
 )
 from elastic_daemon.recovery import Fault, FaultRun, Recovery, Timer
+from elastic_daemon.verdicts import Doubts
 
 
 class Phase(StrEnum):
@@ -60,6 +63,8 @@ class ControlState:
         self._recovery: Recovery | None = None  # the one under way, start-up's first regroup included
         self._fault: Fault | None = None  # the first one reported in this epoch
         self._fault_run = FaultRun(policy.max_vain_faults)
+        self._comebacks = Comebacks(policy)
+        self._doubts = Doubts()
         self._frontend = Frontend.DOWN
         self._frontend_exits: deque[float] = deque()
         self._opened = False  # whether the endpoint has ever served
@@ -90,15 +95,15 @@ class ControlState:
 
     @property
     def reason(self) -> str:
-        """Why the status is not ok."""
+        """Why the status is not ok, and what is wrong although it is."""
         match self.status:
-            case Status.OK:
-                return ""
             case Status.UNAVAILABLE | Status.STOPPING:
                 return self._trouble
-            case Status.DEGRADED:
-                gone = self._ranks.where(RankState.EXCLUDED, RankState.RETIRED)
-                return "; ".join(f"rank {row.rank}: {row.reason}" for row in gone)
+            case Status.OK | Status.DEGRADED:
+                missing = (row for row in self._ranks if row.state not in IN_GROUP)
+                wrong = [(row.rank, row.reason or row.state) for row in missing]
+                wrong += [(rank[0], why) for ranks, why in self._doubts.refusals for rank in ranks if self._is(rank)]
+                return "; ".join(f"rank {rank}: {reason}" for rank, reason in wrong)
             case _:
                 if self._recovery is not None:
                     return self._recovery.cause
@@ -139,12 +144,26 @@ class ControlState:
             ranks=tuple(RankHealth(row.rank, row.state, row.since, row.reason, row.incarnation) for row in self._ranks),
             last_recovery=self._last_recovery,
             last_shrink=self._last.get(RecoveryKind.SHRINK),
-            last_grow=None,
+            last_grow=self._last.get(RecoveryKind.GROW),
         )
 
     @property
     def _group(self) -> tuple[Rank, ...]:
         return self._ranks.where(*IN_GROUP)
+
+    def _is(self, identity: Identity) -> bool:
+        """Whether this incarnation is the one that counts."""
+        return self._ranks.current(*identity) is not None
+
+    def _show_doubts(self) -> None:
+        """Members that the watchdog doubts are `suspect`, and are not any more when it does not."""
+        self._doubts.forget(self._is)
+        for row in self._ranks.where(RankState.ACTIVE, RankState.SUSPECT):
+            doubt = self._doubts.of(row.identity)
+            if doubt is not None and (row.state, row.reason) != (RankState.SUSPECT, doubt):
+                self._ranks.move(row.rank, RankState.SUSPECT, self._now, doubt)
+            elif doubt is None and row.state is RankState.SUSPECT and self._fault is None:
+                self._ranks.move(row.rank, RankState.ACTIVE, self._now)
 
     def _publish(self) -> None:
         self._opened = self._opened or self.status in (Status.OK, Status.DEGRADED)

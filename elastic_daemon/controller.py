@@ -14,7 +14,7 @@ fencing, in the next epoch, with the members that are left.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import assert_never
 
 import numpy as np
@@ -25,6 +25,7 @@ from elastic_daemon.deadlines import Wait
 from elastic_daemon.membership import MEMBERS, Rank, RankState
 from elastic_daemon.placement import NotEnoughSlots, Placement, repair
 from elastic_daemon.recovery import Fault, Recovery, Remedy
+from elastic_daemon.verdicts import Measure, Situation, decide
 
 EXIT_STOPPED, EXIT_START, EXIT_FRONTEND = 0, 3, 4
 
@@ -49,10 +50,14 @@ class Controller(ControlState):
                 self._on_frontend(event)
             case p.StopRequested() | p.DrainComplete():
                 self._on_operator(event)
+            case p.TelemetryVerdict():
+                self._on_verdict(event)
             case _:
                 # An old incarnation, or one that was given up, is a zombie, whatever it says.
                 if row := self._ranks.current(event.rank, event.incarnation):
                     self._on_rank(event, row)
+        if self._can_grow and Wait.JOIN not in self._deadlines:
+            self._deadlines.arm(Wait.JOIN, self._now + self._policy.join_delay_s)
         return self._flush()
 
     def next_deadline(self) -> float | None:
@@ -127,6 +132,8 @@ class Controller(ControlState):
         if due(Wait.SYNC, now):
             self._record("frontend_not_in_step", epoch=self.epoch)
             self._finish(None)
+        if due(Wait.JOIN, now) and self._can_grow:
+            self._enlist()
         if due(Wait.GRACE, now) and self._fault is not None:
             self._on_lone_fault(self._fault)
         if due(Wait.HOLD, now):
@@ -158,8 +165,6 @@ class Controller(ControlState):
         self._deadlines.disarm(Wait.RANK_START, row.rank)
         self._columns[row.rank] = event.column
         self._record("rank_standby", rank=row.rank, incarnation=row.incarnation)
-        # A rank that comes up later stays on standby. To grow is to fence the group in a new epoch and to enlist it,
-        # as here; to start short is to ask for fewer than the target.
         standby = self._ranks.where(RankState.STANDBY)
         if self._phase is Phase.STARTING and len(standby) == self._policy.target:
             self._ranks.next_epoch()
@@ -168,11 +173,39 @@ class Controller(ControlState):
                 self._ranks.move(standby_row.rank, RankState.JOINING, self._now)
             self._regroup()
 
+    @property
+    def _can_grow(self) -> bool:
+        """Whether ranks on standby could be let in now: nothing else goes on, and it helps."""
+        standby, policy = self._ranks.where(RankState.STANDBY), self._policy
+        if self._phase is Phase.UNAVAILABLE:
+            return (len(self._ranks.members) + len(standby)) * policy.slots >= policy.experts
+        return bool(standby) and self._phase is Phase.SERVING
+
+    def _enlist(self) -> None:
+        """Let the ranks on standby in: the group regroups with them, in a new epoch."""
+        standby = self._ranks.where(RankState.STANDBY)
+        cause = f"rank {', '.join(str(row.rank) for row in standby)} joins"
+        self._open_recovery(cause).join((row.identity for row in standby), cause)
+        for row in standby:
+            self._ranks.move(row.rank, RankState.JOINING, self._now)
+        self._new_epoch()
+
     # --- losing ranks --------------------------------------------------------------------------------------------
 
-    def _lose(self, reasons: Mapping[int, str], *, kill: bool = False) -> None:
-        """These ranks are dead, or (`kill`) given up, which is the same from now on: nobody waits for a corpse."""
+    def _lose(
+        self,
+        reasons: Mapping[int, str],
+        *,
+        kill: bool = False,
+        evidence_at: float | None = None,
+        for_good: bool = False,
+    ) -> None:
+        """These ranks are dead, or (`kill`) given up, which is the same from now on: nobody waits for a corpse.
+
+        `for_good`: they are not started again, since the cause stays.
+        """
         lost_members = []
+        had_served = {row.rank for row in self._group}
         for rank, reason in reasons.items():
             if self._ranks[rank].state in MEMBERS:
                 lost_members.append(self._ranks[rank].identity)
@@ -183,13 +216,15 @@ class Controller(ControlState):
             if kill:
                 self._emit(p.KillRank(rank, row.incarnation, reason))
         if self._phase is Phase.STARTING:
-            self._restart_later(reasons)
-        elif self._phase is Phase.STOPPING and lost_members:
+            return self._restart_later(reasons)
+        if self._policy.restore and self._phase is not Phase.STOPPING:
+            self._let_come_back(reasons, had_served, for_good)
+        if self._phase is Phase.STOPPING and lost_members:
             self._exit(EXIT_STOPPED, "a rank was lost while draining")
         elif lost_members:
             cause = "; ".join(f"rank {rank}: {reason}" for rank, reason in reasons.items())
             self._fault_run.lost_member()
-            self._open_recovery(cause).lose(lost_members, cause)
+            self._open_recovery(cause, evidence_at).lose(lost_members, cause)
             if self._phase is Phase.UNAVAILABLE:
                 self._ranks.next_epoch()
                 self._regroup()  # says how few are left now; the survivors stay parked
@@ -202,6 +237,14 @@ class Controller(ControlState):
             if starts >= self._policy.max_start_attempts:
                 return self._exit(EXIT_START, f"rank {rank} did not start in {starts} attempts, the last: {reason}")
             self._deadlines.arm(Wait.RANK_RESTART, self._now + self._policy.backoff(starts), rank)
+
+    def _let_come_back(self, ranks: Iterable[int], had_served: Container[int], for_good: bool) -> None:
+        for rank in ranks:
+            at = self._comebacks.after_loss(rank, self._now, had_served=rank in had_served)
+            if at is not None and not for_good:
+                self._deadlines.arm(Wait.RANK_RESTART, at, rank)
+            else:
+                self._record("rank_left_out", rank=rank, reason=self._ranks[rank].reason)
 
     def _on_fault(self, event: p.RankFault, row: Rank) -> None:
         fault = Fault(self._now, row.rank, event.error)
@@ -233,13 +276,34 @@ class Controller(ControlState):
             self._record("requests_given_up", epoch=self.epoch, reason=why)
         self._new_epoch(hold=not hopeless)
 
+    def _on_verdict(self, event: p.TelemetryVerdict) -> None:
+        rows = [row for identity in event.ranks if (row := self._ranks.current(*identity))]
+        members = sum(row.state in MEMBERS for row in rows)
+        serving, stopping = self._phase in (Phase.RESUMING, Phase.SERVING), self._phase is Phase.STOPPING
+        situation = Situation(len(rows), members, len(self._ranks.members), serving, stopping)
+        decision = decide(event, situation, self._policy)
+        self._doubts.hear(event, decision)
+        self._show_doubts()
+        match decision.measure:
+            case Measure.EXCLUDE:
+                bad_gpu = event.verdict is not p.VerdictKind.RESTART_RANK
+                reasons = {row.rank: event.reason for row in rows}
+                self._lose(reasons, kill=True, evidence_at=event.at, for_good=bad_gpu)
+            case Measure.FENCE:
+                cause = "; ".join(f"rank {row.rank}: {event.reason}" for row in rows)
+                self._open_recovery(cause, event.at).add_cause(cause)
+                self._new_epoch()
+            case Measure.REFUSE:
+                ranks, told = [row.rank for row in rows], event.verdict.value
+                self._record("verdict_refused", ranks=ranks, verdict=told, reason=event.reason, why=decision.why)
+
     # --- the path: fence, regroup, resume ------------------------------------------------------------------------
 
-    def _open_recovery(self, cause: str) -> Recovery:
-        """The recovery under way; a new one if there is none."""
+    def _open_recovery(self, cause: str, evidence_at: float | None = None) -> Recovery:
+        """The recovery under way; a new one if there is none. `evidence_at`: when its cause was first seen."""
         if self._recovery is None:
-            evidence_at = self._fault.at if self._fault else self._now
-            self._recovery = Recovery(cause, evidence_at, self._now)
+            seen = (self._now, evidence_at, self._fault.at if self._fault else None)
+            self._recovery = Recovery(cause, min(at for at in seen if at is not None), self._now)
             self._record("recovery_started", cause=cause)
         return self._recovery
 
@@ -253,7 +317,7 @@ class Controller(ControlState):
         promised = self._deadlines.of(Wait.FENCE)
         self._deadlines.clear(Wait.FENCE, Wait.REGROUP, Wait.SYNC, Wait.GRACE, Wait.HOLD)
         self._fault, self._hold = None, hold
-        self._columns = {row.rank: self._columns[row.rank] for row in self._ranks.where(RankState.STANDBY)}
+        self._columns = {}
         self._phase = Phase.FENCING
         epoch = self._ranks.next_epoch()
         self._publish()
@@ -304,6 +368,10 @@ class Controller(ControlState):
         recovery = self._open_recovery(error)
         recovery.regroup_failed(ranks)
         self._record("regroup_failed", epoch=self.epoch, ranks=ranks, error=error)
+        joining = self._ranks.where(RankState.JOINING)
+        if recovery.failed_regroups > 1 and 0 < len(joining) < len(self._ranks.members):
+            # The others have worked together before: to grow is not worth a longer pause.
+            return self._lose(dict.fromkeys((row.rank for row in joining), f"could not join: {error}"), kill=True)
         if recovery.failed_regroups < self._policy.max_regroup_failures:
             return self._new_epoch()
         culprit = recovery.most_blamed(row.rank for row in self._ranks.members)
@@ -313,8 +381,10 @@ class Controller(ControlState):
         assert self._recovery is not None
         self._recovery.regrouped(self._regrouped.values(), self._now)
         for row in self._ranks.members:
-            if row.state in (RankState.JOINING, RankState.SUSPECT):
+            if row.state is RankState.JOINING or (row.state is RankState.SUSPECT and not self._doubts.of(row.identity)):
                 self._ranks.move(row.rank, RankState.ACTIVE, self._now)
+            self._comebacks.served(row.rank)
+        self._show_doubts()
         self._phase, self._hold = Phase.RESUMING, True
         self._publish()  # before any rank steps, so that the front end knows the epoch its output belongs to
         for row in self._ranks.members:

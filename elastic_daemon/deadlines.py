@@ -11,6 +11,7 @@ class Wait(StrEnum):
 
     RANK_START = "ranks to start"
     RANK_RESTART = "the pause before restarting ranks"
+    JOIN = "ranks to join"
     FENCE = "ranks to park"
     REGROUP = "ranks to regroup"
     SYNC = "the front end to place its requests"

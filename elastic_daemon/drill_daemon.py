@@ -262,13 +262,16 @@ async def attached_or_started(target: Target, ranks: int | None, display: Displa
 
 
 @contextlib.asynccontextmanager
-async def own_daemon(ranks: int | None, display: Display) -> AsyncIterator[Daemon]:
-    """Start a daemon with the settings of the environment, and stop it whatever happens. Raises StartError."""
+async def own_daemon(ranks: int | None, display: Display, options: Sequence[str] = ()) -> AsyncIterator[Daemon]:
+    """Start a daemon with the settings of the environment, and stop it whatever happens. Raises StartError.
+
+    `options`: further arguments of `elastic-daemon serve`.
+    """
     # The paths of sockets are limited to 107 bytes, so the directory lies in the temporary one.
     home = Path(tempfile.mkdtemp(prefix="elastic-drill-"))
     runtime_dir, log = home / "run", home / "daemon.log"
     display.phase("starting a daemon for the drill")
-    process = _start(runtime_dir, log, ranks)
+    process = _start(runtime_dir, log, ranks, options)
     daemon = Daemon(Target(runtime_dir), "", process)
     try:
         await daemon.until_ready(display, READY_TIMEOUT_S)
@@ -286,11 +289,12 @@ async def own_daemon(ranks: int | None, display: Display) -> AsyncIterator[Daemo
             shutil.rmtree(home, ignore_errors=True)
 
 
-def _start(runtime_dir: Path, log: Path, ranks: int | None) -> subprocess.Popen[bytes]:
+def _start(runtime_dir: Path, log: Path, ranks: int | None, options: Sequence[str]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "elastic_daemon.cli", "serve", "--host", "127.0.0.1", "--port", "0"]
     command += ["--runtime-dir", str(runtime_dir)]
     if ranks is not None:
         command += ["--data-parallel-size", str(ranks)]
+    command += options
     parent = os.getpid()
     with log.open("wb") as output:
         return subprocess.Popen(

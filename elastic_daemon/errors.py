@@ -34,6 +34,14 @@ class StartError(ElasticError):
     exit_code = 3
 
 
+def wrong_watchdog(error: ImportError) -> StartError:
+    """What to tell when another package `watchdog` is found: a library that watches files has that name too."""
+    return StartError(
+        f"the package `watchdog` that is found here is not the daemon's ({error}): a file-watching library of the same "
+        "name is in its way; give the daemon a virtual environment of its own"
+    )
+
+
 class DaemonUnreachable(ElasticError):
     exit_code = 3
 

@@ -5,15 +5,26 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from elastic_daemon.membership import RankState, Status
+from elastic_daemon.membership import IN_GROUP, Status
 from elastic_daemon.protocol import HealthSnapshot, RankHealth, RecoveryReport
+from elastic_daemon.watch.gpus import Gpus
 
 SERVING = (Status.OK, Status.DEGRADED, Status.RECOVERING)
 """Statuses that `/health` answers with 200: a load balancer must not give up on a recovery."""
+
+
+@dataclass(frozen=True)
+class WatchdogView:
+    """`trouble`: why nobody watches now, None while somebody does or nobody is to."""
+
+    mode: str
+    state: str
+    pid: int | None
+    trouble: str | None
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,8 @@ class HealthView:
     epoch_start: float
     host: str = "localhost"
     url: str | None = None
+    gpus: Gpus = field(default_factory=Gpus)
+    watchdog: WatchdogView = WatchdogView("off", "off", None, None)
 
     @property
     def status(self) -> Status:
@@ -46,7 +59,7 @@ class HealthView:
         snapshot = self.snapshot if self.snapshot is not None else _before_configured(self.target)
         return {
             "status": snapshot.status.value,
-            "reason": snapshot.reason,
+            "reason": "; ".join(part for part in (snapshot.reason, self.watchdog.trouble) if part),
             "doing": snapshot.doing,
             "epoch": snapshot.epoch,
             "model": self.model,
@@ -56,6 +69,12 @@ class HealthView:
             "survivable_losses": snapshot.survivable_losses,
             "in_flight": self.in_flight,
             "ranks": [self._rank(rank) for rank in snapshot.ranks],
+            "watchdog": {
+                "mode": self.watchdog.mode,
+                "state": self.watchdog.state,
+                "pid": self.watchdog.pid,
+                "reason": self.watchdog.trouble,
+            },
             "last_recovery": _report(snapshot.last_recovery),
             "last_shrink": _report(snapshot.last_shrink),
             "last_grow": _report(snapshot.last_grow),
@@ -68,11 +87,11 @@ class HealthView:
             "rank": rank.rank,
             "state": rank.state.value,
             "host": self.host,
-            "gpu": None,
+            "gpu": self.gpus.of(rank.rank),
             "pids": [pid] if pid is not None else [],
             "since": since.isoformat(timespec="milliseconds"),
             "reason": rank.reason,
-            "in_flight": self.in_flight_by_rank.get(rank.rank, 0) if rank.state is RankState.ACTIVE else 0,
+            "in_flight": self.in_flight_by_rank.get(rank.rank, 0) if rank.state in IN_GROUP else 0,
         }
 
 

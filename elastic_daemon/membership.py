@@ -40,7 +40,7 @@ TRANSITIONS: Final[dict[RankState, frozenset[RankState]]] = {
     RankState.STANDBY: frozenset({RankState.JOINING, RankState.EXCLUDED, RankState.RETIRED}),
     RankState.JOINING: frozenset({RankState.ACTIVE, RankState.STANDBY, RankState.EXCLUDED}),
     RankState.ACTIVE: frozenset({RankState.SUSPECT, RankState.DRAINING, RankState.EXCLUDED}),
-    RankState.SUSPECT: frozenset({RankState.ACTIVE, RankState.DRAINING, RankState.EXCLUDED}),
+    RankState.SUSPECT: frozenset({RankState.SUSPECT, RankState.ACTIVE, RankState.DRAINING, RankState.EXCLUDED}),
     RankState.DRAINING: frozenset({RankState.ACTIVE, RankState.RETIRED, RankState.EXCLUDED}),
     RankState.EXCLUDED: frozenset({RankState.STARTING}),
     RankState.RETIRED: frozenset({RankState.STARTING}),

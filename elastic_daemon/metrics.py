@@ -34,7 +34,16 @@ class Metrics:
         self._preserved = Counter(
             "elastic_requests_preserved_total", "Requests carried through a recovery", ["how"], registry=registry
         )
+        self._verdicts = Counter(
+            "elastic_watchdog_verdicts_total",
+            "Verdicts of the watchdog, acted on or not",
+            ["signal", "verdict"],
+            registry=registry,
+        )
         self._lost = Counter("elastic_requests_lost_total", "Requests that a recovery lost", registry=registry)
+
+    def verdict(self, signal: str, verdict: str) -> None:
+        self._verdicts.labels(signal, verdict).inc()
 
     def recovery(self, report: RecoveryReport) -> None:
         for phase, seconds in report.seconds.items():

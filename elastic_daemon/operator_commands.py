@@ -185,9 +185,10 @@ def age(seconds: float) -> str:
 
 def describe_recovery(report: Mapping[str, Any]) -> str:
     """One recovery of `/health` in one line."""
-    lost = f", lost rank {', '.join(map(str, report['ranks']))}" if report["ranks"] else ""
+    how = "with" if report["kind"] == "grow" else "lost"
+    ranks = f", {how} rank {', '.join(map(str, report['ranks']))}" if report["ranks"] else ""
     phases = ", ".join(f"{phase} {seconds * 1000:.1f}" for phase, seconds in report["seconds"].items())
-    line = f"{report['kind']} to epoch {report['epoch']}{lost} ({report['cause']}): {phases} ms"
+    line = f"{report['kind']} to epoch {report['epoch']}{ranks} ({report['cause']}): {phases} ms"
     if counts := report.get("requests"):
         line += "; requests: " + ", ".join(f"{number} {how}" for how, number in counts.items())
     return line

@@ -13,7 +13,10 @@ class Policy:
     experts: int
     slots: int
     start_timeout_s: float = 300.0  # process start -> standby
-    max_start_attempts: int = 3  # per rank, during start-up
+    restore: bool = False  # whether lost ranks are started again and rejoin
+    max_start_attempts: int = 3  # per rank: during start-up, and in a row before it serves again
+    join_delay_s: float = 0.05  # ranks that are ready almost at once join together
+    comeback_window_s: float = 60.0  # losses of a rank within it delay its next start
     restart_backoff_s: float = 0.5  # doubles with every further attempt
     max_backoff_s: float = 10.0
     fault_grace_s: float = 0.5  # a fault is often the first sign of a death: how long to wait for the second

@@ -102,6 +102,36 @@ class FrontendSynced:
     delivered: int
 
 
+class VerdictKind(StrEnum):
+    """The watchdog's verdicts, the lightest first."""
+
+    OK = "ok"
+    SUSPECT = "suspect"
+    RESTART_RANK = "restart-rank"
+    DRAIN = "drain"
+    EXCLUDE = "exclude"
+
+    @property
+    def acts(self) -> bool:
+        return self not in (VerdictKind.OK, VerdictKind.SUSPECT)
+
+
+@dataclass(frozen=True)
+class TelemetryVerdict:
+    """What the watchdog says about a GPU or a rank (`subject`), and so about `ranks`.
+
+    It replaces what was said about the same subject before. Nothing is done about it unless `act`. `at`: when it was
+    judged.
+    """
+
+    subject: str
+    ranks: tuple[Identity, ...]
+    verdict: VerdictKind
+    act: bool
+    reason: str
+    at: float
+
+
 @dataclass(frozen=True)
 class StopRequested:
     timeout_s: float
@@ -120,7 +150,7 @@ class Tick:
 RankEvent = RankReady | RankExited | RankFault | RankFenced | RankRegrouped | RegroupFailed
 FrontendEvent = FrontendReady | FrontendExited | FrontendSynced
 OperatorEvent = StopRequested | DrainComplete
-Event = RankEvent | FrontendEvent | OperatorEvent | Tick
+Event = RankEvent | FrontendEvent | OperatorEvent | TelemetryVerdict | Tick
 
 
 # --- actions ---------------------------------------------------------------------------------------------------------
@@ -252,6 +282,7 @@ Action = (
 class RecoveryKind(StrEnum):
     START = "start"
     SHRINK = "shrink"
+    GROW = "grow"
     REGROUP = "regroup"  # the same members again, after a fault without a death
 
 
@@ -272,7 +303,7 @@ class RecoveryReport:
 
     epoch: int
     kind: RecoveryKind
-    ranks: tuple[int, ...]  # lost in it
+    ranks: tuple[int, ...]  # lost in it; those that joined, when it grew
     cause: str
     seconds: Mapping[str, float]
     requests: RequestCounts | None

@@ -39,6 +39,7 @@ class Recovery:
     def __init__(self, cause: str, evidence_at: float, now: float) -> None:
         self.cause = cause
         self.lost: tuple[Identity, ...] = ()
+        self.joining: tuple[Identity, ...] = ()
         self.failed_regroups = 0  # in a row, with the same members
         self._blame: Counter[int] = Counter()
         self._seconds = dict.fromkeys(Timer, 0.0)
@@ -47,11 +48,20 @@ class Recovery:
         self._seconds[Timer.DETECT] = now - evidence_at
 
     def lose(self, ranks: Iterable[Identity], reason: str) -> None:
-        """A loss is progress: the regroups that failed before it count no more."""
-        self.lost += tuple(ranks)
+        """A loss is progress: the regroups that failed before it count no more.
+
+        One that was only about to join is not missed.
+        """
+        gone = tuple(ranks)
+        self.lost += tuple(rank for rank in gone if rank not in self.joining)
+        self.joining = tuple(rank for rank in self.joining if rank not in gone)
         self.add_cause(reason)
         self.failed_regroups = 0
         self._blame.clear()
+
+    def join(self, ranks: Iterable[Identity], reason: str) -> None:
+        self.joining += tuple(ranks)
+        self.add_cause(reason)
 
     def add_cause(self, reason: str) -> None:
         if reason not in self.cause:
@@ -79,10 +89,15 @@ class Recovery:
         self.lap(Timer.REGROUP, now)
 
     def report(self, epoch: int, first: bool, requests: RequestCounts | None, now: float) -> RecoveryReport:
-        kind = RecoveryKind.START if first else RecoveryKind.SHRINK if self.lost else RecoveryKind.REGROUP
+        if first:
+            kind, ranks = RecoveryKind.START, self.lost
+        elif self.lost:
+            kind, ranks = RecoveryKind.SHRINK, self.lost
+        else:
+            kind, ranks = RecoveryKind.GROW if self.joining else RecoveryKind.REGROUP, self.joining
         seconds = {timer.value: spent for timer, spent in self._seconds.items()}
         seconds["total"] = now - self._began
-        return RecoveryReport(epoch, kind, tuple(rank for rank, _ in self.lost), self.cause, seconds, requests)
+        return RecoveryReport(epoch, kind, tuple(rank for rank, _ in ranks), self.cause, seconds, requests)
 
 
 class Remedy(StrEnum):

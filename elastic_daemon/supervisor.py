@@ -19,7 +19,7 @@ import structlog
 from elastic_daemon import protocol as p
 from elastic_daemon.answering import Answering, bind
 from elastic_daemon.app import make_control_app
-from elastic_daemon.config import Device, Settings
+from elastic_daemon.config import Device, Restore, Settings
 from elastic_daemon.control_server import ControlServer, Peer
 from elastic_daemon.controller import EXIT_START, Controller
 from elastic_daemon.errors import ElasticError
@@ -33,6 +33,7 @@ from elastic_daemon.processes import Processes
 from elastic_daemon.runtime_dir import RuntimeDir
 from elastic_daemon.store import RendezvousStore
 from elastic_daemon.tasks import Tasks
+from elastic_daemon.watch.side import WatchdogSide
 
 log = structlog.get_logger(__name__)
 
@@ -55,6 +56,7 @@ class Supervisor:
         self.events = EventLog()
         self.metrics = Metrics()
         self.model = settings.model or "tiny-moe"
+        self.min_ranks = 1
         self._started = time.monotonic()
         self._last_turn = time.monotonic()
         self._controller: Controller | None = None
@@ -94,8 +96,9 @@ class Supervisor:
             self.events,
             self._rank_exited,
             self._frontend_gone,
-            lambda status: self._tell(p.FrontendExited(status)),
+            lambda status: self.tell(p.FrontendExited(status)),
         )
+        self._watch = WatchdogSide(self.settings, self, {self._zygote.pid})
         try:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -105,20 +108,24 @@ class Supervisor:
             )
             control = ControlServer(self._on_message, self._on_hello)
             await control.start(self._runtime.control_socket)
-            self._answering = Answering(make_control_app(self), self._listener, self.settings.access, self._tasks)
+            app = make_control_app(self)
+            rules = self.settings.access
+            self._answering = Answering(app, self._watch.routes_before(app), self._listener, rules, self._tasks)
             self._answering.open_internal(self._runtime.http_socket)
             self._answering.open_public()
-            preparing = asyncio.gather(asyncio.to_thread(RendezvousStore), self._configure())
+            preparing = asyncio.gather(asyncio.to_thread(RendezvousStore), self._configure(), self._watch.prepare())
             either: set[asyncio.Future[Any]] = {preparing, self._exit}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if preparing.done():
-                self._store, policy = await preparing
+                self._store, policy, _ = await preparing
+                self._tasks.spawn(self._watch.run())
                 self._begin(policy)
             ended = await self._supervise()
             self._answering.close()
             await control.close()
             return ended.code
         finally:
+            await self._watch.close()
             self._zygote.stop()
             await self._settle()
 
@@ -149,6 +156,7 @@ class Supervisor:
                 "seconds": round(time.monotonic() - self._started, 2),
             },
         )
+        self.min_ranks = -(-answer["experts"] // answer["slots"])
         return Policy(
             target=settings.data_parallel_size,
             experts=answer["experts"],
@@ -156,6 +164,7 @@ class Supervisor:
             start_timeout_s=settings.start_timeout,
             regroup_timeout_s=REGROUP_TIMEOUT_S[settings.device],
             hold_timeout_s=settings.hold_timeout,
+            restore=settings.restore is Restore.AUTO,
         )
 
     def _begin(self, policy: Policy) -> None:
@@ -174,7 +183,7 @@ class Supervisor:
             await asyncio.wait(either, timeout=delay, return_when=asyncio.FIRST_COMPLETED)
             waker.cancel()
             if deadline is not None and time.monotonic() >= deadline:
-                self._tell(p.Tick())
+                self.tell(p.Tick())
         ended = self._exit.result()
         self.events.record("stopped", {"code": ended.code, "reason": ended.reason})
         return ended
@@ -183,7 +192,7 @@ class Supervisor:
         if self._controller is None:
             self._finish(p.Exit(0, "stopped while starting"))
         else:
-            self._tell(p.StopRequested(self.settings.shutdown_timeout))
+            self.tell(p.StopRequested(self.settings.shutdown_timeout))
 
     def _finish(self, ended: p.Exit) -> None:
         if not self._exit.done():
@@ -191,7 +200,7 @@ class Supervisor:
 
     # --- events -------------------------------------------------------------------------------------------------------
 
-    def _tell(self, event: p.Event) -> None:
+    def tell(self, event: p.Event) -> None:
         if self._controller is not None and not self._exit.done():
             self._carry_out(self._controller.handle(event, time.monotonic()))
             self._wake.set()
@@ -212,15 +221,15 @@ class Supervisor:
         match message["type"]:
             case "ready":
                 self._ready[incarnation] = message["response"]
-                self._tell(p.RankReady(rank, incarnation, message["layers"], _column(message)))
+                self.tell(p.RankReady(rank, incarnation, message["layers"], _column(message)))
             case "fault":
-                self._tell(p.RankFault(rank, incarnation, message["epoch"], message["error"]))
+                self.tell(p.RankFault(rank, incarnation, message["epoch"], message["error"]))
             case "fenced":
-                self._tell(p.RankFenced(rank, incarnation, message["epoch"], _column(message)))
+                self.tell(p.RankFenced(rank, incarnation, message["epoch"], _column(message)))
             case "regrouped":
-                self._tell(p.RankRegrouped(rank, incarnation, message["epoch"], message["seconds"]))
+                self.tell(p.RankRegrouped(rank, incarnation, message["epoch"], message["seconds"]))
             case "regroup_failed":
-                self._tell(p.RegroupFailed(rank, incarnation, message["epoch"], message["error"]))
+                self.tell(p.RegroupFailed(rank, incarnation, message["epoch"], message["error"]))
             case other:
                 log.warning("message_unknown", rank=rank, type=other)
 
@@ -228,14 +237,14 @@ class Supervisor:
         match message["type"]:
             case "ready":
                 self._answering.close_public()
-                self._tell(p.FrontendReady())
+                self.tell(p.FrontendReady())
             case "synced":
                 fields = ("epoch", "kept", "replayed", "restarted", "lost", "delivered")
-                self._tell(p.FrontendSynced(*(message[field] for field in fields)))
+                self.tell(p.FrontendSynced(*(message[field] for field in fields)))
             case "stats":
                 self._stats = message
             case "drained":
-                self._tell(p.DrainComplete())
+                self.tell(p.DrainComplete())
 
     # --- actions ------------------------------------------------------------------------------------------------------
 
@@ -253,6 +262,7 @@ class Supervisor:
                 members=action.members,
                 slots=action.slots,
                 scratch_dir=str(self._runtime.scratch),
+                heartbeat_dir=str(self._runtime.path),
                 control=self._runtime.control_socket,
                 store_host=self._store.host,
                 store_port=self._store.port,
@@ -267,8 +277,9 @@ class Supervisor:
         return {"input_address": self._runtime.zmq("input.sock"), "output_address": self._runtime.zmq("output.sock")}
 
     def _rank_exited(self, identity: p.Identity) -> None:
-        self._tell(p.RankExited(*identity, "process ended"))
+        self.tell(p.RankExited(*identity, "process ended"))
         self._peers.pop(identity, None)
+        self._watch.remove_page(identity[1])
 
     def _kill_rank(self, action: p.KillRank) -> None:
         self._processes.kill_rank((action.rank, action.incarnation))
@@ -370,18 +381,25 @@ class Supervisor:
     def is_turning(self) -> bool:
         return time.monotonic() - self._last_turn < LOOP_STALE_S
 
+    def snapshot(self) -> p.HealthSnapshot | None:
+        return self._controller.snapshot(time.monotonic()) if self._controller is not None else None
+
+    @property
+    def rank_pids(self) -> dict[p.Identity, int]:
+        return self._processes.rank_pids
+
     def health(self) -> HealthView:
-        now = time.monotonic()
-        snapshot = self._controller.snapshot(now) if self._controller is not None else None
         return HealthView(
-            snapshot=snapshot,
+            snapshot=self.snapshot(),
             model=self.model,
             target=self.settings.data_parallel_size,
             in_flight=self._stats["in_flight"],
             in_flight_by_rank={int(rank): count for rank, count in self._stats["by_rank"].items()},
-            pids=self._processes.rank_pids,
-            epoch_start=datetime.now(UTC).timestamp() - now,
+            pids=self.rank_pids,
+            epoch_start=datetime.now(UTC).timestamp() - time.monotonic(),
             url=url_of(self.settings.host, self.port),
+            gpus=self._watch.gpus,
+            watchdog=self._watch.view,
         )
 
     async def ask_ranks(self, question: str) -> dict[int, Any]:

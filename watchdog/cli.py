@@ -14,6 +14,7 @@ from pathlib import Path
 from watchdog.docket import Mode
 from watchdog.errors import OptionError, StartError, WatchdogError
 from watchdog.logs import configure_logging
+from watchdog.parent import die_with_parent
 from watchdog.probe import ProbePolicy
 from watchdog.runtime_dir import default_runtime_dir
 from watchdog.signals import load_table
@@ -99,6 +100,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--poll-interval", type=float, default=ProbePolicy.interval, metavar="S", help="default: %(default)s"
     )
     run.add_argument("--simulated", action="store_true", help="ask the simulated driver of the runtime directory")
+    run.add_argument("--parent", type=int, metavar="PID", help="end with this process, which must be the parent")
     for name, text in POLICY_HELP.items():
         default = getattr(Policy(), name)
         unit = "S" if isinstance(default, float) else "N"
@@ -125,6 +127,8 @@ def _add_runtime_dir(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from watchdog.service import Service, Settings
 
+    if arguments.parent is not None:
+        die_with_parent(arguments.parent)
     policy = Policy(**{name: getattr(arguments, name) for name in POLICY_HELP})
     for one in fields(policy):
         if getattr(policy, one.name) < 0:

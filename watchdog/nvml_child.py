@@ -19,7 +19,6 @@ alone). It ends at end of file, and with its parent.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import select
@@ -32,6 +31,7 @@ import pynvml as nv
 
 from watchdog.call_page import CallPage
 from watchdog.nvml import Driver, Gpu, Trouble
+from watchdog.parent import die_with_parent
 
 SLOW_POLL_S = 1.0
 """Interval of the signals that change slowly."""
@@ -40,7 +40,6 @@ REOPEN_S = (0.5, 30.0)
 """NVML is initialised again while a GPU is gone: after this long, twice as long each time, at most this long."""
 TELL_SLOW_S = 0.1
 """A GPU whose reading takes longer is named."""
-_PR_SET_PDEATHSIG = 1
 
 
 def send(kind: str, **fields: Any) -> None:
@@ -240,9 +239,7 @@ def main() -> None:
     parser.add_argument("--skip", type=gpu_set, default="")
     parser.add_argument("--only")
     arguments = parser.parse_args()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != arguments.parent:
-        sys.exit(0)
+    die_with_parent(arguments.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the parent ends its children
     page = CallPage(arguments.page_fd)
     gpus = (arguments.known, arguments.skip, arguments.only)

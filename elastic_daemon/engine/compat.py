@@ -93,13 +93,29 @@ _ENGINE_CORE = (
     ),
     ReliedOn(
         f"{_CORE}.DPEngineCoreProc._init_data_parallel",
-        "overridden: the group comes with the first epoch",
+        "overridden: the group comes with the first epoch; called after input_queue is made, before any thread uses it",
         ("self", "vllm_config"),
     ),
     ReliedOn(
         f"{_CORE}.DPEngineCoreProc._process_input_queue",
-        "overridden: a fence ends the step before and the wait in it",
+        "overridden: a fence ends the step before and the wait in it; idle, it blocks in input_queue.get",
         ("self",),
+    ),
+    ReliedOn(f"{_CORE}.DPEngineCoreProc.has_work", "without it the main loop waits for requests: idle", ("self",)),
+    ReliedOn(
+        f"{_CORE}.DPEngineCoreProc._process_aborts_queue",
+        "overridden: called once per step, between its output and the scheduler's taking it in",
+        ("self",),
+    ),
+    ReliedOn(
+        f"{_CORE}.DPEngineCoreProc.execute_dummy_batch",
+        "overridden: a step of a rank without requests, which the heartbeat counts",
+        ("self",),
+    ),
+    ReliedOn(
+        f"{_CORE}.DPEngineCoreProc._initialize_kv_caches",
+        "overridden: profiles, compiles and warms up, and the heartbeat says so",
+        ("self", "vllm_config"),
     ),
     ReliedOn(
         f"{_CORE}.DPEngineCoreProc._handle_client_request",
@@ -143,6 +159,11 @@ _ENGINE_CORE = (
         "vllm.v1.executor.uniproc_executor.UniProcExecutor._distributed_args",
         "overridden: the rank's own torch group meets in a file",
         ("self",),
+    ),
+    ReliedOn(
+        "vllm.v1.executor.uniproc_executor.UniProcExecutor.execute_model",
+        "overridden: a step begins; with nothing scheduled there are no collectives, and a dummy batch follows",
+        ("self", "scheduler_output", "non_block"),
     ),
     ReliedOn(
         "vllm.v1.executor.uniproc_executor.UniProcExecutor",
@@ -318,8 +339,14 @@ _SCHEDULER = (
     ReliedOn("vllm.sampling_params.SamplingParams.clone", "carries the output of a resumed request", ("self",)),
     ReliedOn(
         f"{_SCHED}.output.SchedulerOutput",
-        "an empty one makes the worker forget its requests",
-        attributes=("finished_req_ids", "num_scheduled_tokens", "total_num_scheduled_tokens"),
+        "an empty one makes the worker forget its requests; tells prefill from decode",
+        attributes=(
+            "finished_req_ids",
+            "num_scheduled_tokens",
+            "scheduled_new_reqs",
+            "scheduled_spec_decode_tokens",
+            "total_num_scheduled_tokens",
+        ),
     ),
     ReliedOn(f"{_SCHED}.output.SchedulerOutput.make_empty", "makes the worker forget its requests", ("cls",)),
 )

@@ -33,6 +33,7 @@ from vllm.v1.request import Request
 from elastic_daemon.engine.experts import SlotContent
 from elastic_daemon.engine.faults import break_links
 from elastic_daemon.engine.gloo import AbortableProcessGroup
+from elastic_daemon.engine.heartbeat import BeatingQueue, Page, Steps, get_beating, open_page, step_phase
 from elastic_daemon.engine.plan import LocalExecutor, rank_plan
 from elastic_daemon.engine.resume import restore_output
 from elastic_daemon.engine.scheduler import ElasticScheduler
@@ -40,6 +41,7 @@ from elastic_daemon.engine.worker import executor_worker
 from elastic_daemon.errors import ControlClosed, Fenced, PeerLost
 from elastic_daemon.messages import ControlClient, Message
 from elastic_daemon.placement import Placement
+from watchdog.heartbeat.layout import Phase
 
 log = structlog.get_logger(__name__)
 
@@ -70,12 +72,21 @@ class ElasticEngineCore(DPEngineCoreProc):
     engines_running: bool
 
     def __init__(
-        self, config: VllmConfig, incarnation: int, addresses: EngineZmqAddresses, control: ControlClient, store: Store
+        self,
+        config: VllmConfig,
+        incarnation: int,
+        addresses: EngineZmqAddresses,
+        control: ControlClient,
+        store: Store,
+        page: Page,
+        steps: Steps,
     ) -> None:
         self._addresses = addresses
         self._control = control
         self._store = store
         self._instructions: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._page = page
+        self._steps = steps
         self._fence_epoch = 0
         self.epoch = 0
         self.plan = rank_plan(config)
@@ -92,6 +103,7 @@ class ElasticEngineCore(DPEngineCoreProc):
         self.enable_fault_tolerance = True
         self.ft_sentinel = Parking(self)
         self.worker = executor_worker(self.model_executor)
+        self.model_executor.before_step = lambda scheduled: self._steps.begin(step_phase(scheduled))
 
     @contextlib.contextmanager
     def _perform_handshakes(self, *_: Any, **__: Any) -> Iterator[EngineZmqAddresses]:
@@ -100,6 +112,15 @@ class ElasticEngineCore(DPEngineCoreProc):
     def _init_data_parallel(self, vllm_config: VllmConfig) -> None:
         self.dp_rank, self.dp_size = self.plan.position, len(self.plan.members)
         self.dp_group: AbortableProcessGroup | None = None
+        # Here, between the making of vLLM's queue and the start of the thread that fills it.
+        self.input_queue: queue.Queue[tuple[EngineCoreRequestType, Any]] = BeatingQueue(self._page.beat)
+
+    def _initialize_kv_caches(self, vllm_config: VllmConfig) -> Any:
+        """Profiles, compiles and warms up: long work, and announced as such."""
+        self._page.set_phase(Phase.COMPILING)
+        cache = super()._initialize_kv_caches(vllm_config)
+        self._page.set_phase(Phase.LOADING)
+        return cache
 
     def preprocess_add_request(self, request: EngineCoreRequest) -> tuple[Request, int]:
         admitted, wave = super().preprocess_add_request(request)
@@ -116,10 +137,20 @@ class ElasticEngineCore(DPEngineCoreProc):
     def _process_aborts_queue(self) -> None:
         """Called when the output of a step is there, before it counts: what a fenced step computed must not."""
         self._raise_if_fenced()
+        self._steps.end()
         super()._process_aborts_queue()
+
+    def execute_dummy_batch(self) -> None:
+        """A step without requests, to keep step with the others. It counts as done when its collectives are."""
+        self._steps.begin(Phase.DECODE)
+        super().execute_dummy_batch()
+        self.worker.groups.ep.device_group.synchronize()
+        self._steps.end()
 
     def _process_input_queue(self) -> None:
         self._raise_if_fenced()
+        if not self.has_work():
+            self._page.set_phase(Phase.IDLE)
         super()._process_input_queue()
         self._raise_if_fenced()
 
@@ -181,6 +212,7 @@ class ElasticEngineCore(DPEngineCoreProc):
 
     def leave(self, error: BaseException) -> None:
         """End the current epoch here: nothing of its last step counts."""
+        self._page.set_phase(Phase.PARKED)
         traceback.clear_frames(error.__traceback__)
         self.worker.leave_group()
         kept = self.scheduler.void_step()
@@ -190,15 +222,17 @@ class ElasticEngineCore(DPEngineCoreProc):
     def park(self) -> None:
         """Follow the supervisor's instructions until it resumes the epoch that this rank has joined."""
         joined = 0
+        self._page.set_phase(Phase.PARKED)
         while True:
-            message = self._instructions.get()
+            message = get_beating(self._instructions, self._page.beat)
             kind, epoch = message["type"], int(message.get("epoch", 0))
             if kind == "call":
-                self._answer_call(message)
+                self._answer_call(message, Phase.IDLE if joined else Phase.PARKED)
             elif epoch < self._fence_epoch:
                 log.info("instruction_dropped", rank=self.plan.rank, kind=kind, epoch=epoch)
             elif kind == "fence":
                 joined = 0
+                self._page.set_phase(Phase.PARKED)
                 self.worker.groups.release()
                 self._control.send("fenced", epoch=epoch, column=self.worker.column().tolist())
             elif kind == "regroup":
@@ -213,17 +247,20 @@ class ElasticEngineCore(DPEngineCoreProc):
             placement = Placement.from_json(message["placement"])
             self._load_slots(message["loads"])
             repaired = time.monotonic()
+            self._page.set_phase(Phase.REGROUPING)
             position, members = placement.ranks.index(self.plan.rank), len(placement.ranks)
             connections = self.worker.connect(
-                self._store, f"epoch/{epoch}", position, members, lambda: self._fence_epoch > epoch
+                self._store, f"epoch/{epoch}", position, members, lambda: self._fence_epoch > epoch, self._page
             )
             self.worker.join_group(connections, placement)
             self.dp_group = connections.host
             self.dp_rank, self.dp_size = position, members
         except PeerLost as error:
+            self._page.set_phase(Phase.PARKED)
             self.worker.groups.release()
             self._control.send("regroup_failed", epoch=epoch, error=str(error))
             return False
+        self._steps.begin_epoch(epoch)  # from here on it answers for its part in this group, also before it steps
         seconds = {"repair": repaired - started, "group": time.monotonic() - repaired}
         self._control.send("regrouped", epoch=epoch, seconds=seconds)
         return True
@@ -231,6 +268,7 @@ class ElasticEngineCore(DPEngineCoreProc):
     def _load_slots(self, loads: list[Message]) -> None:
         if not loads:
             return
+        self._page.set_phase(Phase.LOADING)
         with set_current_vllm_config(self.vllm_config):
             written = self.worker.model_runner.expert_slots.load(
                 SlotContent(load["layer"], load["slot"], load["expert"]) for load in loads
@@ -244,13 +282,18 @@ class ElasticEngineCore(DPEngineCoreProc):
         self.pending_pause = self.ignore_start_dp_wave = False
         self.engines_running = True
 
-    def _answer_call(self, message: Message) -> None:
-        """Run one of `_CALLS` here, in the main thread, and send its result or error back."""
+    def _answer_call(self, message: Message, afterwards: Phase) -> None:
+        """Run one of `_CALLS` here, in the main thread, and send its result or error back.
+
+        It may take long and keep peers waiting, as compiling does. `afterwards`: the phase that follows.
+        """
+        self._page.set_phase(Phase.COMPILING)
         try:
             result, error = _CALLS[message["name"]](self), None
         except Exception as caught:
             log.exception("call_failed", rank=self.plan.rank, name=message["name"])
             result, error = None, f"{type(caught).__name__}: {caught}"
+        self._page.set_phase(afterwards)
         self._control.send("reply", id=message["id"], result=result, error=error)
 
     def wrong_slots(self) -> list[list[int]]:
@@ -266,7 +309,7 @@ class ElasticEngineCore(DPEngineCoreProc):
         pending = [self._instructions.get() for _ in range(self._instructions.qsize())]
         for message in pending:
             if message["type"] == "call":
-                self._answer_call(message)
+                self._answer_call(message, Phase.DECODE if self.has_work() else Phase.IDLE)
             else:
                 self._instructions.put(message)
 
@@ -307,6 +350,9 @@ def run_rank(config: VllmConfig, spec: Message) -> None:
     """Be rank `spec["rank"]` until the process ends. Called in a fresh fork of the zygote."""
     faulthandler.register(signal.SIGUSR1)  # the supervisor asks for the stacks of a rank before it gives it up
     control = ControlClient(spec["control"])
+    per_step = config.device_config.device_type != "cpu"
+    page = open_page(spec, per_step)
+    page.set_phase(Phase.LOADING)
     try:
         control.send("hello", role="rank", rank=spec["rank"], incarnation=spec["incarnation"])
         store = PrefixStore(spec["store_prefix"], connect_store(spec["store_host"], spec["store_port"]))
@@ -316,7 +362,10 @@ def run_rank(config: VllmConfig, spec: Message) -> None:
             EngineZmqAddresses(inputs=[spec["input_address"]], outputs=[spec["output_address"]]),
             control,
             store,
+            page,
+            Steps(page, per_step),
         )
         core.serve()
     except ControlClosed:
+        page.close()
         log.warning("supervisor_gone", rank=spec["rank"])

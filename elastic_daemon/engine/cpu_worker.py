@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 
 from elastic_daemon.engine.cpu import enable_expert_parallelism
 from elastic_daemon.engine.gloo import GlooGroup
+from elastic_daemon.engine.heartbeat import Page
 from elastic_daemon.engine.resume import enable_resume
 from elastic_daemon.engine.runner_v1 import ElasticRunnerV1
 from elastic_daemon.engine.worker import ElasticWorker, alone
@@ -49,5 +50,7 @@ class ElasticCPUWorker(ElasticWorker, CPUWorker):
         set_random_seed(self.model_config.seed)
         self.model_runner = ElasticCPUModelRunner(self.vllm_config, self.device)
 
-    def connect(self, store: Store, prefix: str, position: int, members: int, is_void: Callable[[], bool]) -> GlooGroup:
-        return GlooGroup(store, prefix, position, members, is_void)
+    def connect(
+        self, store: Store, prefix: str, position: int, members: int, is_void: Callable[[], bool], page: Page
+    ) -> GlooGroup:
+        return GlooGroup(store, prefix, position, members, is_void, page)

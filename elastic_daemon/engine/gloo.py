@@ -24,7 +24,9 @@ import torch
 from torch.distributed import PrefixStore, ProcessGroup, Store
 from vllm.distributed.utils import init_gloo_process_group
 
+from elastic_daemon.engine.heartbeat import NoPage, Page
 from elastic_daemon.errors import PeerLost
+from watchdog.heartbeat.layout import Collective
 
 log = structlog.get_logger(__name__)
 
@@ -41,6 +43,13 @@ LOOK_UP = timedelta(milliseconds=50)
 
 ABORT_GRACE_S = 0.1
 """How long an aborted collective may take to raise by itself before it counts as stuck."""
+
+KINDS = {
+    "_allgather_base": Collective.DISPATCH,
+    "alltoall_base": Collective.COMBINE,
+    "allreduce": Collective.SYNC,
+}
+"""What each operation counts as in the heartbeat. A rearrangement's exchange of experts is an all-to-all as well."""
 
 _ABANDONED: list[tuple[ProcessGroup, Any]] = []
 """Groups with the work that is stuck in them: destroying one would block on its thread. Each costs a few threads until
@@ -105,29 +114,38 @@ def established_tcp_sockets() -> frozenset[tuple[int, int]]:
 
 
 class AbortableWork:
-    """A collective under way. Waiting for it ends with its group."""
+    """A collective under way. Waiting for it ends with its group, and is told to the heartbeat."""
 
-    def __init__(self, work: Any, group: AbortableProcessGroup) -> None:
+    def __init__(self, work: Any, group: AbortableProcessGroup, kind: Collective) -> None:
         self._work = work
         self._group = group
+        self._kind: Collective | None = kind
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Raises PeerLost when the group was aborted or the collective failed."""
         while True:
             try:
-                return bool(self._work.wait(LOOK_UP))
+                done = bool(self._work.wait(LOOK_UP))
+                break
             except RuntimeError as error:
                 if self._work.is_completed():
                     raise PeerLost(str(error)) from error
                 if self._group.is_stuck():
                     raise PeerLost("the group was aborted while a collective was stuck in it") from error
+                self._group.page.beat()
+        if self._kind is not None:
+            self._group.page.complete(self._kind)
+            self._kind = None
+        return done
 
 
 class AbortableProcessGroup:
     """A gloo process group whose collectives can be left. Passes for a torch ProcessGroup where vLLM wants one."""
 
-    def __init__(self, process_group: ProcessGroup) -> None:
+    def __init__(self, process_group: ProcessGroup, page: Page) -> None:
+        """`page`: where collectives are counted and waits beat."""
         self._group = process_group
+        self.page = page
         self._aborted_at: float | None = None
         self._last: Any = None
 
@@ -156,10 +174,6 @@ class AbortableProcessGroup:
             _ABANDONED.append((group, self._last))
             log.warning("group_abandoned", position=group.rank(), abandoned=len(_ABANDONED))
 
-    def _started(self, work: Any) -> AbortableWork:
-        self._last = work
-        return AbortableWork(work, self)
-
     def allreduce(self, tensors: Sequence[torch.Tensor], *options: Any) -> AbortableWork:
         return self._start("allreduce", tensors, *options)
 
@@ -174,10 +188,13 @@ class AbortableProcessGroup:
     def _start(self, name: str, *arguments: Any) -> AbortableWork:
         if self._aborted_at is not None:
             raise PeerLost("the group was aborted")
+        kind = KINDS[name]
+        self.page.enter(kind)
         try:
-            return self._started(getattr(self._group, name)(*arguments))
+            self._last = work = getattr(self._group, name)(*arguments)
         except RuntimeError as error:
             raise PeerLost(str(error)) from error
+        return AbortableWork(work, self, kind)
 
 
 def _build(store: Store, prefix: str, position: int, members: int, is_void: Callable[[], bool]) -> ProcessGroup:
@@ -218,9 +235,17 @@ class GlooGroup:
     """One gloo process group of one epoch together with the means to break it from another thread."""
 
     def __init__(
-        self, store: Store, prefix: str, position: int, members: int, is_void: Callable[[], bool] = never
+        self,
+        store: Store,
+        prefix: str,
+        position: int,
+        members: int,
+        is_void: Callable[[], bool] = never,
+        page: Page | None = None,
     ) -> None:
         """Meet the other members at `store` under `prefix`, unless `is_void()` says meanwhile that nobody waits for it.
+
+        `page`: the heartbeat of this rank, if it has one.
 
         Raises:
             PeerLost: a member did not show up, or was gone before all were connected; or it was void.
@@ -232,7 +257,7 @@ class GlooGroup:
             group._get_backend(torch.device("cpu"))._set_default_timeout(COLLECTIVE_TIMEOUT)
         except (RuntimeError, PeerLost) as error:
             raise PeerLost(f"group {prefix} of {members} was not complete: {error}") from error
-        self.host = self.device = AbortableProcessGroup(group)
+        self.host = self.device = AbortableProcessGroup(group, page or NoPage())
         self.links = GlooLinks(established_tcp_sockets() - before)
 
     def abort(self) -> int:

@@ -12,6 +12,7 @@ from vllm.config import ParallelConfig
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
+from elastic_daemon.engine.heartbeat import Page
 from elastic_daemon.engine.nccl import RANK_ENVIRONMENT, NcclGroup
 from elastic_daemon.engine.resume import enable_resume
 from elastic_daemon.engine.runner_v1 import ElasticRunnerV1
@@ -84,5 +85,7 @@ class ElasticGPUWorker(ElasticWorker, Worker):
         with self.groups.rehearsal():
             return super().compile_or_warm_up_model()
 
-    def connect(self, store: Store, prefix: str, position: int, members: int, is_void: Callable[[], bool]) -> NcclGroup:
-        return NcclGroup(store, prefix, position, members, self.device, is_void)
+    def connect(
+        self, store: Store, prefix: str, position: int, members: int, is_void: Callable[[], bool], page: Page
+    ) -> NcclGroup:
+        return NcclGroup(store, prefix, position, members, self.device, is_void, page)

@@ -18,6 +18,7 @@ import torch
 from torch.distributed import PrefixStore, ProcessGroupNCCL, Store
 
 from elastic_daemon.engine.gloo import COLLECTIVE_TIMEOUT, GlooGroup, never
+from elastic_daemon.engine.heartbeat import Page
 from elastic_daemon.errors import PeerLost
 
 log = structlog.get_logger(__name__)
@@ -132,13 +133,17 @@ class NcclGroup:
         members: int,
         device: torch.device,
         is_void: Callable[[], bool] = never,
+        page: Page | None = None,
     ) -> None:
         """Meet the other members at `store` under `prefix`, first over gloo: NCCL has no patience of its own.
+
+        `page`: heartbeat of this rank. What the hosts agree on is counted in it. Collectives on the device are not:
+        when one is put on the stream says nothing about when it runs, so the engine core counts whole steps.
 
         Raises:
             PeerLost: a member did not show up in time.
         """
-        self._gloo = GlooGroup(store, prefix, position, members, is_void)
+        self._gloo = GlooGroup(store, prefix, position, members, is_void, page)
         self.host = self._gloo.host
         started = time.monotonic()
         try:

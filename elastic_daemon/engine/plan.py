@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 ELASTIC_CONFIG = "elastic"
@@ -35,7 +38,17 @@ def rank_plan(config: VllmConfig) -> RankPlan:
 
 
 class LocalExecutor(UniProcExecutor):
-    """Core and worker in one process. The rank's own torch group meets in a file: nothing listens on TCP."""
+    """Core and worker in one process. The rank's own torch group meets in a file: nothing listens on TCP.
+
+    `before_step`: called with what a step is to compute, before it does; not when that is nothing.
+    """
+
+    before_step: Callable[[SchedulerOutput], None] | None = None
+
+    def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:
+        if self.before_step is not None and scheduler_output.total_num_scheduled_tokens > 0:
+            self.before_step(scheduler_output)
+        return super().execute_model(scheduler_output, non_block)
 
     def _distributed_args(self) -> tuple[str, int, int]:
         path = Path(rank_plan(self.vllm_config).scratch_dir, f"torch-{os.getpid()}")

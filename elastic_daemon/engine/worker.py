@@ -23,6 +23,7 @@ from elastic_daemon.engine.eplb import ElasticEplbState
 from elastic_daemon.engine.experts import ExpertSlots, column_slots, loading_into, moe_model, routed_layers
 from elastic_daemon.engine.faults import transfer_fault
 from elastic_daemon.engine.groups import EpochConnections, EpochGroups
+from elastic_daemon.engine.heartbeat import Page
 from elastic_daemon.engine.plan import rank_plan
 from elastic_daemon.placement import IntArray, Placement, initial
 
@@ -89,9 +90,9 @@ class ElasticWorker:
         self.groups = EpochGroups.install(plan.position, len(plan.members), device)
 
     def connect(
-        self, store: Store, prefix: str, position: int, members: int, is_void: Callable[[], bool]
+        self, store: Store, prefix: str, position: int, members: int, is_void: Callable[[], bool], page: Page
     ) -> EpochConnections:
-        """Meet the other members of an epoch, while it is not void. Raises PeerLost."""
+        """Meet the other members of an epoch, while it is not void. `page`: this rank's heartbeat. Raises PeerLost."""
         raise NotImplementedError
 
     def column(self) -> IntArray:

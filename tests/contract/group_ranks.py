@@ -26,6 +26,7 @@ from vllm import forward_context
 from elastic_daemon.engine.core import peer_fault
 from elastic_daemon.engine.gloo import GlooGroup
 from elastic_daemon.engine.groups import EpochGroup, EpochGroups
+from elastic_daemon.engine.heartbeat import NoPage, Page, open_page
 from elastic_daemon.errors import PeerLost
 from elastic_daemon.store import RendezvousStore
 
@@ -57,10 +58,16 @@ class _Rank:
     def __init__(self, store: tuple[str, int]) -> None:
         self._store = TCPStore(*store, is_master=False, wait_for_workers=False)
         self._groups = EpochGroups(*(EpochGroup(name, 0, 1, torch.device("cpu")) for name in ("dp", "ep", "eplb")))
+        self._page: Page = NoPage()
         self.rounds = 0
 
+    def watch(self, directory: str, rank: int) -> None:
+        """Write a heartbeat from the next group on."""
+        self._page = open_page({"heartbeat_dir": directory, "rank": rank, "incarnation": rank + 1}, per_step=False)
+        self._page.begin_epoch(1)
+
     def build(self, prefix: str, position: int, members: int) -> int:
-        self._groups.bind(GlooGroup(self._store, prefix, position, members))
+        self._groups.bind(GlooGroup(self._store, prefix, position, members, self._page))
         return self._groups.ep.world_size
 
     def abort(self) -> int:

@@ -53,7 +53,7 @@ class Cluster:
             [sys.executable, "-m", "elastic_daemon.cli", "serve", *arguments, *own],
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "ELASTIC_LOG_FORMAT": "json", **(env or {})},
+            env={**os.environ, "ELASTIC_LOG_FORMAT": "json", "ELASTIC_RESTORE": "off", **(env or {})},
         )
         self.url = ""
 

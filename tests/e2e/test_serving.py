@@ -187,5 +187,5 @@ def test_memory_of_the_whole_deployment(cluster: Cluster) -> None:
     pids = [cluster.process.pid, *cluster.descendants()]
     rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
     shares = [int(line.split()[1]) for text in rollups for line in text.splitlines() if line.startswith("Pss:")]
-    assert len(shares) == 7, "supervisor, zygote, front end, four ranks"
+    assert len(shares) == 10, "supervisor, zygote, front end, four ranks, the watchdog and its two children"
     assert sum(shares) * 1024 < 4 << 30

@@ -57,10 +57,14 @@ class Books:
         self.processes: dict[int, Process] = {}  # the current one of each rank
         self.epoch = self.last_incarnation = 0
         self.dead: set[p.Identity] = set()  # reported dead, or given up
+        self.accused: set[p.Identity] = set()  # to be removed, as the watchdog said
         self.members: dict[int, tuple[p.Identity, ...]] = {}  # by epoch, as regrouped
         self.planned: dict[int, Placement] = {}
         self.fenced: defaultdict[int, set[p.Identity]] = defaultdict(set)  # by epoch: who really said so
         self.regrouped: defaultdict[int, set[p.Identity]] = defaultdict(set)
+        self.ready: set[p.Identity] = set()  # who has said that it is built
+        self.served: set[p.Identity] = set()  # who has been told to step
+        self.left_out: set[int] = set()  # ranks that are not started again
         self.published: p.Snapshot | None = None
         self.synced: set[int] = set()  # epochs the front end said it is in step with
         self.recovering = False
@@ -83,6 +87,8 @@ class Books:
         match event:
             case p.RankExited(rank, incarnation):
                 self.dead.add((rank, incarnation))
+            case p.RankReady(rank, incarnation) if true:
+                self.ready.add((rank, incarnation))
             case p.RankFenced(rank, incarnation, epoch) if true:
                 self.fenced[epoch].add((rank, incarnation))
             case p.RankRegrouped(rank, incarnation, epoch) if true:
@@ -112,17 +118,26 @@ class Books:
                     missing = set(self.members[epoch]) - self.regrouped[epoch]
                     assert not missing, f"resumes epoch {epoch} before {missing} regrouped"
                     assert identity in self.members[epoch]
+                    self.served.add(identity)
                     assert view and view.epoch == epoch and view.status is self.controller.status
             case p.Publish(view) if view.status in SERVING:
                 assert set(view.active) == set(self.members[epoch]), "publishes others than it regrouped"
                 assert not set(view.active) & self.dead, "publishes an excluded rank as active"
                 assert set(view.active) <= self.regrouped[epoch], "publishes a rank that has not regrouped"
+            case p.RecordEvent("rank_left_out", fields):
+                assert self.policy.restore
+                self.left_out.add(fields["rank"])
             case p.RecordEvent("recovery_started"):
                 assert not self.recovering, "two recoveries at once"
                 self.recovering = True
             case p.KillRank() if not self.sloppy and not self.poison.has_acted:
-                # Where everybody who can answer does, only the dead and the hung may be given up.
-                assert not self.processes[action.rank].works, f"gives up a healthy rank: {action}"
+                # Where everybody who can answer does, only the dead, the hung, the accused, and who fails to join may be
+                # given up.
+                process = self.processes[action.rank]
+                excused = process.identity in self.accused or (
+                    self.policy.restore and process.identity not in self.served
+                )
+                assert excused or not process.works, f"gives up a healthy rank: {action}"
             case p.RecoveryDone(report):
                 assert report.requests is None or report.epoch in self.synced, "counts requests of another epoch"
                 assert self.recovering, "a recovery ends that never began"
@@ -166,9 +181,11 @@ class Books:
             assert controller.next_deadline() is not None, f"{phase} without a deadline"
         unavailable = controller.status is Status.UNAVAILABLE
         if unavailable or phase in (Phase.REGROUPING, Phase.RESUMING, Phase.SERVING):
-            left = sum(process.identity not in self.dead for process in self.processes.values())
+            left = len(self.ready - self.dead)
             enough = left * policy.slots >= policy.experts
-            assert enough != unavailable, f"{left} ranks left, but {controller.status}"
+            deadline = controller.next_deadline()
+            joins = policy.restore and deadline is not None and deadline <= self.now + policy.join_delay_s
+            assert enough != unavailable or joins, f"{left} ranks left, but {controller.status}"
         held = [r for process in self.processes.values() if process.identity not in self.dead for r in process.requests]
         assert len(held) == len(set(held)), f"a request has two owners: {held}"
         if view := self.published:
@@ -184,6 +201,9 @@ class Books:
             assert self.controller.handle(p.Tick(), self.now) == (), "acts after its exit"
             return
         assert phase in (Phase.SERVING, Phase.UNAVAILABLE), f"at rest while {phase}"
+        if self.policy.restore:
+            back = {process.rank for process in self.processes.values() if process.identity not in self.dead}
+            assert back | self.left_out >= set(range(self.policy.target)), "a rank did not come back"
         if phase is Phase.SERVING:
             assert not self.recovering, "serves, but the recovery was never reported done"
             assert self.controller.status in SERVING

@@ -66,7 +66,7 @@ class World(Books):
         policy = Policy(
             ranks, experts, slots, start_timeout_s=3.0, restart_backoff_s=0.1, max_backoff_s=1.0, fault_grace_s=0.2,
             fence_timeout_s=1.0, regroup_timeout_s=1.0, sync_timeout_s=1.0, hold_timeout_s=5.0,
-            frontend_start_timeout_s=3.0, max_vain_faults=4,
+            frontend_start_timeout_s=3.0, max_vain_faults=4, restore=rng.random() < 0.5,
         )  # fmt: skip
         super().__init__(policy, sloppy=rng.choice((0.0, 0.0, 0.01, 0.04)), poison=Poison(rng))
         self.traps = {rng.choice(("StartRank", "Fence", "Regroup", "Resume")): rng.randint(1, 8) for _ in range(2)}
@@ -281,7 +281,10 @@ class World(Books):
     # --- faults --------------------------------------------------------------------------------------------------
 
     def schedule_faults(self) -> None:
-        kinds = (self.break_rank, self.break_rank, self.fault_only, self.zombie, self.zombie, self.frontend_dies)
+        kinds = (
+            self.break_rank, self.break_rank, self.fault_only, self.zombie, self.zombie, self.frontend_dies,
+            self.verdict, self.verdict,
+        )  # fmt: skip
         at = 0.0
         for _ in range(self.rng.randint(0, 6)):
             close = at and self.rng.random() < 0.5
@@ -316,6 +319,22 @@ class World(Books):
 
     def fault_only(self) -> None:
         self.fault(self.rng.choice(self.processes), "a collective failed")
+
+    def verdict(self) -> None:
+        """The watchdog accuses or clears a GPU with one or two ranks, right or wrong, or an older incarnation."""
+        rng = self.rng
+        accused = rng.sample(list(self.processes.values()), min(len(self.processes), rng.choice((1, 1, 1, 2))))
+        ranks = tuple((process.rank, process.incarnation - (rng.random() < 0.1)) for process in accused)
+        kind, act = rng.choice(list(p.VerdictKind)), rng.random() < 0.7
+        epoch, before = self.epoch, set(self.dead)
+        self.accused |= set(ranks) if act and kind.acts else set()
+        self.tell(p.TelemetryVerdict(f"gpu {ranks[0][0]}", ranks, kind, act, "telemetry", self.now - rng.random()))
+        group = set(self.members.get(epoch, ()))
+        if group & (self.dead - before):
+            left = len(group - self.dead)
+            assert left * self.policy.slots >= self.policy.experts, f"telemetry leaves {left} ranks"
+        if rng.random() < 0.3:
+            self.later(rng.uniform(0.0, 1.0), self.verdict)
 
     def poison_links(self) -> None:
         """From now on one rank breaks every step that it is in."""

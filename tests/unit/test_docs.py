@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 
+from bench.detection import parser as detection_parser
 from bench.gpu_drill import make_parser as gpu_drill_parser
 from bench.recovery import parser as bench_parser
 from elastic_daemon import messages
@@ -152,8 +153,9 @@ NAMED_FLAGS_OF_VLLM = {
 
 @document
 def test_flags_exist(path: Path) -> None:
-    parsers = [*_commands(make_parser()), *_commands(watchdog_parser()), bench_parser(), gpu_drill_parser()]
-    known = set.union(*map(_flags, parsers)) | VLLM_FLAGS | NAMED_FLAGS_OF_VLLM
+    mains = make_parser(), watchdog_parser(), bench_parser(), detection_parser(), gpu_drill_parser()
+    known = set.union(*(_flags(parser) for main in mains for parser in _commands(main)))
+    known |= VLLM_FLAGS | NAMED_FLAGS_OF_VLLM
     assert set(FLAG.findall(path.read_text(encoding="utf-8"))) - known == set()
 
 

@@ -8,9 +8,10 @@ from datetime import datetime
 
 import pytest
 
-from elastic_daemon.health import HealthView, url_of
+from elastic_daemon.health import HealthView, WatchdogView, url_of
 from elastic_daemon.membership import RankState, Status
 from elastic_daemon.protocol import HealthSnapshot, RankHealth, RecoveryKind, RecoveryReport, RequestCounts
+from elastic_daemon.watch.gpus import Gpus
 
 REPORT = RecoveryReport(
     epoch=7,
@@ -84,6 +85,7 @@ def test_body() -> None:
         "survivable_losses",
         "in_flight",
         "ranks",
+        "watchdog",
         "last_recovery",
         "last_shrink",
         "last_grow",
@@ -92,6 +94,23 @@ def test_body() -> None:
     assert body["data_parallel_size"] == {"target": 4, "active": 3}
     assert (body["expert_safety"], body["survivable_losses"], body["in_flight"]) == (1, 0, 12)
     assert body["url"] == "http://127.0.0.1:8000"
+    assert body["watchdog"] == {"mode": "off", "state": "off", "pid": None, "reason": None}
+    assert [rank["gpu"] for rank in body["ranks"]] == [None, None]
+
+
+def test_gpus_and_a_watchdog_that_is_gone() -> None:
+    watchdog = WatchdogView("spawn", "down", None, "the watchdog was killed by SIGKILL; it is started again")
+    seen = dataclasses.replace(view(), gpus=Gpus(("GPU-a", "GPU-b"), 2), watchdog=watchdog)
+    body = seen.to_json()
+    assert [rank["gpu"] for rank in body["ranks"]] == ["GPU-a", "GPU-b"]
+    assert body["reason"] == "rank 2: process ended; the watchdog was killed by SIGKILL; it is started again"
+    assert (body["status"], seen.http_status) == ("degraded", 200), "it does not change what clients get"
+    assert body["watchdog"]["state"] == "down"
+
+
+def test_requests_of_a_suspect_are_counted() -> None:
+    suspect = dataclasses.replace(SNAPSHOT, ranks=(RankHealth(0, RankState.SUSPECT, 1.0, "straggler", 1),))
+    assert view(suspect).to_json()["ranks"][0]["in_flight"] == 5
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,93 @@
+"""What to do about a verdict of the watchdog, and which ranks are in doubt. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from elastic_daemon.policy import Policy
+from elastic_daemon.protocol import Identity, TelemetryVerdict, VerdictKind
+
+
+class Measure(StrEnum):
+    """What is done."""
+
+    SHOW = "show"
+    EXCLUDE = "exclude"  # the ranks are given up
+    FENCE = "fence"  # the group regroups: who does not answer the fence is given up, by its own silence
+    REFUSE = "refuse"
+
+
+@dataclass(frozen=True)
+class Decision:
+    measure: Measure
+    why: str = ""  # of a refusal
+
+
+@dataclass(frozen=True)
+class Situation:
+    """`concerned`: current ranks that the verdict is about, `members` of them in the group of `group` ranks."""
+
+    concerned: int
+    members: int
+    group: int
+    serving: bool
+    stopping: bool
+
+
+def decide(verdict: TelemetryVerdict, now: Situation, policy: Policy) -> Decision:
+    """Telemetry may be wrong, and a process that has died is not: so it never takes away the last place of an expert.
+
+    A rank that hangs where none can be spared is fenced instead. The group stands still with it anyway, and whether it
+    answers is proof of what the watchdog only infers.
+    """
+    if not verdict.act or not verdict.verdict.acts or not now.concerned:
+        return Decision(Measure.SHOW)
+    if now.stopping:
+        return Decision(Measure.REFUSE, "the daemon is stopping")
+    left = now.group - now.members
+    if not now.members or left * policy.slots >= policy.experts:
+        return Decision(Measure.EXCLUDE)
+    if verdict.verdict is VerdictKind.RESTART_RANK and now.serving:
+        return Decision(Measure.FENCE)
+    needed = -(-policy.experts // policy.slots)
+    return Decision(Measure.REFUSE, f"{needed} ranks are needed to hold every expert, and {left} would be left")
+
+
+@dataclass(frozen=True)
+class _Doubt:
+    ranks: tuple[Identity, ...]
+    reason: str
+    refused: bool
+
+
+class Doubts:
+    """Ranks that the watchdog has something against, by what it has it against: a GPU or the rank itself."""
+
+    def __init__(self) -> None:
+        self._by_subject: dict[str, _Doubt] = {}
+
+    def hear(self, verdict: TelemetryVerdict, decision: Decision) -> None:
+        """The newest word on a subject replaces what was said before."""
+        self._by_subject.pop(verdict.subject, None)
+        if verdict.verdict is VerdictKind.OK or decision.measure in (Measure.EXCLUDE, Measure.FENCE):
+            return
+        refused = decision.measure is Measure.REFUSE
+        reason = f"{verdict.reason}; kept: {decision.why}" if refused else verdict.reason
+        self._by_subject[verdict.subject] = _Doubt(verdict.ranks, reason, refused)
+
+    def forget(self, is_current: Callable[[Identity], bool]) -> None:
+        """Let go of what is about ranks of the past only."""
+        self._by_subject = {
+            subject: doubt for subject, doubt in self._by_subject.items() if any(map(is_current, doubt.ranks))
+        }
+
+    def of(self, rank: Identity) -> str | None:
+        """Why this rank is in doubt."""
+        return "; ".join(doubt.reason for doubt in self._by_subject.values() if rank in doubt.ranks) or None
+
+    @property
+    def refusals(self) -> tuple[tuple[tuple[Identity, ...], str], ...]:
+        """Ranks that are kept against a verdict, and why."""
+        return tuple((doubt.ranks, doubt.reason) for doubt in self._by_subject.values() if doubt.refused)

@@ -1,0 +1,95 @@
+"""The daemon's whole side of the watchdog, as the supervisor uses it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from starlette.types import ASGIApp
+
+from elastic_daemon.config import Device, Settings
+from elastic_daemon.health import WatchdogView
+from elastic_daemon.watch.desk import Deployment, WatchdogDesk
+from elastic_daemon.watch.driver import GpusUnknown, ask_driver, simulate
+from elastic_daemon.watch.gpus import Gpus
+from elastic_daemon.watch.process import WatchdogProcess
+from elastic_daemon.watch.routes import with_watchdog_routes
+from elastic_daemon.watch.upkeep import WatchMode
+from watchdog.heartbeat.layout import DIRECTORY_NAME
+from watchdog.heartbeat.page import page_path
+
+
+class WatchdogSide:
+    """Knows the GPUs once `prepare` is through; looks after the watchdog in `run`."""
+
+    def __init__(self, settings: Settings, deployment: Deployment, kin: Collection[int]) -> None:
+        """`kin`: children of this process that others wait for."""
+        self._settings = settings
+        self._deployment = deployment
+        self._runtime_dir = settings.runtime_dir
+        self._on = settings.watchdog is not WatchMode.OFF
+        self._desk = WatchdogDesk(deployment, settings.runtime_dir)
+        self._process = WatchdogProcess(
+            settings.watchdog, settings.runtime_dir, settings.watchdog_options, deployment.events, kin
+        )
+        self._remove_pages()
+
+    @property
+    def view(self) -> WatchdogView:
+        process = self._process
+        return WatchdogView(self._settings.watchdog.value, process.state.value, process.pid, process.trouble)
+
+    @property
+    def gpus(self) -> Gpus:
+        return self._desk.gpus
+
+    def routes_before(self, control: ASGIApp) -> ASGIApp:
+        """The application for the Unix socket."""
+        return with_watchdog_routes(control, self._desk if self._on else None)
+
+    async def prepare(self) -> None:
+        """Find the GPUs. Raises StartError where they should be simulated and cannot be."""
+        settings = self._settings
+        if not self._on:
+            return
+        if settings.device is Device.CPU:
+            self._forget_simulated()
+            self._desk.gpus = await asyncio.to_thread(
+                simulate,
+                self._runtime_dir,
+                settings.data_parallel_size,
+                settings.ranks_per_gpu,
+                settings.spare_gpus,
+            )
+            return
+        try:
+            self._desk.gpus = await ask_driver(settings.ranks_per_gpu)
+        except GpusUnknown as error:
+            self._deployment.events.record("gpus_unknown", {"reason": str(error)})
+
+    async def run(self) -> None:
+        """Have somebody watch until `close`."""
+        await self._process.run()
+
+    async def close(self) -> None:
+        await self._process.close()
+        self._remove_pages()
+        with contextlib.suppress(OSError):
+            (self._runtime_dir / DIRECTORY_NAME).rmdir()
+
+    def remove_page(self, incarnation: int) -> None:
+        """The heartbeat page of a rank that has ended."""
+        page_path(self._runtime_dir, incarnation).unlink(missing_ok=True)
+
+    def _forget_simulated(self) -> None:
+        """Simulated GPUs are healthy after a start; what was remembered of them goes, unless it is kept elsewhere."""
+        if self._settings.state_dir is None:
+            shutil.rmtree(self._settings.simulated_state_dir, ignore_errors=True)
+
+    def _remove_pages(self) -> None:
+        for page in Path(self._runtime_dir, DIRECTORY_NAME).glob("rank-*"):
+            with contextlib.suppress(OSError):
+                page.unlink()

@@ -1,0 +1,198 @@
+"""What the controller does about the watchdog's verdicts."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic_daemon import protocol as p
+from elastic_daemon.control_state import Phase
+from elastic_daemon.membership import RankState, Status
+from elastic_daemon.policy import Policy
+from elastic_daemon.verdicts import Measure, Situation, decide
+from tests.unit.driver import Shell, of, published, too_few
+
+GPU, XID = "GPU-2", "xid 79: GPU has fallen off the bus"
+Kind = p.VerdictKind
+ACTING = (Kind.EXCLUDE, Kind.DRAIN, Kind.RESTART_RANK)
+
+
+def say(
+    shell: Shell, kind: Kind, *ranks: int, act: bool | None = None, subject: str = GPU, why: str = XID, ago: float = 0.0
+) -> list[p.Action]:
+    identities = tuple((rank, shell.incarnation(rank)) for rank in ranks)
+    acts = kind.acts if act is None else act
+    return shell.send(p.TelemetryVerdict(subject, identities, kind, acts, why, shell.now - ago))
+
+
+def rank(shell: Shell, number: int) -> p.RankHealth:
+    return shell.controller.snapshot(shell.now).ranks[number]
+
+
+@pytest.mark.parametrize("kind", ACTING)
+def test_a_verdict_that_acts_excludes_the_rank_with_its_cause(kind: Kind) -> None:
+    shell = Shell().serve()
+    shell.now += 5
+    actions = say(shell, kind, 2, ago=0.25)
+    assert [(kill.rank, kill.reason) for kill in of(p.KillRank, actions)] == [(2, XID)]
+    assert {fence.rank for fence in of(p.Fence, actions)} == {0, 1, 3}
+    shell.recover(0, 1, 3)
+    report = shell.controller.snapshot(shell.now).last_shrink
+    assert report is not None
+    assert (report.ranks, report.cause) == ((2,), f"rank 2: {XID}")
+    assert report.seconds["detect"] == pytest.approx(0.25)
+    assert shell.controller.status is Status.DEGRADED
+    assert shell.controller.reason == f"rank 2: {XID}"
+
+
+def test_ranks_that_share_a_gpu_go_together() -> None:
+    shell = Shell().serve()
+    actions = say(shell, Kind.EXCLUDE, 1, 2)
+    assert [kill.rank for kill in of(p.KillRank, actions)] == [1, 2]
+    assert shell.controller.epoch == 2
+
+
+@pytest.mark.parametrize("kind", ACTING)
+def test_nothing_is_done_without_act(kind: Kind) -> None:
+    shell = Shell().serve()
+    assert not of(p.KillRank, say(shell, kind, 2, act=False))
+    assert shell.controller.phase is Phase.SERVING
+    assert rank(shell, 2).state is RankState.SUSPECT
+
+
+def test_a_suspect_is_shown_until_it_is_cleared() -> None:
+    shell = Shell().serve()
+    say(shell, Kind.SUSPECT, 2)
+    assert (rank(shell, 2).state, rank(shell, 2).reason) == (RankState.SUSPECT, XID)
+    assert (shell.controller.status, shell.controller.reason) == (Status.OK, "")
+    say(shell, Kind.OK, 2)
+    assert (rank(shell, 2).state, rank(shell, 2).reason) == (RankState.ACTIVE, None)
+
+
+def test_doubts_about_gpu_and_rank_are_kept_apart() -> None:
+    shell = Shell().serve()
+    say(shell, Kind.SUSPECT, 2)
+    say(shell, Kind.SUSPECT, 2, subject="rank 2", why="straggler")
+    assert rank(shell, 2).reason == f"{XID}; straggler"
+    say(shell, Kind.OK, 2)
+    assert (rank(shell, 2).state, rank(shell, 2).reason) == (RankState.SUSPECT, "straggler")
+
+
+def test_a_suspect_stays_one_through_a_recovery() -> None:
+    shell = Shell().serve()
+    say(shell, Kind.SUSPECT, 2)
+    shell.exited(0)
+    shell.recover(1, 2, 3)
+    assert (rank(shell, 2).state, rank(shell, 2).reason) == (RankState.SUSPECT, XID)
+    assert rank(shell, 1).state is RankState.ACTIVE
+
+
+def test_a_rank_that_reported_a_fault_is_not_cleared_by_the_watchdog() -> None:
+    shell = Shell().serve()
+    shell.fault(2)
+    say(shell, Kind.OK, 2)
+    assert rank(shell, 2).state is RankState.SUSPECT
+
+
+@pytest.mark.parametrize("kind", [Kind.EXCLUDE, Kind.DRAIN])
+def test_telemetry_never_takes_the_last_place_of_an_expert(kind: Kind) -> None:
+    shell = Shell().serve()
+    shell.exited(0, 1)
+    shell.recover(2, 3)
+    actions = say(shell, kind, 2)
+    assert not of(p.KillRank, actions)
+    (refused,) = [event for event in of(p.RecordEvent, actions) if event.name == "verdict_refused"]
+    assert refused.fields["ranks"] == [2]
+    assert "2 ranks are needed" in refused.fields["why"]
+    assert shell.controller.phase is Phase.SERVING
+    assert "rank 2: xid 79" in shell.controller.reason
+    assert "kept: 2 ranks are needed" in shell.controller.reason
+    assert rank(shell, 2).state is RankState.SUSPECT
+    say(shell, Kind.OK, 2)
+    assert "xid 79" not in shell.controller.reason
+    say(shell, kind, 2)
+    shell.exited(2)  # a death needs no telemetry
+    shell.fenced(3)
+    assert shell.controller.status is Status.UNAVAILABLE
+
+
+def test_a_hung_rank_that_cannot_be_spared_is_fenced() -> None:
+    """It loses nothing if the accusation is wrong, and the silence convicts it if not."""
+    shell = Shell().serve()
+    shell.exited(0, 1)
+    shell.recover(2, 3)
+    actions = say(shell, Kind.RESTART_RANK, 2, why="hung")
+    assert not of(p.KillRank, actions)
+    assert {fence.rank for fence in of(p.Fence, actions)} == {2, 3}
+    wrong = Shell().serve()
+    wrong.exited(0, 1)
+    wrong.recover(2, 3)
+    say(wrong, Kind.RESTART_RANK, 2, why="hung")
+    wrong.recover(2, 3)
+    report = wrong.controller.snapshot(wrong.now).last_recovery
+    assert report is not None
+    assert (report.kind, report.cause) == (p.RecoveryKind.REGROUP, "rank 2: hung")
+    shell.fenced(3)
+    assert [kill.rank for kill in of(p.KillRank, shell.tick())] == [2]
+    shell.fenced(3)
+    assert shell.controller.status is Status.UNAVAILABLE
+
+
+def test_a_hung_rank_in_a_recovery_joins_it() -> None:
+    shell = Shell().serve()
+    shell.exited(0)
+    actions = say(shell, Kind.RESTART_RANK, 2, why="hung")
+    assert [kill.rank for kill in of(p.KillRank, actions)] == [2]
+    shell.recover(1, 3)
+    report = shell.controller.snapshot(shell.now).last_shrink
+    assert report is not None
+    assert report.ranks == (0, 2)
+    assert "rank 2: hung" in report.cause
+
+
+def test_old_incarnations_and_idle_gpus_concern_nobody() -> None:
+    shell = Shell().serve()
+    stale = p.TelemetryVerdict(GPU, ((2, 99),), Kind.EXCLUDE, True, XID, 0.0)
+    idle = p.TelemetryVerdict("GPU-spare", (), Kind.EXCLUDE, True, XID, 0.0)
+    assert not shell.send(stale, idle)
+    assert shell.controller.phase is Phase.SERVING
+
+
+def test_refused_where_nothing_can_be_spared_any_more() -> None:
+    shell = too_few()
+    actions = say(shell, Kind.RESTART_RANK, 0)
+    assert not of(p.KillRank, actions)
+    assert not of(p.Fence, actions)
+
+
+def test_refused_while_stopping() -> None:
+    shell = Shell().serve()
+    shell.send(p.StopRequested(5.0))
+    actions = say(shell, Kind.EXCLUDE, 2)
+    assert not of(p.KillRank, actions)
+    assert shell.controller.phase is Phase.STOPPING
+
+
+def test_the_front_end_drops_what_the_excluded_rank_still_says() -> None:
+    shell = Shell().serve()
+    view = published(say(shell, Kind.EXCLUDE, 2))
+    assert view.excluded == ((2, shell.incarnation(2)),)
+
+
+@given(
+    st.sampled_from(Kind), st.booleans(), st.integers(1, 64), st.integers(1, 64),
+    st.integers(0, 8), st.integers(0, 8), st.integers(0, 8), st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_an_exclusion_always_leaves_room_for_every_expert(
+    kind: Kind, act: bool, experts: int, slots: int, standby: int, members: int, others: int, serving: bool, stop: bool
+) -> None:
+    verdict = p.TelemetryVerdict(GPU, (), kind, act, XID, 0.0)
+    situation = Situation(members + standby, members, members + others, serving, stop)
+    measure = decide(verdict, situation, Policy(8, experts, slots)).measure
+    if measure is Measure.EXCLUDE:
+        assert not members or others * slots >= experts
+    if measure is not Measure.SHOW:
+        assert act and kind.acts and members + standby
+    if measure is Measure.REFUSE:
+        assert stop or others * slots < experts

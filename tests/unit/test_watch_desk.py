@@ -1,0 +1,213 @@
+"""The daemon's end of the contract in docs/watchdog.md, over HTTP, and read by the watchdog's own parser."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from elastic_daemon import protocol as p
+from elastic_daemon.events import EventLog
+from elastic_daemon.membership import RankState, Status
+from elastic_daemon.metrics import Metrics
+from elastic_daemon.watch.desk import WatchdogDesk
+from elastic_daemon.watch.gpus import Gpus, visible
+from elastic_daemon.watch.routes import with_watchdog_routes
+from tests.unit.test_health import SNAPSHOT, view
+from watchdog.bindings import Binding, parse_bindings
+
+
+class Plane:
+    """A deployment of three ranks, the third of them lost."""
+
+    def __init__(self) -> None:
+        self.events, self.metrics = EventLog(), Metrics()
+        ranks = (
+            p.RankHealth(0, RankState.ACTIVE, 0.0, None, 1),
+            p.RankHealth(1, RankState.SUSPECT, 0.0, "slow", 5),
+            p.RankHealth(2, RankState.EXCLUDED, 0.0, "gone", 3),
+        )
+        self.now: p.HealthSnapshot | None = dataclasses.replace(SNAPSHOT, ranks=ranks)
+        self.rank_pids = {(0, 1): 4711, (1, 5): 4712}
+        self.min_ranks = 2
+        self.told: list[p.Event] = []
+
+    def snapshot(self) -> p.HealthSnapshot | None:
+        return self.now
+
+    def tell(self, event: p.Event) -> None:
+        self.told.append(event)
+
+
+@pytest.fixture
+def plane() -> Plane:
+    return Plane()
+
+
+@pytest.fixture
+async def client(plane: Plane, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    desk = WatchdogDesk(plane, tmp_path)
+    desk.gpus = Gpus(("GPU-a", "GPU-b", "GPU-c"))
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(with_watchdog_routes(FastAPI(), desk)), base_url="http://daemon"
+    ) as client:
+        yield client
+
+
+def body(**changes: Any) -> dict[str, Any]:
+    now = time.time()
+    verdict = {
+        "id": "5f0c-1", "gpu": "GPU-b", "epoch": 7, "verdict": "exclude", "signal": "xid:79",
+        "reason": "GPU has fallen off the bus", "act": True, "held": None, "at": now - 0.2,
+        "evidence": [{"signal": "xid:79", "first": now - 0.2, "last": now - 0.2, "count": 1}],
+    }  # fmt: skip
+    return {name: value for name, value in {**verdict, **changes}.items() if value is not ...}
+
+
+async def put(client: httpx.AsyncClient, **changes: Any) -> httpx.Response:
+    verdict = body(**changes)
+    return await client.put(f"/watchdog/verdicts/{verdict['id']}", json=verdict)
+
+
+async def test_bindings_are_what_the_watchdog_reads(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    answer = await client.get("/watchdog/bindings")
+    bindings = parse_bindings(answer.json())
+    assert (bindings.epoch, bindings.min_ranks, bindings.released) == (7, 2, {})
+    assert bindings.instance
+    pages = tmp_path / "heartbeats"
+    assert bindings.ranks == (
+        Binding(0, 1, "GPU-a", (4711,), pages / "rank-1.page"),
+        Binding(1, 5, "GPU-b", (4712,), pages / "rank-5.page"),
+    )
+
+
+async def test_bindings_before_the_engine_is_configured(client: httpx.AsyncClient, plane: Plane) -> None:
+    plane.now = None
+    bindings = parse_bindings((await client.get("/watchdog/bindings")).json())
+    assert (bindings.epoch, bindings.ranks) == (0, ())
+
+
+async def test_a_verdict_on_a_gpu_reaches_the_controller_once(client: httpx.AsyncClient, plane: Plane) -> None:
+    for _ in range(2):
+        assert (await put(client)).status_code == 204
+    (told,) = plane.told
+    assert isinstance(told, p.TelemetryVerdict)
+    assert (told.subject, told.ranks, told.verdict, told.act) == ("GPU-b", ((1, 5),), p.VerdictKind.EXCLUDE, True)
+    assert told.reason == "xid 79: GPU has fallen off the bus"
+    assert 0.15 < time.monotonic() - told.at < 5
+    (event,) = plane.events.since(0)
+    assert (event["event"], event["gpu"], event["verdict"], event["evidence"][0]["count"]) == (
+        "verdict", "GPU-b", "exclude", 1,
+    )  # fmt: skip
+    metric = 'elastic_watchdog_verdicts_total{signal="xid:79",verdict="exclude"} 1.0'
+    assert metric in plane.metrics.render(view()).decode()
+
+
+async def test_the_same_verdict_again_is_fine_in_a_later_epoch(client: httpx.AsyncClient, plane: Plane) -> None:
+    await put(client)
+    assert plane.now is not None
+    plane.now = dataclasses.replace(plane.now, epoch=8)
+    assert (await put(client)).status_code == 204
+    assert len(plane.told) == 1
+
+
+async def test_a_verdict_on_a_rank(client: httpx.AsyncClient, plane: Plane) -> None:
+    answer = await put(client, gpu=..., rank=1, incarnation=5, verdict="restart-rank", signal="hung", reason="behind")
+    assert answer.status_code == 204
+    (told,) = plane.told
+    assert isinstance(told, p.TelemetryVerdict)
+    assert (told.ranks, told.reason) == (((1, 5),), "hung: behind")
+
+
+async def test_what_is_held_back_says_so(client: httpx.AsyncClient, plane: Plane) -> None:
+    await put(client, act=False, held="observe mode")
+    (told,) = plane.told
+    assert isinstance(told, p.TelemetryVerdict)
+    assert not told.act
+    assert told.reason.endswith("[observe mode]")
+
+
+async def test_a_gpu_without_ranks_concerns_nobody(client: httpx.AsyncClient, plane: Plane) -> None:
+    for number, gpu in enumerate(("GPU-c", "GPU-elsewhere")):
+        assert (await put(client, gpu=gpu, id=f"5f0c-{number}")).status_code == 204
+    assert [told.ranks for told in plane.told if isinstance(told, p.TelemetryVerdict)] == [(), ()]
+
+
+async def test_an_old_time_is_no_part_of_a_recovery(client: httpx.AsyncClient, plane: Plane) -> None:
+    await put(client, at=time.time() - 7200)
+    await put(client, at=time.time() + 7200, id="5f0c-2")
+    old, future = (told.at for told in plane.told if isinstance(told, p.TelemetryVerdict))
+    assert 59 < time.monotonic() - old < 65
+    assert time.monotonic() - future < 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "said"),
+    [
+        ({"epoch": 6}, 409, "epoch 6"),
+        ({"gpu": ..., "rank": 1, "incarnation": 4}, 404, "incarnation 4"),
+        ({"gpu": ..., "rank": 2, "incarnation": 3}, 404, "incarnation 3"),
+        ({"rank": 1, "incarnation": 5}, 422, "either gpu, or rank"),
+        ({"gpu": ..., "rank": 1}, 422, "either gpu, or rank"),
+        ({"verdict": "explode"}, 422, "verdict"),
+        ({"act": ...}, 422, "act"),
+        ({"epoch": "seven"}, 422, "epoch"),
+    ],
+)
+async def test_what_cannot_be_taken_in_is_refused(
+    client: httpx.AsyncClient, plane: Plane, changes: dict[str, Any], status: int, said: str
+) -> None:
+    answer = await put(client, **changes)
+    assert answer.status_code == status
+    assert said in answer.json()["error"]["message"]
+    assert not plane.told
+
+
+async def test_other_ids_and_bodies_are_refused(client: httpx.AsyncClient, plane: Plane) -> None:
+    assert (await client.put("/watchdog/verdicts/other", json=body())).status_code == 422
+    assert (await client.put("/watchdog/verdicts/5f0c-1", content=b"{")).status_code == 400
+    assert (await client.put("/watchdog/verdicts/5f0c-1", json=[])).status_code == 422
+    assert not plane.told
+
+
+async def test_nothing_is_acted_on_before_the_group_serves(client: httpx.AsyncClient, plane: Plane) -> None:
+    """503: the watchdog tries again. What only informs is taken in."""
+    assert plane.now is not None
+    plane.now = dataclasses.replace(plane.now, status=Status.STARTING)
+    assert (await put(client)).status_code == 503
+    assert (await put(client, verdict="suspect", act=False, id="5f0c-2")).status_code == 204
+    assert len(plane.told) == 1
+
+
+async def test_off_means_off() -> None:
+    transport = httpx.ASGITransport(with_watchdog_routes(FastAPI(), None))
+    async with httpx.AsyncClient(transport=transport, base_url="http://daemon") as client:
+        assert (await client.get("/watchdog/bindings")).status_code == 404
+        assert "--watchdog off" in (await client.put("/watchdog/verdicts/1", json=body())).text
+
+
+def test_ranks_share_gpus() -> None:
+    gpus = Gpus(("GPU-a", "GPU-b"), 2)
+    assert [gpus.of(rank) for rank in range(5)] == ["GPU-a", "GPU-a", "GPU-b", "GPU-b", None]
+
+
+@pytest.mark.parametrize(
+    ("variable", "left"),
+    [
+        (None, ("GPU-aa", "GPU-ab", "GPU-b")),
+        ("2,0", ("GPU-b", "GPU-aa")),
+        ("GPU-b, GPU-ab", ("GPU-b", "GPU-ab")),
+        ("1,7,0", ("GPU-ab",)),
+        ("GPU-a", ()),
+        ("", ()),
+        ("-1", ()),
+    ],
+)
+def test_cuda_visible_devices(variable: str | None, left: tuple[str, ...]) -> None:
+    assert visible(["GPU-aa", "GPU-ab", "GPU-b"], variable) == left
