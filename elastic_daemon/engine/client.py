@@ -253,7 +253,7 @@ class ElasticClient(AsyncMPClient):
             while True:
                 frames = await output_socket.recv_multipart(copy=False)
                 await self._take(self.decoder.decode(frames))
-        except Exception as error:
+        except Exception as error:  # whatever it is, AsyncLLM's handler of outputs must hear of it
             self.outputs_queue.put_nowait(error)
 
     async def _take(self, outputs: EngineCoreOutputs) -> None:

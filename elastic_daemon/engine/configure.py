@@ -84,7 +84,7 @@ def configure(
     args.enable_eplb = args.enable_expert_parallel = False  # always on here, likewise
     try:
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
-    except Exception as error:
+    except Exception as error:  # by vLLM, transformers, pydantic, of any kind: they are about what the user gave
         raise ConfigError(f"model {args.model} cannot be served: {_first_line(error)}") from error
     experts = config.model_config.get_num_experts()
     if not config.model_config.is_moe or experts < 2:
@@ -120,7 +120,7 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     except SystemExit as error:
         said = messages.getvalue().strip().splitlines()
         raise ConfigError(said[-1] if said else "bad flags") from error
-    except Exception as error:
+    except Exception as error:  # the parsers of single flags raise what they like
         raise ConfigError(_first_line(error)) from error
 
 
