@@ -123,13 +123,17 @@ class AbortableWork:
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Raises PeerLost when the group was aborted or the collective failed."""
+        ended = False
         while True:
             try:
                 done = bool(self._work.wait(LOOK_UP))
                 break
             except RuntimeError as error:
-                if self._work.is_completed():
+                if ended:
                     raise PeerLost(str(error)) from error
+                # It may have ended, well or badly, just after the wait timed out. Another wait tells, without waiting.
+                if ended := self._work.is_completed():
+                    continue
                 if self._group.is_stuck():
                     raise PeerLost("the group was aborted while a collective was stuck in it") from error
                 self._group.page.beat()

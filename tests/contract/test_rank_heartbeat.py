@@ -7,16 +7,21 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed import HashStore
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import EngineCoreProc
 
+from elastic_daemon.engine.gloo import AbortableProcessGroup, AbortableWork, GlooGroup
 from elastic_daemon.engine.heartbeat import BEAT_S, BeatingQueue, NoPage, Steps, open_page, step_phase
+from elastic_daemon.errors import PeerLost
 from tests.contract.group_ranks import Ranks, all_do, build, checked, running
 from watchdog.heartbeat.layout import Collective, Granularity, Phase, Snapshot
 from watchdog.heartbeat.page import HeartbeatWriter
@@ -152,6 +157,48 @@ def test_all_calls_are_those_of_the_writer() -> None:
 
 
 # --- collectives -----------------------------------------------------------------------------------------------------
+
+
+class EndsLate:
+    """A collective that ends right after a wait for it timed out. `error`: how it failed, if it did."""
+
+    def __init__(self, error: str | None) -> None:
+        self._error = error
+        self._waits = 0
+
+    def wait(self, timeout: timedelta) -> bool:
+        self._waits += 1
+        if self._waits == 1:
+            raise RuntimeError("Operation timed out!")
+        if self._error is not None:
+            raise RuntimeError(self._error)
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("error", [None, "Connection closed by peer"])
+def test_a_collective_that_ends_when_its_wait_times_out_is_no_fault(tmp_path: Path, error: str | None) -> None:
+    page = open_page({"heartbeat_dir": str(tmp_path), "rank": 0, "incarnation": 1}, False)
+    page.enter(Collective.SYNC)
+    work = AbortableWork(EndsLate(error), AbortableProcessGroup(None, page), Collective.SYNC)
+    if error is None:
+        assert work.wait() and work.wait()
+    else:
+        with pytest.raises(PeerLost, match=error):
+            work.wait()
+    assert read(tmp_path).completed == (0, 0, 0 if error else 1, 0)
+    page.close()
+
+
+def test_waiting_for_an_ended_collective_needs_no_time() -> None:
+    group = GlooGroup(HashStore(), "epoch/1", 0, 1)
+    work = group.host._group.allreduce([torch.ones(1)])
+    while not work.is_completed():
+        time.sleep(0.001)
+    assert work.wait(timedelta(microseconds=1))
+    group.close()
 
 
 @pytest.fixture
