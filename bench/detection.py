@@ -100,13 +100,11 @@ def batched(kinds: Iterable[Kind], size: int) -> Iterator[tuple[Kind, ...]]:
         yield batch
 
 
-async def measure(kinds: Sequence[Kind], trials: int) -> tuple[list[Trial], list[str]]:
-    """Everything, one after the other. A life that cannot go on is a problem, and the next one begins."""
+async def measure(kinds: Sequence[Kind], trials: int, done: list[Trial], problems: list[str]) -> None:
+    """Everything, one after the other, into `done`. A life that cannot go on is a problem, and the next one begins."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    done: list[Trial] = []
-    problems: list[str] = []
     with Display(make_console(stderr=True)) as display:
         for number, batch in enumerate(lives(kinds, trials), 1):
             try:
@@ -121,7 +119,6 @@ async def measure(kinds: Sequence[Kind], trials: int) -> tuple[list[Trial], list
             except (ElasticError, RuntimeError, TimeoutError) as error:
                 problems.append(f"life {number}: {type(error).__name__}: {error}")
                 _say(problems[-1])
-    return done, problems
 
 
 def describe(trial: Trial) -> str:
@@ -189,11 +186,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json is not None and not options.json.absolute().parent.is_dir():
         parser().error(f"--json: no such directory: {options.json.parent}")
     started, load = time.monotonic(), load_average()
+    trials: list[Trial] = []
+    problems: list[str] = []
     try:
-        trials, problems = asyncio.run(measure(options.faults, options.trials))
+        asyncio.run(measure(options.faults, options.trials, trials, problems))
     except (KeyboardInterrupt, asyncio.CancelledError):
-        _say("stopped before the end")
-        return 130
+        problems.append("stopped before the end")
     make_console().print(render(trials, problems, load, time.monotonic() - started))
     if options.json is not None:
         body = {"trials": [asdict(trial) for trial in trials], "problems": problems}

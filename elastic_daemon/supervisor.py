@@ -21,7 +21,7 @@ from elastic_daemon.answering import Answering, bind
 from elastic_daemon.app import make_control_app
 from elastic_daemon.config import Device, Restore, Settings
 from elastic_daemon.control_server import ControlServer, Peer
-from elastic_daemon.controller import EXIT_START, Controller
+from elastic_daemon.controller import Controller
 from elastic_daemon.errors import ElasticError
 from elastic_daemon.events import EventLog
 from elastic_daemon.health import HealthView, url_of
@@ -31,6 +31,7 @@ from elastic_daemon.metrics import Metrics
 from elastic_daemon.policy import Policy
 from elastic_daemon.processes import Processes
 from elastic_daemon.runtime_dir import RuntimeDir
+from elastic_daemon.service_control import EXIT_START
 from elastic_daemon.store import RendezvousStore
 from elastic_daemon.tasks import Tasks
 from elastic_daemon.watch.side import WatchdogSide

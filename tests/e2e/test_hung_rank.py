@@ -69,6 +69,8 @@ def test_stopped_in_decode_and_then_idle(cluster: Cluster) -> None:
     assert report["requests"]["lost"] == 0
     assert report["requests"]["replayed"] > 0
     cluster.verify_experts()
+    pages = {page.name for page in (cluster.runtime_dir / "heartbeats").iterdir()}
+    assert pages == {f"rank-{one['incarnation']}.page" for one in cluster.control("/watchdog/bindings").json()["ranks"]}
 
     until_watched(cluster)
     stop(0)

@@ -20,11 +20,11 @@ from watchdog.status import read_status
 
 pytestmark = pytest.mark.e2e
 
-RANKS = 6
+RANKS = 7
 
 
 class Watched:
-    """One cluster for many faults: with six ranks and four to spare, each test may lose one."""
+    """One cluster for many faults: with seven ranks and five to spare, each test may lose one."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -92,7 +92,7 @@ def zombies(cluster: Cluster) -> list[int]:
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     runtime_dir = tmp_path_factory.mktemp("wd", numbered=True) / "run"
     flags = "--max-exclusions 10 --exclusion-window 60"
-    options = ("--data-parallel-size", str(RANKS), "--survive-losses", "4", "--spare-gpus", "1")
+    options = ("--data-parallel-size", str(RANKS), "--survive-losses", "5", "--spare-gpus", "1")
     with Cluster(runtime_dir, *options, f"--watchdog-flags={flags}") as cluster:
         cluster.wait_for(lambda: cluster.health()["watchdog"]["state"] == "alive", 30)
         watched = Watched(cluster)
@@ -190,6 +190,22 @@ def test_a_flapping_gpu_and_one_that_is_noisy(watched: Watched) -> None:
     assert (cluster.health()["epoch"], watched.state(noisy)) == (epoch + 1, "suspect")
     watched.simulate("heal", "--gpu", str(noisy))
     cluster.verify_experts()
+
+
+def test_a_gpu_that_goes_bad_is_drained(watched: Watched) -> None:
+    """One NVLink error is a doubt; a second one confirms it. Requests go on elsewhere with what they have."""
+    victim = watched.victim()
+
+    def fail_twice() -> None:
+        watched.simulate("xid", "--gpu", str(victim), "--code", "74")
+        watched.cluster.wait_for(lambda: watched.state(victim) == "suspect")
+        watched.simulate("xid", "--gpu", str(victim), "--code", "74")
+
+    watched.under_load(fail_twice)
+    report = watched.until_lost(victim)
+    assert "xid 74" in report["cause"]
+    assert report["requests"]["lost"] == 0
+    assert [event["verdict"] for event in watched.cluster.events("verdict") if event["act"]][-1] == "drain"
 
 
 def test_a_wedged_driver(watched: Watched) -> None:

@@ -131,8 +131,8 @@ class Books:
                 assert not self.recovering, "two recoveries at once"
                 self.recovering = True
             case p.KillRank() if not self.sloppy and not self.poison.has_acted:
-                # Where everybody who can answer does, only the dead, the hung, the accused, and who fails to join may
-                # be given up.
+                # Where everybody who can answer does, only the dead, the hung, the accused and who fails to
+                # join may be given up.
                 process = self.processes[action.rank]
                 excused = process.identity in self.accused or (
                     self.policy.restore and process.identity not in self.served
