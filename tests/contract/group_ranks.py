@@ -67,7 +67,7 @@ class _Rank:
         self._page.begin_epoch(1)
 
     def build(self, prefix: str, position: int, members: int) -> int:
-        self._groups.bind(GlooGroup(self._store, prefix, position, members, self._page))
+        self._groups.bind(GlooGroup(self._store, prefix, position, members, page=self._page))
         return self._groups.ep.world_size
 
     def abort(self) -> int:

@@ -1,0 +1,66 @@
+"""What is relied on of workers and model runners."""
+
+from __future__ import annotations
+
+from elastic_daemon.engine.compat.relied_on import ReliedOn
+
+_WORKER = "vllm.v1.worker"
+
+MODEL_RUNNER = (
+    ReliedOn(
+        f"{_WORKER}.gpu_model_runner.CachedRequestState",
+        "patched: a resumed request starts with its output",
+        attributes=("output_token_ids", "sampling_params"),
+    ),
+    ReliedOn(f"{_WORKER}.gpu_input_batch.CachedRequestState.__post_init__", "extended", ("self",)),
+    ReliedOn(
+        f"{_WORKER}.gpu_model_runner.GPUModelRunner._update_states",
+        "called to forget all requests; builds CachedRequestState",
+        ("self", "scheduler_output"),
+    ),
+    ReliedOn(
+        f"{_WORKER}.cpu_model_runner.CPUModelRunner",
+        "base of ElasticCPUModelRunner",
+        attributes=(
+            "device",
+            "eplb_state",
+            "execute_model_state",
+            "model",
+            "model_config",
+            "parallel_config",
+            "requests",
+        ),
+    ),
+    ReliedOn(
+        f"{_WORKER}.cpu_model_runner.CPUModelRunner.load_model",
+        "overridden: experts of the planned column, and load balancing",
+        ("self", "load_dummy_weights"),
+    ),
+    ReliedOn(
+        f"{_WORKER}.cpu_worker.CPUWorker",
+        "base of ElasticCPUWorker",
+        attributes=("distributed_init_method", "local_rank", "model_config", "model_runner", "parallel_config", "rank"),
+    ),
+    ReliedOn(f"{_WORKER}.cpu_worker.CPUWorker.init_device", "overridden: groups of this rank alone", ("self",)),
+    ReliedOn(
+        f"{_WORKER}.gpu_worker.init_worker_distributed_environment",
+        "builds vLLM's own groups, for this rank alone",
+        ("vllm_config", "rank", "distributed_init_method", "local_rank", "backend"),
+    ),
+    ReliedOn("vllm.utils.torch_utils.set_random_seed", "as in vLLM's worker", ("seed", "data_parallel_index")),
+    ReliedOn("vllm.utils.torch_utils.set_default_torch_dtype", "as in vLLM's loader", ("dtype",)),
+    ReliedOn(
+        "vllm.config.ParallelConfig",
+        "rewritten with every epoch",
+        attributes=(
+            "data_parallel_index",
+            "data_parallel_rank",
+            "data_parallel_rank_local",
+            "data_parallel_size",
+            "elastic_ep_max_dp_size",
+            "enable_eplb",
+            "enable_expert_parallel",
+            "eplb_config",
+        ),
+    ),
+)

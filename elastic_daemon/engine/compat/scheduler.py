@@ -1,0 +1,77 @@
+"""What is relied on of the scheduler and its requests."""
+
+from __future__ import annotations
+
+from elastic_daemon.engine.compat.relied_on import ReliedOn
+
+_SCHED = "vllm.v1.core.sched"
+
+SCHEDULER = (
+    ReliedOn(
+        f"{_SCHED}.scheduler.Scheduler",
+        "base of ElasticScheduler, which takes back a step",
+        attributes=(
+            "block_size",
+            "finished_req_ids",
+            "kv_cache_manager",
+            "prev_step_scheduled_req_ids",
+            "requests",
+            "reset_preempted_req_ids",
+            "running",
+        ),
+    ),
+    ReliedOn(
+        f"{_SCHED}.scheduler.Scheduler._preempt_request",
+        "queues a running request for recomputation",
+        ("self", "request", "timestamp", "drop_stale_output"),
+    ),
+    ReliedOn(
+        "vllm.v1.core.kv_cache_manager.KVCacheManager.evict_blocks",
+        "blocks that a void step registered hold nothing",
+        ("self", "block_ids"),
+    ),
+    ReliedOn(
+        "vllm.v1.core.kv_cache_manager.KVCacheManager.get_block_ids", "blocks of a void step", ("self", "request_id")
+    ),
+    ReliedOn(
+        "vllm.v1.request.Request",
+        "its counters go back to the last completed step",
+        attributes=(
+            "drop_stale_output",
+            "num_computed_tokens",
+            "num_in_flight_tokens",
+            "num_output_placeholders",
+            "num_output_tokens",
+            "num_preemptions",
+            "num_stale_output_tokens",
+            "output_token_ids",
+            "prefill_stats",
+            "request_id",
+            "sampling_params",
+            "status",
+        ),
+    ),
+    ReliedOn(
+        "vllm.v1.request.Request.append_output_token_ids",
+        "admits a request with the output it already has",
+        ("self", "token_ids"),
+    ),
+    ReliedOn("vllm.v1.request.RequestStatus.PREEMPTED", "comes back as WAITING"),
+    ReliedOn("vllm.v1.request.RequestStatus.WAITING", "comes back as WAITING"),
+    ReliedOn(
+        "vllm.sampling_params.SamplingParams", "carries the output of a resumed request", attributes=("extra_args",)
+    ),
+    ReliedOn("vllm.sampling_params.SamplingParams.clone", "carries the output of a resumed request", ("self",)),
+    ReliedOn(
+        f"{_SCHED}.output.SchedulerOutput",
+        "an empty one makes the worker forget its requests; tells prefill from decode",
+        attributes=(
+            "finished_req_ids",
+            "num_scheduled_tokens",
+            "scheduled_new_reqs",
+            "scheduled_spec_decode_tokens",
+            "total_num_scheduled_tokens",
+        ),
+    ),
+    ReliedOn(f"{_SCHED}.output.SchedulerOutput.make_empty", "makes the worker forget its requests", ("cls",)),
+)
