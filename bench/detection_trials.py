@@ -21,6 +21,7 @@ RANKS, SURVIVE = 6, 4
 
 OPTIONS = (
     *("--survive-losses", str(SURVIVE)),
+    *("--restore", "off"),
     "--watchdog-flags=--max-exclusions 100 --repeat-restarts 0",
 )
 """The breaker would stop after a few exclusions, as it should."""

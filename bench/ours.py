@@ -23,6 +23,9 @@ from elastic_daemon.operator_commands import make_console
 EARLY, MIDDLE, LATE = 0.1, 0.4, 0.75
 """Share of all tokens that have arrived at the kill."""
 
+OPTIONS = ("--restore", "off")
+"""What comes back would be there for the next kill of the same life, and its return would fall into it."""
+
 START_TIMEOUT_S = 330.0
 RUN_TIMEOUT_S = 120.0
 SETTLE_TIMEOUT_S = 30.0
@@ -164,7 +167,7 @@ async def run_ours(lives: Sequence[Sequence[Fault]], streams: int, tokens: int, 
             say(f"ours, life {number} of {len(lives)}: {', '.join(fault.phase.value for fault in faults)}")
             limit = START_TIMEOUT_S + (len(faults) + 2) * (RUN_TIMEOUT_S + SETTLE_TIMEOUT_S)
             try:
-                async with asyncio.timeout(limit), own_daemon(RANKS, display) as daemon:
+                async with asyncio.timeout(limit), own_daemon(RANKS, display, OPTIONS) as daemon:
                     await _live(ours, Life(number, daemon, streams, tokens), faults, daemon, say)
             except (ElasticError, DaemonUnreachable, TimeoutError) as error:
                 ours.problems.append(f"life {number}: {type(error).__name__}: {error}")
