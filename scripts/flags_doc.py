@@ -17,9 +17,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from bench.recovery import parser as bench_parser  # noqa: E402
 from elastic_daemon.cli import make_parser  # noqa: E402
 from elastic_daemon.config import BUNDLED_FLAGS  # noqa: E402
 from elastic_daemon.flags import OURS, REFUSED, REFUSED_LOAD_FORMATS, REFUSED_ON, Refusal  # noqa: E402
+from watchdog.cli import make_parser as watchdog_parser  # noqa: E402
 
 TARGET = ROOT / "docs" / "flags.md"
 TESTED_FOLDERS = ("tests/e2e", "tests/chaos")
@@ -47,13 +49,24 @@ def daemon_flags() -> dict[str, str]:
 
 def exercised() -> dict[str, list[str]]:
     """Flags that end-to-end and chaos tests start a daemon with -> the files of those tests."""
+    others = flags_of(watchdog_parser(), bench_parser()) - set(daemon_flags())
     found: defaultdict[str, set[str]] = defaultdict(set)
     for folder in TESTED_FOLDERS:
         for path in sorted((ROOT / folder).glob("*.py")):
             name = path.relative_to(ROOT).as_posix()
             for flag in _flags_in(path) if name not in MEANT_TO_FAIL else ():
                 found[flag].add(name)
-    return {flag: sorted(found[flag]) for flag in sorted(found)}
+    return {flag: sorted(found[flag]) for flag in sorted(found) if flag not in others}
+
+
+def flags_of(*parsers: argparse.ArgumentParser) -> set[str]:
+    """Flags of these and of all their subcommands."""
+    flags: set[str] = set()
+    for action in (action for parser in parsers for action in parser._actions):
+        flags.update(action.option_strings)
+        if isinstance(action, argparse._SubParsersAction):
+            flags |= flags_of(*action.choices.values())
+    return flags
 
 
 def _flags_in(path: Path) -> Iterator[str]:
