@@ -51,7 +51,9 @@ def test_every_reading_of_a_busy_writer_is_consistent(start: Start, tmp_path: Pa
     with PageReader(page_path(tmp_path, 10)) as reader:
         read_until(reader, lambda page: page.step > 0)
         good, last = 0, 0
-        for _ in range(20_000):
+        deadline = time.monotonic() + 30
+        while good < 200:  # most readings meet an update: this writer does nothing else
+            assert time.monotonic() < deadline, f"only {good} readings were whole"
             page = reader.read()
             if page.torn:
                 continue
@@ -66,7 +68,6 @@ def test_every_reading_of_a_busy_writer_is_consistent(start: Start, tmp_path: Pa
             assert page.sequence == 2 * (updates + 1)
             assert page.sequence >= last
             last = page.sequence
-    assert good > 1000
 
 
 def test_a_kill_at_any_moment_leaves_a_readable_page(start: Start, tmp_path: Path) -> None:
