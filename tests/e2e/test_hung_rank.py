@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -14,12 +13,7 @@ import pytest
 from tests.e2e.cluster import Cluster, assert_same, run_streams
 from watchdog.status import read_status
 
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.skipif(
-        find_spec("elastic_daemon.engine.heartbeat") is None, reason="ranks write no heartbeats in this version"
-    ),
-]
+pytestmark = pytest.mark.e2e
 
 NAMED_WITHIN_S = 6.0
 """Twice the bar, which bench/detection.py holds: machines that run tests are busy."""

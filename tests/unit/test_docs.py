@@ -127,15 +127,6 @@ def _subcommands() -> dict[str, argparse.ArgumentParser]:
     return dict(commands.choices)
 
 
-def _commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """A parser and those of all its commands, at any depth."""
-    yield parser
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                yield from _commands(command)
-
-
 def _flags(parser: argparse.ArgumentParser) -> set[str]:
     return {flag for action in parser._actions for flag in action.option_strings}
 
@@ -154,8 +145,7 @@ NAMED_FLAGS_OF_VLLM = {
 @document
 def test_flags_exist(path: Path) -> None:
     mains = make_parser(), watchdog_parser(), bench_parser(), detection_parser(), gpu_drill_parser()
-    known = set.union(*(_flags(parser) for main in mains for parser in _commands(main)))
-    known |= VLLM_FLAGS | NAMED_FLAGS_OF_VLLM
+    known = flags_doc.flags_of(*mains) | VLLM_FLAGS | NAMED_FLAGS_OF_VLLM
     assert set(FLAG.findall(path.read_text(encoding="utf-8"))) - known == set()
 
 
