@@ -79,6 +79,41 @@ class RegroupFailed:
 
 
 @dataclass(frozen=True)
+class RankRespread:
+    """Its part of respread `serial` is done, while it served: `column` is what it holds now."""
+
+    rank: int
+    incarnation: int
+    epoch: int
+    serial: int
+    column: Column
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class RankStored:
+    """Copies of `experts`, (layer, expert), are complete in host memory, where they outlive this rank."""
+
+    rank: int
+    incarnation: int
+    epoch: int
+    experts: tuple[tuple[int, int], ...]
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ColumnChanged:
+    """vLLM's load balancing has moved experts: `column` is what this rank holds now."""
+
+    rank: int
+    incarnation: int
+    epoch: int
+    column: Column
+
+
+@dataclass(frozen=True)
 class FrontendReady:
     pass
 
@@ -100,6 +135,14 @@ class FrontendSynced:
     restarted: int
     lost: int
     delivered: int
+
+
+@dataclass(frozen=True)
+class FrontendMoved:
+    """No request is on these incarnations any more, and none will come: they are draining."""
+
+    epoch: int
+    draining: tuple[int, ...]
 
 
 class VerdictKind(StrEnum):
@@ -133,6 +176,58 @@ class TelemetryVerdict:
 
 
 @dataclass(frozen=True)
+class GpuSeen:
+    """`fit`: nothing is known against running a rank on it; else `reason` says what."""
+
+    uuid: str
+    fit: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class GpusSeen:
+    """All GPUs that the watchdog knows. One that is not among them is not there."""
+
+    gpus: tuple[GpuSeen, ...]
+
+
+@dataclass(frozen=True)
+class ScaleOrder:
+    """Serve with `target` ranks. `retire`: who is to leave, None: whoever can best be spared.
+
+    `timeout_s` bounds the whole operation.
+    """
+
+    operation: str
+    target: int
+    retire: tuple[int, ...] | None
+    timeout_s: float
+
+
+class RankDeed(StrEnum):
+    """What an operator can ask for one rank."""
+
+    DRAIN = "drain"  # move its requests and experts away, then let it go
+    EXCLUDE = "exclude"  # give it up at once
+    RELEASE = "release"  # it may come back
+
+
+@dataclass(frozen=True)
+class RankOrder:
+    operation: str
+    rank: int
+    deed: RankDeed
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class AutomationSwitched:
+    """Off: nothing is restored and no verdict acted on; the death of a process is still recovered from."""
+
+    enabled: bool
+
+
+@dataclass(frozen=True)
 class StopRequested:
     timeout_s: float
 
@@ -147,10 +242,21 @@ class Tick:
     """Time has passed. Deadlines expire on this event only."""
 
 
-RankEvent = RankReady | RankExited | RankFault | RankFenced | RankRegrouped | RegroupFailed
-FrontendEvent = FrontendReady | FrontendExited | FrontendSynced
-OperatorEvent = StopRequested | DrainComplete
-Event = RankEvent | FrontendEvent | OperatorEvent | TelemetryVerdict | Tick
+RankEvent = (
+    RankReady
+    | RankExited
+    | RankFault
+    | RankFenced
+    | RankRegrouped
+    | RegroupFailed
+    | RankRespread
+    | RankStored
+    | ColumnChanged
+)
+FrontendEvent = FrontendReady | FrontendExited | FrontendSynced | FrontendMoved
+OperatorEvent = StopRequested | DrainComplete | ScaleOrder | RankOrder | AutomationSwitched
+WatchdogEvent = TelemetryVerdict | GpusSeen
+Event = RankEvent | FrontendEvent | OperatorEvent | WatchdogEvent | Tick
 
 
 # --- actions ---------------------------------------------------------------------------------------------------------
@@ -158,12 +264,16 @@ Event = RankEvent | FrontendEvent | OperatorEvent | TelemetryVerdict | Tick
 
 @dataclass(frozen=True)
 class StartRank:
-    """`members`: who is planned to be in the group, for the initial placement of this rank's experts."""
+    """`members`: who is planned to be in the group, for the initial placement of this rank's experts.
+
+    `gpu`: the UUID of its GPU; None where GPUs are not known.
+    """
 
     rank: int
     incarnation: int
     members: tuple[int, ...]
     slots: int
+    gpu: str | None = None
 
 
 @dataclass(frozen=True)
@@ -199,6 +309,25 @@ class Resume:
 
 
 @dataclass(frozen=True)
+class Respread:
+    """Move experts, while the group serves, until it holds them as in `placement`. Sent to every member."""
+
+    rank: int
+    epoch: int
+    serial: int
+    placement: Placement
+
+
+@dataclass(frozen=True)
+class StoreExperts:
+    """Copy these experts, (layer, slot, expert), from this rank's slots to host memory, while it serves."""
+
+    rank: int
+    epoch: int
+    experts: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
 class StartFrontend:
     pass
 
@@ -220,6 +349,7 @@ class Snapshot:
     active: tuple[Identity, ...]
     excluded: tuple[Identity, ...]  # so far in this recovery
     hold: bool = True  # while not serving: hold requests; False once the hold timeout has passed: refuse them (503)
+    draining: tuple[Identity, ...] = ()  # of the active ones: move their requests to the others, send them none
 
 
 @dataclass(frozen=True)
@@ -227,7 +357,7 @@ class Publish:
     """For the front end.
 
     ok, degraded: put the requests of ranks that are not in `active` onto ones that are, open, then answer
-    FrontendSynced(epoch). stopping: take nothing new, finish what runs. Anything else: hold what comes in, and
+    FrontendSynced(epoch); with `draining`, also FrontendMoved when nothing is left on those. stopping: take nothing new, finish what runs. Anything else: hold what comes in, and
     deliver nothing more from `excluded`.
     """
 
@@ -245,6 +375,18 @@ class RecordEvent:
 @dataclass(frozen=True)
 class RecoveryDone:
     report: RecoveryReport
+
+
+@dataclass(frozen=True)
+class OperationChanged:
+    report: OperationReport
+
+
+@dataclass(frozen=True)
+class StoreTarget:
+    """Remember over restarts that an operator wants so many ranks."""
+
+    target: int
 
 
 @dataclass(frozen=True)
@@ -266,11 +408,15 @@ Action = (
     | Fence
     | Regroup
     | Resume
+    | Respread
+    | StoreExperts
     | StartFrontend
     | KillFrontend
     | Publish
     | RecordEvent
     | RecoveryDone
+    | OperationChanged
+    | StoreTarget
     | StopAll
     | Exit
 )
@@ -309,6 +455,47 @@ class RecoveryReport:
     requests: RequestCounts | None
 
 
+class OperationKind(StrEnum):
+    SCALE = "scale"
+    DRAIN = "drain"
+    EXCLUDE = "exclude"
+    RELEASE = "release"
+
+
+class OperationState(StrEnum):
+    RUNNING = "running"
+    DONE = "done"
+    INVALID = "invalid"  # it asks for what cannot be; nothing was changed
+    BUSY = "busy"  # another one is running; nothing was changed
+    TIMED_OUT = "timed out"  # nothing is changed
+    ROLLED_BACK = "rolled back"  # it failed, and what it had begun was undone
+
+    @property
+    def ended(self) -> bool:
+        return self is not OperationState.RUNNING
+
+
+@dataclass(frozen=True)
+class OperationReport:
+    """What an operator's order has come to.
+
+    `phase`: what it is at, in words. `message`: how it ended, or why it was refused. `target` and `previous`: ranks to
+    serve with, after and before. `ranks`: that join or leave. `busy_with`: the operation in its way, when `busy`.
+    """
+
+    operation: str
+    kind: OperationKind
+    state: OperationState
+    phase: str
+    message: str
+    target: int
+    previous: int
+    ranks: tuple[int, ...]
+    started: float
+    ended: float | None = None
+    busy_with: str | None = None
+
+
 @dataclass(frozen=True)
 class RankHealth:
     rank: int
@@ -316,6 +503,7 @@ class RankHealth:
     since: float
     reason: str | None
     incarnation: int
+    gpu: str | None = None
 
 
 @dataclass(frozen=True)
