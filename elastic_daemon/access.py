@@ -67,9 +67,7 @@ class AccessRules:
         if self.keys:
             return None if known else Refusal(401, "a valid API key is required")
         if is_control_path(path) and not self.loopback and not known:
-            return Refusal(
-                403, "this route needs an API key on an address that others can reach; start with --api-key"
-            )
+            return Refusal(403, "this route needs an API key on an address that others can reach; start with --api-key")
         return None
 
     def _order_refusal(self, headers: Headers) -> Refusal | None:
@@ -151,7 +149,11 @@ class AccessGuard:
             type_ = "AuthenticationError" if status in (401, 403) else "BadRequestError"
             body = {"error": {"message": reason, "type": type_, "code": status}}
             return await JSONResponse(body, status)(scope, receive, send)
-        if scope["path"] == STATUS_ONLY_PATH and self._rules.keys and not self._rules.has_key(headers.get("authorization")):
+        if (
+            scope["path"] == STATUS_ONLY_PATH
+            and self._rules.keys
+            and not self._rules.has_key(headers.get("authorization"))
+        ):
             send = _StatusOnly(send)
         await self._app(scope, receive, send)
 

@@ -16,7 +16,7 @@ KEPT = 256
 """Reports that are remembered."""
 
 FIRST_REPORT_S = 5.0
-"""How long the first report may take. The controller gives it while it is told; this is for a controller that is gone."""
+"""How long the first report may take. It comes while the controller is told, unless there is none."""
 
 GRACE_S = 30.0
 """Beyond an order's own deadline: what was begun has to be undone first."""

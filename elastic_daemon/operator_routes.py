@@ -16,7 +16,15 @@ from elastic_daemon.health import HealthView
 from elastic_daemon.http_errors import bad_request, error_response, unavailable
 from elastic_daemon.membership import Status
 from elastic_daemon.operations import HTTP_STATUS, OperationDesk, Order, new_id
-from elastic_daemon.order_bodies import MAX_BODY_BYTES, AutomationBody, BadOrder, OrderBody, ScaleBody, check_scale, parse
+from elastic_daemon.order_bodies import (
+    MAX_BODY_BYTES,
+    AutomationBody,
+    BadOrder,
+    OrderBody,
+    ScaleBody,
+    check_scale,
+    parse,
+)
 
 MAX_RANK_DIGITS = 6
 
@@ -87,7 +95,9 @@ def make_operator_router(plane: OperatorPlane) -> APIRouter:
     async def one_operation(operation: str) -> JSONResponse:
         report = plane.operations.get(operation)
         if report is None:
-            return error_response(404, "NotFoundError", f"no operation {operation} is known; GET /operations lists them")
+            return error_response(
+                404, "NotFoundError", f"no operation {operation} is known; GET /operations lists them"
+            )
         return JSONResponse(operation_json(report, _active(plane)))
 
     def add_rank_route(deed: p.RankDeed) -> None:

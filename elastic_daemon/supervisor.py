@@ -169,6 +169,7 @@ class Supervisor:
             self.events.record(start.event, start.fields)
         return Policy(
             target=start.target,
+            max_ranks=self.max_ranks,
             experts=answer["experts"],
             slots=answer["slots"],
             start_timeout_s=settings.start_timeout,
@@ -221,7 +222,6 @@ class Supervisor:
 
     def set_automation(self, enabled: bool) -> None:
         self.automation = enabled
-        self.events.record("automation_switched", {"enabled": enabled})
         self.tell(p.AutomationSwitched(enabled))
 
     def release_gpu(self, uuid: str) -> None:
@@ -379,10 +379,7 @@ class Supervisor:
         )
 
     def _operation_changed(self, action: p.OperationChanged) -> None:
-        report = action.report
-        self.operations.changed(report)
-        told = ("operation", "kind", "state", "phase", "message", "target", "ranks")
-        self.events.record("operation_changed", {name: getattr(report, name) for name in told})
+        self.operations.changed(action.report)
 
     def _store_target(self, action: p.StoreTarget) -> None:
         self._tasks.spawn(self._targets.store(action.target))
