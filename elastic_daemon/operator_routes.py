@@ -205,7 +205,7 @@ def operation_json(report: p.OperationReport, active: int) -> dict[str, Any]:
         "id": report.operation,
         "kind": report.kind.value,
         "state": report.state.value,
-        "phase": report.phase,
+        "phase": "done" if report.state is p.OperationState.DONE else report.phase,
         "progress": {"from": report.previous, "to": report.target, "active": active},
         "ranks": list(report.ranks),
         "message": report.message,

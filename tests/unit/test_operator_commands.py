@@ -21,13 +21,12 @@ from elastic_daemon import operator_commands
 from elastic_daemon.app import make_control_app
 from elastic_daemon.cli import main, make_parser
 from elastic_daemon.errors import DaemonUnreachable
-from elastic_daemon.events import EventLog
 from elastic_daemon.health import HealthView
 from elastic_daemon.membership import RankState, Status
-from elastic_daemon.metrics import Metrics
 from elastic_daemon.operator_commands import Target, age, describe_recovery, follow, format_event, status_view
 from elastic_daemon.protocol import HealthSnapshot, RankHealth, RecoveryKind, RecoveryReport, RequestCounts
 from elastic_daemon.runtime_dir import http_socket
+from tests.unit.operator_plane import OperatorPlane
 
 SHRINK = RecoveryReport(
     epoch=7,
@@ -39,14 +38,12 @@ SHRINK = RecoveryReport(
 )
 
 
-class Plane:
+class Plane(OperatorPlane):
     """A control plane with a fixed status."""
 
     def __init__(self, status: Status | None = Status.DEGRADED) -> None:
+        super().__init__()
         self.status = status
-        self.events = EventLog()
-        self.metrics = Metrics()
-        self.is_turning = True
 
     def health(self) -> HealthView:
         return HealthView(
@@ -78,14 +75,11 @@ class Plane:
             last_grow=None,
         )
 
-    async def ask_ranks(self, question: str) -> dict[int, Any]:
-        return {}
-
 
 class Server:
     """Serves a plane's control routes on a runtime directory's socket, in a thread."""
 
-    def __init__(self, plane: Plane, runtime_dir: Path) -> None:
+    def __init__(self, plane: OperatorPlane, runtime_dir: Path) -> None:
         config = uvicorn.Config(
             make_control_app(plane), uds=http_socket(runtime_dir), log_level="warning", timeout_graceful_shutdown=1
         )
@@ -113,7 +107,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(plane: Plane, runtime_dir: Path) -> Iterator[Server]:
+def serving(plane: OperatorPlane, runtime_dir: Path) -> Iterator[Server]:
     server = Server(plane, runtime_dir)
     try:
         yield server
@@ -318,7 +312,9 @@ def test_describe_recovery_without_requests() -> None:
     assert describe_recovery(report) == "start to epoch 1 (start): total 57.0 ms"
 
 
-@pytest.mark.parametrize("command", ["serve", "status", "events", "drill"])
+@pytest.mark.parametrize(
+    "command", ["serve", "status", "scale", "drain", "exclude", "release", "automation", "events", "drill"]
+)
 def test_every_command_has_help_with_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help") == 0
     assert f"examples:\n  elastic-daemon {command}" in capsys.readouterr().out
