@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
 import json
 import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from rich.console import Console
 
 from elastic_daemon import operator_commands
-from elastic_daemon.app import make_control_app
-from elastic_daemon.cli import main, make_parser
+from elastic_daemon.cli import make_parser
 from elastic_daemon.errors import DaemonUnreachable
 from elastic_daemon.health import HealthView
 from elastic_daemon.membership import RankState, Status
 from elastic_daemon.operator_commands import Target, age, describe_recovery, follow, format_event, status_view
 from elastic_daemon.protocol import HealthSnapshot, RankHealth, RecoveryKind, RecoveryReport, RequestCounts
-from elastic_daemon.runtime_dir import http_socket
+from tests.unit.command_line import Server, run, serving
 from tests.unit.operator_plane import OperatorPlane
 
 SHRINK = RecoveryReport(
@@ -74,52 +69,6 @@ class Plane(OperatorPlane):
             last_shrink=SHRINK,
             last_grow=None,
         )
-
-
-class Server:
-    """Serves a plane's control routes on a runtime directory's socket, in a thread."""
-
-    def __init__(self, plane: OperatorPlane, runtime_dir: Path) -> None:
-        config = uvicorn.Config(
-            make_control_app(plane), uds=http_socket(runtime_dir), log_level="warning", timeout_graceful_shutdown=1
-        )
-        self._plane, self._server = plane, uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-        while not self._server.started:
-            time.sleep(0.005)
-
-    def _run(self) -> None:
-        async def serve() -> None:
-            self._loop = asyncio.get_running_loop()
-            await self._server.serve()
-
-        asyncio.run(serve())
-
-    def record(self, name: str, **fields: Any) -> None:
-        self._loop.call_soon_threadsafe(self._plane.events.record, name, fields)
-
-    def stop(self) -> None:
-        self._server.should_exit = True
-        self._server.force_exit = True
-        self._thread.join(10)
-        assert not self._thread.is_alive()
-
-
-@contextlib.contextmanager
-def serving(plane: OperatorPlane, runtime_dir: Path) -> Iterator[Server]:
-    server = Server(plane, runtime_dir)
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
-def run(*command_line: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(command_line)
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
 
 
 @pytest.mark.parametrize(
