@@ -28,11 +28,13 @@ from elastic_daemon.health import HealthView, url_of
 from elastic_daemon.launcher import Zygote, adopt_orphans, reap_orphans
 from elastic_daemon.messages import Message
 from elastic_daemon.metrics import Metrics
+from elastic_daemon.operations import OperationDesk
 from elastic_daemon.policy import Policy
 from elastic_daemon.processes import Processes
 from elastic_daemon.runtime_dir import RuntimeDir
 from elastic_daemon.service_control import EXIT_START
 from elastic_daemon.store import RendezvousStore
+from elastic_daemon.target_store import TargetWriter, load_target, start_target
 from elastic_daemon.tasks import Tasks
 from elastic_daemon.watch.side import WatchdogSide
 
@@ -58,6 +60,10 @@ class Supervisor:
         self.metrics = Metrics()
         self.model = settings.model or "tiny-moe"
         self.min_ranks = 1
+        self.max_ranks = settings.max_ranks or settings.data_parallel_size
+        self.automation = True
+        self.operations = OperationDesk(self.tell)
+        self._targets = TargetWriter(settings)
         self._started = time.monotonic()
         self._last_turn = time.monotonic()
         self._controller: Controller | None = None
@@ -158,8 +164,12 @@ class Supervisor:
             },
         )
         self.min_ranks = -(-answer["experts"] // answer["slots"])
+        start = start_target(settings, load_target(settings), self.min_ranks, self.max_ranks)
+        if start.event is not None:
+            self.events.record(start.event, start.fields)
         return Policy(
-            target=settings.data_parallel_size,
+            target=start.target,
+            max_ranks=self.max_ranks,
             experts=answer["experts"],
             slots=answer["slots"],
             start_timeout_s=settings.start_timeout,
@@ -171,6 +181,8 @@ class Supervisor:
     def _begin(self, policy: Policy) -> None:
         self._controller = Controller(policy, time.monotonic())
         self._carry_out(self._controller.start(time.monotonic()))
+        if not self.automation:
+            self.tell(p.AutomationSwitched(False))
 
     async def _supervise(self) -> p.Exit:
         """The control loop: sends Tick when something is due, and proves with each turn that it lives."""
@@ -190,12 +202,14 @@ class Supervisor:
         return ended
 
     def _stop_requested(self) -> None:
+        self.operations.close("the daemon stops")
         if self._controller is None:
             self._finish(p.Exit(0, "stopped while starting"))
         else:
             self.tell(p.StopRequested(self.settings.shutdown_timeout))
 
     def _finish(self, ended: p.Exit) -> None:
+        self.operations.close("the daemon stops")
         if not self._exit.done():
             self._exit.set_result(ended)
 
@@ -205,6 +219,13 @@ class Supervisor:
         if self._controller is not None and not self._exit.done():
             self._carry_out(self._controller.handle(event, time.monotonic()))
             self._wake.set()
+
+    def set_automation(self, enabled: bool) -> None:
+        self.automation = enabled
+        self.tell(p.AutomationSwitched(enabled))
+
+    def release_gpu(self, uuid: str) -> None:
+        self._watch.release(uuid)
 
     def _on_hello(self, peer: Peer) -> None:
         if peer.role == "rank":
@@ -333,8 +354,7 @@ class Supervisor:
             http_socket=self._runtime.http_socket,
             listen_fd=self._listener.fileno(),
             hold_timeout_s=self.settings.hold_timeout,
-            api_keys=self.settings.api_key,
-            loopback=self.settings.access.loopback,
+            access=self.settings.access.to_message(),
             **self._zmq_addresses,
         )
 
@@ -358,6 +378,12 @@ class Supervisor:
             "recovery_done", {"epoch": report.epoch, "kind": report.kind, "ranks": report.ranks, "seconds": seconds}
         )
 
+    def _operation_changed(self, action: p.OperationChanged) -> None:
+        self.operations.changed(action.report)
+
+    def _store_target(self, action: p.StoreTarget) -> None:
+        self._tasks.spawn(self._targets.store(action.target))
+
     def _stop_all(self, _: p.StopAll) -> None:
         self._processes.kill_all()
 
@@ -372,6 +398,8 @@ class Supervisor:
         p.KillFrontend: _kill_frontend,
         p.RecordEvent: _record,
         p.RecoveryDone: _recovery_done,
+        p.OperationChanged: _operation_changed,
+        p.StoreTarget: _store_target,
         p.StopAll: _stop_all,
         p.Exit: _finish,
     }

@@ -89,6 +89,7 @@ class WatchdogDesk:
         self._deployment = deployment
         self._runtime_dir = runtime_dir
         self._instance = secrets.token_hex(8)
+        self._released: dict[str, float] = {}
         self._taken: deque[str] = deque(maxlen=KEPT_IDS)
 
     def bindings(self) -> dict[str, Any]:
@@ -110,8 +111,13 @@ class WatchdogDesk:
                 }
                 for rank in ranks
             ],
-            "released": {},
+            "released": dict(self._released),
         }
+
+    def release(self, uuid: str) -> None:
+        """An operator lets this GPU out of quarantine: what happened until now is forgiven."""
+        self._released[uuid] = time.time()
+        self._deployment.events.record("gpu_released", {"gpu": uuid})
 
     def take(self, verdict: VerdictBody) -> None:
         """Take one in, once. What is to be done is under way when this returns. Raises Refused."""
