@@ -51,7 +51,7 @@ class ScalingControl(CapacityControl):
         if not rows:  # left, or lost on the way
             self._departure = None
             return self._deadlines.disarm(Wait.DEPARTURE)
-        if self._phase is not Phase.SERVING:
+        if self._phase not in (Phase.SERVING, Phase.UNAVAILABLE):
             return
         if not self._holds_all(len(self._ranks.members) - len(rows)):
             return self._stay()

@@ -263,10 +263,19 @@ class Supervisor:
             case "synced":
                 fields = ("epoch", "kept", "replayed", "restarted", "lost", "delivered")
                 self.tell(p.FrontendSynced(*(message[field] for field in fields)))
+            case "moved":
+                self._note_moves(message["requests"])
+                self.tell(p.FrontendMoved(message["epoch"], tuple(message["draining"])))
             case "stats":
                 self._stats = message
             case "drained":
                 self.tell(p.DrainComplete())
+
+    def _note_moves(self, requests: list[Message]) -> None:
+        for moved in requests:
+            if moved["count"]:
+                self.metrics.moved(moved["count"])
+                self.events.record("requests_moved", {"rank": moved["rank"], "count": moved["count"]})
 
     # --- actions ------------------------------------------------------------------------------------------------------
 
@@ -343,6 +352,7 @@ class Supervisor:
             reason=snapshot.reason,
             hold=snapshot.hold,
             members=members,
+            draining=[incarnation for _, incarnation in snapshot.draining],
         )
 
     def _start_frontend(self, _: p.StartFrontend) -> None:
