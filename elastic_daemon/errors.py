@@ -6,6 +6,7 @@ ElasticError
 +-- DaemonUnreachable        an operator command found no daemon where it was told to ask          (exit 3)
 +-- PeerLost                 a collective or a rendezvous failed because another member is gone
 +-- Fenced                   this rank was told to stop stepping: its epoch has ended
++-- HostCopyUnusable         a copy of an expert in host memory is missing, torn, damaged or of something else
 +-- ControlClosed            the control connection to the supervisor or from a child is gone
 """
 
@@ -54,6 +55,10 @@ class Fenced(ElasticError):
     def __init__(self, epoch: int) -> None:
         super().__init__(f"fenced by epoch {epoch}")
         self.epoch = epoch
+
+
+class HostCopyUnusable(ElasticError):
+    pass
 
 
 class ControlClosed(ElasticError):
