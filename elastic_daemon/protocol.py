@@ -64,7 +64,8 @@ class RankFenced:
 class RankRegrouped:
     """Group built, experts in place; waits for Resume. `seconds` has the keys 'group' and 'repair'.
 
-    `loaded`: source (`host`, `checkpoint`) -> bytes and seconds, of the experts that were loaded for it.
+    `loaded`: source (`host`, `checkpoint`) -> bytes and seconds, of the experts that were loaded for it. `unusable`:
+    (layer, expert) of copies in host memory that were missing or damaged; those came from the checkpoint.
     """
 
     rank: int
@@ -72,6 +73,7 @@ class RankRegrouped:
     epoch: int
     seconds: Mapping[str, float]
     loaded: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    unusable: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -230,10 +230,10 @@ class Supervisor:
             case "fenced":
                 self.tell(p.RankFenced(rank, incarnation, message["epoch"], _column(message)))
             case "regrouped":
-                loaded = message["loaded"]
+                loaded, unusable = message["loaded"], _pairs(message["unusable"])
                 for source, (size, seconds) in loaded.items():
                     self.metrics.loaded(source, size, seconds)
-                self.tell(p.RankRegrouped(rank, incarnation, message["epoch"], message["seconds"], loaded))
+                self.tell(p.RankRegrouped(rank, incarnation, message["epoch"], message["seconds"], loaded, unusable))
             case "regroup_failed":
                 self.tell(p.RegroupFailed(rank, incarnation, message["epoch"], message["error"]))
             case "respread_done":
@@ -244,8 +244,7 @@ class Supervisor:
                 )
             case "stored":
                 cost = message["seconds"], message["bytes"]
-                experts = tuple((layer, expert) for layer, expert in message["experts"])
-                self.tell(p.RankStored(rank, incarnation, message["epoch"], experts, *cost))
+                self.tell(p.RankStored(rank, incarnation, message["epoch"], _pairs(message["experts"]), *cost))
             case "column":
                 self.tell(p.ColumnChanged(rank, incarnation, message["epoch"], _column(message)))
             case other:
@@ -449,3 +448,8 @@ class Supervisor:
 
 def _column(message: Message) -> p.Column:
     return tuple(tuple(row) for row in message["column"])
+
+
+def _pairs(found: list[list[int]]) -> tuple[tuple[int, int], ...]:
+    """(layer, expert)"""
+    return tuple((layer, expert) for layer, expert in found)

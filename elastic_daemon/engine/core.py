@@ -38,7 +38,7 @@ from elastic_daemon.engine.heartbeat import BeatingQueue, Page, Steps, get_beati
 from elastic_daemon.engine.plan import LocalExecutor, rank_plan
 from elastic_daemon.engine.resume import restore_output
 from elastic_daemon.engine.scheduler import ElasticScheduler
-from elastic_daemon.engine.tiers import load_slots
+from elastic_daemon.engine.tiers import Loaded, load_slots
 from elastic_daemon.engine.worker import executor_worker
 from elastic_daemon.errors import ControlClosed, Fenced, PeerLost
 from elastic_daemon.messages import ControlClient, Message
@@ -285,18 +285,18 @@ class ElasticEngineCore(DPEngineCoreProc):
             return False
         self._steps.begin_epoch(epoch)  # from here on it answers for its part in this group, also before it steps
         seconds = {"repair": repaired - started, "group": time.monotonic() - repaired}
-        self._control.send("regrouped", epoch=epoch, seconds=seconds, loaded=loaded)
+        tiers = {source: (tier.bytes, tier.seconds) for source, tier in loaded.tiers.items()}
+        self._control.send("regrouped", epoch=epoch, seconds=seconds, loaded=tiers, unusable=loaded.unusable)
         return True
 
-    def _load_slots(self, loads: list[Message]) -> dict[str, tuple[int, float]]:
-        """Bytes and seconds by the tier they came from."""
+    def _load_slots(self, loads: list[Message]) -> Loaded:
         if not loads:
-            return {}
+            return Loaded({}, [])
         self._page.set_phase(Phase.LOADING)
         with set_current_vllm_config(self.vllm_config):
-            tiers = load_slots(self.plan.rank, self.worker.model_runner.expert_slots, self._copies, loads)
+            loaded = load_slots(self.plan.rank, self.worker.model_runner.expert_slots, self._copies, loads)
         self.worker.loaded(SlotContent(load["layer"], load["slot"], load["expert"]) for load in loads)
-        return {source: (tier.bytes, tier.seconds) for source, tier in tiers.items()}
+        return loaded
 
     def _start_epoch(self, epoch: int) -> None:
         self.epoch = epoch

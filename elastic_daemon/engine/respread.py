@@ -120,8 +120,9 @@ class Respreading:
     def void(self) -> None:
         """The group has ended. What has been moved stays where it is."""
         if self._held is not None or self._progress is not None:
-            left = len(self._progress.layers) if self._progress is not None else None
-            log.info("respread_void", rank=self._rank, serial=self.serial, layers_left=left)
+            moving = self._progress
+            begun, left = (moving.plan.serial, len(moving.layers)) if moving is not None else (NO_PLAN, 0)
+            log.info("respread_void", rank=self._rank, begun=begun, layers_left=left, waiting=self.serial)
         self._held = self._progress = None
         self._mover.postponed = False
 

@@ -26,18 +26,26 @@ class TierLoad:
     seconds: float = 0.0
 
 
-def load_slots(
-    rank: int, slots: ExpertSlots, copies: HostCopies | None, loads: Iterable[Message]
-) -> dict[Source, TierLoad]:
+@dataclass(frozen=True)
+class Loaded:
+    """`unusable`: (layer, expert) of copies in host memory that had to be passed over."""
+
+    tiers: dict[Source, TierLoad]
+    unusable: list[tuple[int, int]]
+
+
+def load_slots(rank: int, slots: ExpertSlots, copies: HostCopies | None, loads: Iterable[Message]) -> Loaded:
     """Carry out the loads of a `regroup` message. Needs the current vLLM config to be set."""
     tiers = {Source.HOST: TierLoad(), Source.CHECKPOINT: TierLoad()}
-    left, count = [], 0
+    left, unusable, count = [], [], 0
     for load in loads:
         content = SlotContent(load["layer"], load["slot"], load["expert"])
         count += 1
-        hosted = copies if load["source"] == Source.HOST else None
-        if hosted is None or not _load_copy(rank, slots, hosted, content, tiers[Source.HOST]):
+        if copies is None or load["source"] != Source.HOST:
             left.append(content)
+        elif not _load_copy(rank, slots, copies, content, tiers[Source.HOST]):
+            left.append(content)
+            unusable.append((content.layer, content.expert))
     if left:
         started = time.monotonic()
         tiers[Source.CHECKPOINT] = TierLoad(slots.load(left), time.monotonic() - started)
@@ -50,7 +58,7 @@ def load_slots(
         seconds={source: round(tier.seconds, 4) for source, tier in used.items()},
         gb_per_s={source: gb_per_s(tier.bytes, tier.seconds) for source, tier in used.items()},
     )
-    return used
+    return Loaded(used, unusable)
 
 
 def _load_copy(rank: int, slots: ExpertSlots, copies: HostCopies, content: SlotContent, tier: TierLoad) -> bool:
