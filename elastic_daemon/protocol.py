@@ -62,12 +62,18 @@ class RankFenced:
 
 @dataclass(frozen=True)
 class RankRegrouped:
-    """Group built, experts in place; waits for Resume. `seconds` has the keys 'group' and 'repair'."""
+    """Group built, experts in place; waits for Resume. `seconds` has the keys 'group' and 'repair'.
+
+    `loaded`: source (`host`, `checkpoint`) -> bytes and seconds, of the experts that were loaded for it. `unusable`:
+    (layer, expert) of copies in host memory that were missing or damaged; those came from the checkpoint.
+    """
 
     rank: int
     incarnation: int
     epoch: int
     seconds: Mapping[str, float]
+    loaded: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    unusable: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
