@@ -50,6 +50,10 @@ class Child:
         self.started = self.cycled = now
         self.opened = False
         """It has initialised NVML and said so."""
+        self.gpus: frozenset[str] = frozenset()
+        """That it has opened."""
+        self.listening: frozenset[str] = frozenset()
+        """Those of them whose events it waits for now."""
         self.killed: float | None = None
         self._on_message = on_message
         self._on_exit = on_exit

@@ -292,6 +292,8 @@ class Service:
             "uuid": uuid,
             "index": case.index,
             "name": case.name,
+            "present": uuid in self._prober.present,
+            "listening": uuid in self._prober.listening,
             "ranks": [one.rank for one in self._docket.bindings.on_gpu(uuid)],
             "verdict": case.judgement.verdict.value,
             "signal": case.judgement.signal,

@@ -60,7 +60,7 @@ def render(status: dict[str, Any]) -> str:
     if not status["daemon"]["reachable"]:
         lines.append(f"daemon not reachable: {status['daemon']['error']}")
     lines.append("")
-    lines.append(f"{'GPU':>3}  {'UUID':40}  {'VERDICT':<12}  {'TEMP':>5}  RANKS  EVIDENCE")
+    lines.append(f"{'GPU':>3}  {'UUID':40}  {'VERDICT':<12}  {'TEMP':>5}  {'EVENTS':<8}  RANKS  EVIDENCE")
     for gpu in status["gpus"]:
         lines += _gpu_lines(gpu)
     if not status["gpus"]:
@@ -79,7 +79,8 @@ def _gpu_lines(gpu: dict[str, Any]) -> list[str]:
     first = gpu["reason"] or "-"
     if gpu["held"]:
         first += f" [held: {gpu['held']}]"
-    lines = [f"{index:>3}  {gpu['uuid']:40}  {gpu['verdict']:<12}  {celsius:>5}  {ranks:<5}  {first}"]
+    events = "heard" if gpu["listening"] else "NOT YET" if gpu["present"] else "-"
+    lines = [f"{index:>3}  {gpu['uuid']:40}  {gpu['verdict']:<12}  {celsius:>5}  {events:<8}  {ranks:<5}  {first}"]
     others = [one["signal"] for one in gpu["evidence"] if one["signal"] != gpu["signal"]]
     if others:
         lines.append(f"{'':>5}also: {', '.join(others)}")

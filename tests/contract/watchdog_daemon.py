@@ -138,6 +138,18 @@ class Watchdog:
         """The first verdict with these fields."""
         return until(lambda: self.daemon.of(**wanted), f"a verdict with {wanted}", timeout_s, self.explain)[0]
 
+    def until_listening(self, timeout_s: float = 20.0) -> None:
+        """Events of all GPUs are waited for, said since this call: NVML keeps none for who listens later."""
+        asked = time.time()
+
+        def heard() -> bool:
+            status = self.status()
+            driver = status["driver"]
+            everyone = {gpu.uuid for gpu in self.sim.list() if not gpu.lost}
+            return status["written"] > asked and not driver["isolated"] and set(driver["listening"]) == everyone
+
+        until(heard, "a watchdog that listens to all GPUs", timeout_s, self.explain)
+
     def explain(self) -> str:
         return f"verdicts: {[body for _, body in self.daemon.verdicts]}\nlog: {self.log.read_text()[-3000:]}"
 
