@@ -42,7 +42,7 @@ TRANSITIONS: Final[dict[RankState, frozenset[RankState]]] = {
     RankState.ACTIVE: frozenset({RankState.SUSPECT, RankState.DRAINING, RankState.EXCLUDED}),
     RankState.SUSPECT: frozenset({RankState.SUSPECT, RankState.ACTIVE, RankState.DRAINING, RankState.EXCLUDED}),
     RankState.DRAINING: frozenset({RankState.ACTIVE, RankState.RETIRED, RankState.EXCLUDED}),
-    RankState.EXCLUDED: frozenset({RankState.STARTING}),
+    RankState.EXCLUDED: frozenset({RankState.STARTING, RankState.RETIRED}),
     RankState.RETIRED: frozenset({RankState.STARTING}),
 }
 
@@ -96,6 +96,10 @@ class Membership:
         starts = 1 if old is None else old.starts + 1
         self._rows[rank] = Rank(rank, self._incarnation, RankState.STARTING, now, starts=starts)
         return self._rows[rank]
+
+    def enrol(self, rank: int, now: float, reason: str) -> None:
+        """A rank that cannot be started yet. One that is known stays as it is."""
+        self._rows.setdefault(rank, Rank(rank, 0, RankState.EXCLUDED, now, reason, starts=0))
 
     def move(self, rank: int, state: RankState, now: float, reason: str | None = None) -> Rank:
         """Raises IllegalTransition unless TRANSITIONS allows it, KeyError for a rank never started."""

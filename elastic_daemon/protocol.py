@@ -357,8 +357,8 @@ class Publish:
     """For the front end.
 
     ok, degraded: put the requests of ranks that are not in `active` onto ones that are, open, then answer
-    FrontendSynced(epoch); with `draining`, also FrontendMoved when nothing is left on those. stopping: take nothing new, finish what runs. Anything else: hold what comes in, and
-    deliver nothing more from `excluded`.
+    FrontendSynced(epoch); with `draining`, also FrontendMoved when nothing is left on those. stopping: take nothing
+    new, finish what runs. Anything else: hold what comes in, and deliver nothing more from `excluded`.
     """
 
     membership: Snapshot

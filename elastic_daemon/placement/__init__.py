@@ -8,13 +8,17 @@ rank has S *slots* per MoE layer; a slot holds one expert id or `EMPTY`. *Dense 
 ascending ids, which is its communicator rank; physical expert id = dense index * S + slot. *Copies* of an expert are
 counted in distinct ranks: a second copy within one rank does not outlive that rank. E experts, N ranks.
 
-`model` has the data and what can be read off it, `start` the first placement, `moves` the changes to one that runs.
+`model` has the data and what can be read off it, `start` the first placement, `moves` the changes to one that runs,
+`balance` what load has to do with it.
 """
 
+from elastic_daemon.placement.balance import balancedness, rebalance
 from elastic_daemon.placement.model import (
     EMPTY,
     HostCopies,
+    Hosts,
     IntArray,
+    Load,
     NotEnoughSlots,
     Placement,
     PlacementError,
@@ -28,24 +32,29 @@ from elastic_daemon.placement.model import (
     slots_per_rank,
     survivable_losses,
 )
-from elastic_daemon.placement.moves import repair, respread
+from elastic_daemon.placement.moves import evacuate, repair, respread
 from elastic_daemon.placement.start import initial
 
 __all__ = [
     "EMPTY",
     "HostCopies",
+    "Hosts",
     "IntArray",
+    "Load",
     "NotEnoughSlots",
     "Placement",
     "PlacementError",
     "RepairPlan",
     "SlotLoad",
     "Source",
+    "balancedness",
     "copies",
+    "evacuate",
     "expert_safety",
     "initial",
     "minimum_ranks",
     "missing",
+    "rebalance",
     "repair",
     "respread",
     "slots_per_rank",

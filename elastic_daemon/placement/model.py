@@ -11,6 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+Load = npt.ArrayLike  # tokens per expert, [layers, E]
+Hosts = Mapping[int, str]  # rank -> name of the host it is on
 HostCopies = Collection[tuple[int, int]]  # (layer, expert) pairs that also have a copy in host memory
 
 EMPTY: Final = -1

@@ -10,7 +10,9 @@ import numpy as np
 from elastic_daemon.placement.model import (
     EMPTY,
     HostCopies,
+    Hosts,
     IntArray,
+    Load,
     Placement,
     RepairPlan,
     SlotLoad,
@@ -38,7 +40,30 @@ def repair(placement: Placement, survivors: Iterable[int], host_copies: HostCopi
     return edit.plan()
 
 
-def respread(placement: Placement, ranks: Iterable[int], host_copies: HostCopies | None = None) -> RepairPlan:
+def evacuate(placement: Placement, leaving: Iterable[int]) -> RepairPlan:
+    """The fewest loads after which the ranks that stay hold every expert. The leaving ones keep what they hold.
+
+    As `repair`, but the source is PEER: a leaving rank, which still lives. CHECKPOINT only for what nobody holds.
+    Raises NotEnoughSlots when the slots of those that stay are fewer than E.
+    """
+    gone = set(leaving) & set(placement.ranks)
+    plan = repair(placement, set(placement.ranks) - gone)
+    sent = dict.fromkeys(sorted(gone), 0)
+    for number, want in enumerate(loads := list(plan.loads)):
+        if holders := [rank for rank in sent if want.expert in placement.columns[rank][want.layer]]:
+            peer = min(holders, key=sent.__getitem__)
+            sent[peer] += 1
+            loads[number] = replace(want, source=Source.PEER, peer=peer)
+    return RepairPlan(placement.with_columns(plan.placement.columns), tuple(loads))
+
+
+def respread(
+    placement: Placement,
+    ranks: Iterable[int],
+    host_copies: HostCopies | None = None,
+    load: Load | None = None,
+    hosts: Hosts | None = None,
+) -> RepairPlan:
     """Loads after which `expert_safety` on `ranks` is as high as slots allow: min(N, N * S // E) copies of everything.
 
     Ranks that the placement does not know start empty; no slot stays empty. Few moves: a copy moves only where it
