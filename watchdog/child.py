@@ -14,11 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import structlog
-
 from watchdog.call_page import CallPage, create_page_fd
-
-log = structlog.get_logger(__name__)
+from watchdog.logs import log
 
 Message = dict[str, Any]
 _LONGEST_LINE = 1 << 20

@@ -7,17 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import structlog
-
 from watchdog.bindings import Binding, Bindings
 from watchdog.heartbeat.culprit import HeartbeatJudge
 from watchdog.heartbeat.errors import HeartbeatError
 from watchdog.heartbeat.findings import Finding, FindingKind
 from watchdog.heartbeat.layout import ProcessState, Snapshot
 from watchdog.heartbeat.reader import PageReader
+from watchdog.logs import log
 from watchdog.verdict import RankView
-
-log = structlog.get_logger(__name__)
 
 
 class Docket(Protocol):

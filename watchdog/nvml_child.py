@@ -33,6 +33,7 @@ from typing import Any
 import pynvml as nv
 
 from watchdog.call_page import CallPage
+from watchdog.memory import give_back
 from watchdog.nvml import Driver, Gpu, Trouble
 from watchdog.parent import die_with_parent
 
@@ -83,6 +84,7 @@ class Child:
         self._reopen_at: float | None = None
         self._gone: set[str] = set()
         self._open_driver()
+        give_back()
 
     def _open_driver(self) -> None:
         self.driver = Driver(self._page, self._known, self._skip, self._only)

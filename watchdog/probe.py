@@ -17,11 +17,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import structlog
-
 from watchdog.child import Call, Child, Message
-
-log = structlog.get_logger(__name__)
+from watchdog.logs import log
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,10 @@ class WatchdogSide:
         with contextlib.suppress(OSError):
             (self._runtime_dir / DIRECTORY_NAME).rmdir()
 
+    def release_gpu(self, uuid: str) -> None:
+        """Out of the watchdog's quarantine."""
+        self._desk.release_gpu(uuid)
+
     def remove_page(self, incarnation: int) -> None:
         """The heartbeat page of a rank that has ended."""
         page_path(self._runtime_dir, incarnation).unlink(missing_ok=True)

@@ -35,6 +35,8 @@ class DaemonRoutes:
     verdicts: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
     """(arrival in monotonic seconds, body)"""
     refused: list[dict[str, Any]] = field(default_factory=list)
+    gpus: list[list[dict[str, Any]]] = field(default_factory=list)
+    """What came to `PUT /watchdog/gpus`, oldest first."""
     asked: int = 0
 
     def bind(self, gpus: list[str], pages: dict[int, Path] | None = None) -> None:
@@ -89,7 +91,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.send_response(self.routes.take(self.path.rpartition("/")[2], body))
+        if self.path == "/watchdog/gpus":
+            self.routes.gpus.append(body["gpus"])
+            self.send_response(204)
+        else:
+            self.send_response(self.routes.take(self.path.rpartition("/")[2], body))
         self.send_header("Content-Length", "0")
         self.end_headers()
 
