@@ -49,6 +49,8 @@ class Heartbeats:
         """By incarnation: the page when it last changed."""
         self._standstill: str | None = None
         self.states: list[RankState] = []
+        self.newest_epoch = 0
+        """That the pages of bound ranks speak of."""
 
     def observe(self, bindings: Bindings, docket: Docket, now: float) -> None:
         """One look at all pages. To be called about ten times a second."""
@@ -57,6 +59,7 @@ class Heartbeats:
         for binding in bindings.ranks:
             if (page := self._read(binding)) is not None:
                 pages[binding.incarnation] = page
+        self.newest_epoch = max((page.epoch for page in pages.values()), default=0)
         findings = self._judge.observe(now, list(pages.values()), bindings.epoch or None)
         self._note_standstill(findings)
         self.states = []

@@ -69,6 +69,7 @@ class Service:
         self._hearing = Hearing()
         self._fitness: tuple[Fitness, ...] | None = None
         self._read_bindings = asyncio.Event()
+        self._asked_for: tuple[str | None, int] | None = None
         self._daemon_error: str | None = "not asked yet"
         self._stop = asyncio.Event()
         self._written = 0.0
@@ -151,6 +152,7 @@ class Service:
             self._prober.tick(now)
             self._hearing.note(self._prober.listening, self._prober.present, now)
             self._heartbeats.observe(self._docket.bindings, self._docket, now)
+            self._follow_epoch()
             self._review()
             if now - self._written >= WRITE_S:
                 self._written = now
@@ -168,6 +170,13 @@ class Service:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(BINDINGS_S):
                     await self._read_bindings.wait()
+
+    def _follow_epoch(self) -> None:
+        """Ranks are in a newer epoch than the bindings: read them now. Asked once for each, should they disagree."""
+        newest = (self._docket.bindings.instance, self._heartbeats.newest_epoch)
+        if newest[1] > self._docket.bindings.epoch and newest != self._asked_for:
+            self._asked_for = newest
+            self._read_bindings.set()
 
     def _rebind(self, bindings: Bindings) -> None:
         known = self._docket.bindings

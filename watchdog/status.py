@@ -50,7 +50,7 @@ def render(status: dict[str, Any]) -> str:
     """For people: each GPU with verdict and evidence, each rank with its heartbeat."""
     age = status["age_s"]
     stale = f"  STALE: not written for {age:.0f} s, the watchdog is dead or hangs" if age > STALE_S else ""
-    lines = [f"watchdog pid {status['pid']}, mode {status['mode']}, epoch {status['epoch']}{stale}"]
+    lines = [f"watchdog pid {status['pid']}, mode {status['mode']}, {_group(status)}{stale}"]
     driver = status["driver"]
     lines.append(
         f"driver {driver['version'] or 'not yet known'}{', ' + driver['trouble'] if driver['trouble'] else ''}"
@@ -70,6 +70,13 @@ def render(status: dict[str, Any]) -> str:
         lines.append(f"{'RANK':>4}  {'INC.':>4}  {'HEARTBEAT':<12}  {'PHASE':<10}  {'STEP':>9}  {'SILENT':>8}  VERDICT")
         lines += [_rank_line(rank) for rank in status["ranks"]]
     return "\n".join(lines)
+
+
+def _group(status: dict[str, Any]) -> str:
+    """Epochs count from 1: in 0, ranks are bound and start, and are no group yet."""
+    if status["epoch"]:
+        return f"epoch {status['epoch']}"
+    return f"no group yet ({len(status['ranks'])} ranks bound)" if status["ranks"] else "no ranks bound"
 
 
 def _gpu_lines(gpu: dict[str, Any]) -> list[str]:
