@@ -50,6 +50,8 @@ class Controller(ScalingControl):
                 self._on_verdict(event)
             case p.GpusSeen():
                 self._gpus.see(event.gpus, self._now)
+            case p.GpuReleased():
+                self._gpus.release(event.uuid)
             case p.FrontendMoved():
                 self._on_moved(event)
             case _:
