@@ -110,8 +110,7 @@ class Frontend:
         )
         self._llm = make_llm(self._deployment, self._client)
         gated = HoldGate(await make_app(self._deployment, self._llm), self._client)
-        rules = AccessRules(tuple(spec["api_keys"]), spec["loopback"])
-        app = AccessGuard(ControlProxy(gated, spec["http_socket"]), rules)
+        app = AccessGuard(ControlProxy(gated, spec["http_socket"]), AccessRules.from_message(spec["access"]))
         self._server = uvicorn.Server(
             uvicorn.Config(app, lifespan="on", log_level="warning", access_log=False, timeout_keep_alive=30)
         )

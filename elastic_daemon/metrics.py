@@ -43,10 +43,24 @@ class Metrics:
             ["signal", "verdict"],
             registry=registry,
         )
+        self._loaded = {
+            unit: Counter(
+                f"elastic_expert_load_{unit}_total",
+                f"{unit.capitalize()} of experts that ranks have taken in, by where they came from",
+                ["source"],
+                registry=registry,
+            )
+            for unit in ("bytes", "seconds")
+        }
         self._lost = Counter("elastic_requests_lost_total", "Requests that a recovery lost", registry=registry)
 
     def verdict(self, signal: str, verdict: str) -> None:
         self._verdicts.labels(signal, verdict).inc()
+
+    def loaded(self, source: str, size: int, seconds: float) -> None:
+        """A rank has taken in `size` bytes of experts from `source`: peer, host or checkpoint."""
+        self._loaded["bytes"].labels(source).inc(size)
+        self._loaded["seconds"].labels(source).inc(seconds)
 
     def recovery(self, report: RecoveryReport) -> None:
         for phase, seconds in report.seconds.items():
