@@ -1,4 +1,4 @@
-"""Command line: `elastic-daemon serve | status | events | drill | plan`."""
+"""Command line of `elastic-daemon`: serve, status, scale, drain, exclude, release, automation, events, drill, plan."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from elastic_daemon import __version__, capacity_plan
-from elastic_daemon.config import Device, Restore, default_runtime_dir, load_settings
+from elastic_daemon import __version__
+from elastic_daemon.config import Device, HostExpertCopies, Respread, Restore, default_runtime_dir, load_settings
 from elastic_daemon.errors import ElasticError, wrong_watchdog
 from elastic_daemon.logs import configure_logging
+from elastic_daemon.order_arguments import add_command, add_order_commands, add_target
+from elastic_daemon.plan_arguments import add_plan_command
 from elastic_daemon.watch.upkeep import WatchMode
 
 SERVE_EXAMPLES = """\
@@ -49,15 +51,6 @@ The drill kills processes of the daemon for real. It needs to run on the daemon'
 exit status: 0 if no stream was lost or changed, 1 otherwise, 2 for bad arguments, 3 when no daemon answers or starts
 """
 
-PLAN_EXAMPLES = """\
-examples:
-  elastic-daemon plan ./model --data-parallel-size 16 --gpu-memory 80
-  elastic-daemon plan ./model --data-parallel-size 72 --gpu-memory 141 --mtbf-hours 20000 --repair-hours 72
-  elastic-daemon plan --experts 256 --layers 58 --expert-bytes 44e6 --other-bytes 17e9 \\
-                      --data-parallel-size 16 --gpu-memory 80 --json
-exit status: 0 if something can be recommended, 1 if nothing fits, 2 for bad arguments
-"""
-
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -76,6 +69,10 @@ def make_parser() -> argparse.ArgumentParser:
     serve.usage = "elastic-daemon serve [MODEL] [options] [any vLLM engine flag]"
     serve.description = "Serve MODEL (a directory or hub id; it comes first), or without one the bundled tiny-moe."
     serve.add_argument("--data-parallel-size", type=int, metavar="N", help="ranks to serve with (default: 4)")
+    serve.add_argument("--max-ranks", type=int, metavar="M", help="most ranks that can be scaled up to (default: N)")
+    serve.add_argument(
+        "--reset-target", action="store_true", help="forget the number of ranks that was scaled to before this start"
+    )
     serve.add_argument("--device", choices=[device.value for device in Device], help="default: cpu")
     serve.add_argument(
         "--ranks-per-gpu", type=int, metavar="R", help="ranks that share a GPU, to test without many (default: 1)"
@@ -91,6 +88,16 @@ def make_parser() -> argparse.ArgumentParser:
         choices=[restore.value for restore in Restore],
         help="start lost ranks again and let them rejoin (default: auto)",
     )
+    serve.add_argument(
+        "--respread",
+        choices=[respread.value for respread in Respread],
+        help="spread copies of experts anew after each change of the group (default: auto)",
+    )
+    serve.add_argument(
+        "--host-expert-copies",
+        choices=[copies.value for copies in HostExpertCopies],
+        help="copy experts that a single rank holds to host memory (default: auto)",
+    )
     serve.add_argument("--hold-timeout", type=float, metavar="S", help="hold requests this long without capacity (60)")
     serve.add_argument("--start-timeout", type=float, metavar="S", help="give a rank this long to start (300)")
     serve.add_argument("--shutdown-timeout", type=float, metavar="S", help="let requests finish this long (5)")
@@ -103,29 +110,40 @@ def make_parser() -> argparse.ArgumentParser:
         "--watchdog-flags", metavar="FLAGS", help='for `elastic-watchdog run`, e.g. --watchdog-flags="--mode observe"'
     )
     serve.add_argument("--spare-gpus", type=int, metavar="K", help="idle simulated GPUs on --device cpu (default: 0)")
-    serve.add_argument("--state-dir", type=Path, metavar="DIR", help="what the watchdog remembers over restarts")
+    serve.add_argument(
+        "--gpu-probation",
+        type=float,
+        metavar="S",
+        help="a GPU must be healthy this long before a rank starts on it (2)",
+    )
+    serve.add_argument("--state-dir", type=Path, metavar="DIR", help="what is remembered over restarts")
     serve.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     serve.add_argument("--port", type=int, help="port to listen on (default: 8000; 0: any free one)")
     serve.add_argument(
         "--api-key", action="append", metavar="KEY", help="require this key (again for more; better: $ELASTIC_API_KEY)"
     )
+    serve.add_argument(
+        "--admin-key", metavar="KEY", help="require it for scaling and such (seen in `ps`; better: $ELASTIC_ADMIN_KEY)"
+    )
     serve.add_argument("--runtime-dir", type=Path, metavar="DIR", help=f"default: {default_runtime_dir()}")
 
-    status = _add_command(commands, "status", "show ranks and state of a running daemon", STATUS_EXAMPLES)
-    _add_target(status)
+    status = add_command(commands, "status", "show ranks and state of a running daemon", STATUS_EXAMPLES)
+    add_target(status)
     status.add_argument("--json", action="store_true", help="print the body of /health as it is")
 
-    events = _add_command(commands, "events", "print what happened, oldest first", EVENTS_EXAMPLES)
-    _add_target(events)
+    add_order_commands(commands)
+
+    events = add_command(commands, "events", "print what happened, oldest first", EVENTS_EXAMPLES)
+    add_target(events)
     events.add_argument("--follow", "-f", action="store_true", help="go on as things happen, also across a restart")
 
-    drill = _add_command(commands, "drill", "kill a rank under load and compare what clients see", DRILL_EXAMPLES)
+    drill = add_command(commands, "drill", "kill a rank under load and compare what clients see", DRILL_EXAMPLES)
     drill.description = (
         "Stream completions twice, the second time with SIGKILL of a rank on the way, and compare the two\n"
         "runs token by token. Uses the daemon at --url or the live one in --runtime-dir; otherwise starts\n"
         "one of its own."
     )
-    _add_target(drill)
+    add_target(drill)
     drill.add_argument("--streams", type=int, default=16, metavar="N", help="clients at once (default: %(default)s)")
     drill.add_argument("--tokens", type=int, default=200, metavar="N", help="tokens per stream (default: %(default)s)")
     drill.add_argument("--kill", metavar="RANK[,RANK]", help="ranks to kill (default: a random one that is active)")
@@ -138,66 +156,8 @@ def make_parser() -> argparse.ArgumentParser:
     drill.add_argument("--ranks", type=int, metavar="N", help="ranks of a daemon that the drill starts (default: 4)")
     drill.add_argument("--seed", type=int, metavar="N", help="of the random choice (default: a new one, shown)")
     drill.add_argument("--json", action="store_true", help="print one JSON object with all numbers")
-    _add_plan(commands)
+    add_plan_command(commands)
     return parser
-
-
-def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    summary = "show which redundancy buys which safety and availability"
-    plan = _add_command(commands, "plan", summary, PLAN_EXAMPLES)
-    plan.add_argument("model", nargs="?", metavar="MODEL", help="a directory with config.json, best with the weights")
-    plan.add_argument("--data-parallel-size", type=int, required=True, metavar="N", help="ranks, one GPU each")
-    plan.add_argument("--gpu-memory", type=float, required=True, metavar="GIB", help="memory of one GPU")
-    plan.add_argument("--experts", type=int, metavar="E", help="without MODEL: routed experts per layer")
-    plan.add_argument("--layers", type=int, metavar="L", help="without MODEL: layers with experts")
-    plan.add_argument("--expert-bytes", type=float, metavar="BYTES", help="of one expert in one layer")
-    plan.add_argument("--other-bytes", type=float, metavar="BYTES", help="of all other weights")
-    plan.add_argument(
-        "--mtbf-hours",
-        type=float,
-        default=capacity_plan.MTBF_HOURS,
-        metavar="H",
-        help="mean time between failures of one GPU (default: %(default)s, from the training of Llama 3)",
-    )
-    plan.add_argument(
-        "--repair-hours",
-        type=float,
-        default=capacity_plan.REPAIR_HOURS,
-        metavar="H",
-        help="until it, or another, serves again (default: %(default)s)",
-    )
-    plan.add_argument(
-        "--recovery-seconds",
-        type=float,
-        default=capacity_plan.RECOVERY_S,
-        metavar="S",
-        help="pause of a recovery; drill measures it (default: %(default)s)",
-    )
-    plan.add_argument("--json", action="store_true", help="print one JSON object with all numbers")
-
-
-def _add_command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, examples: str
-) -> argparse.ArgumentParser:
-    return commands.add_parser(
-        name,
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-
-def _add_target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--runtime-dir",
-        type=Path,
-        default=default_runtime_dir(),
-        metavar="DIR",
-        help="runtime directory of the daemon (default: %(default)s)",
-    )
-    parser.add_argument("--url", help="ask a daemon over HTTP instead, e.g. http://127.0.0.1:8000")
 
 
 def serve(arguments: argparse.Namespace, engine_flags: Sequence[str]) -> int:
@@ -229,8 +189,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             code = serve(arguments, rest)
         else:
             from elastic_daemon.operator_commands import COMMANDS
+            from elastic_daemon.order_commands import ORDER_COMMANDS
 
-            code = COMMANDS[arguments.command](arguments)
+            code = {**COMMANDS, **ORDER_COMMANDS}[arguments.command](arguments)
             sys.stdout.flush()
     except ElasticError as error:
         print(f"elastic-daemon: {error}", file=sys.stderr)

@@ -23,6 +23,11 @@ class Comebacks:
         """It is a member that steps: its failures before are forgiven."""
         self._failures[rank] = 0
 
+    def forgive(self, rank: int) -> None:
+        """An operator wants it back, or it is to be tried elsewhere."""
+        self._failures[rank] = 0
+        self._losses.pop(rank, None)
+
     def after_loss(self, rank: int, now: float, *, had_served: bool) -> float | None:
         """When to start it again; None: not without an operator."""
         losses = self._losses.setdefault(rank, deque())

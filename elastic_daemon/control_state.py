@@ -9,6 +9,8 @@ from typing import Any
 
 from elastic_daemon.comebacks import Comebacks
 from elastic_daemon.deadlines import Deadlines
+from elastic_daemon.departure import Departure, Operation
+from elastic_daemon.gpu_pool import GpuPool
 from elastic_daemon.membership import IN_GROUP, Membership, Rank, RankState, Status
 from elastic_daemon.placement import Placement, expert_safety, survivable_losses
 from elastic_daemon.policy import Policy
@@ -25,6 +27,7 @@ from elastic_daemon.protocol import (
     Snapshot,
 )
 from elastic_daemon.recovery import Fault, FaultRun, Recovery, Timer
+from elastic_daemon.respreading import Spread
 from elastic_daemon.verdicts import Doubts
 
 
@@ -49,8 +52,21 @@ class Frontend(StrEnum):
 
 
 class ControlState:
-    def __init__(self, policy: Policy, now: float) -> None:
+    def __init__(self, policy: Policy, now: float, gpus: GpuPool | None = None) -> None:
+        """`gpus`: None where they are not known."""
         self._policy = policy
+        self._gpus = gpus or GpuPool((), 1, 0.0)
+        self._wanted = set(range(policy.target))  # who is to serve; as many as the target
+        self._ordered: set[int] = set()  # to be started although nothing is restored by itself
+        self._left_out: dict[int, str] = {}  # not to be started until an operator releases them, and why
+        self._no_gpu: set[int] = set()  # cannot be started for want of one
+        self._automatic = True  # whether verdicts are acted on and ranks restored
+        self._departure: Departure | None = None
+        self._operation: Operation | None = None
+        self._spread: Spread | None = None  # under way
+        self._spread_due = False  # the group has changed since experts were spread
+        self._spread_serial = 0
+        self._host_copies: set[tuple[int, int]] = set()  # (layer, expert)
         self._now = now
         self._phase = Phase.STARTING
         self._ranks = Membership()
@@ -67,11 +83,20 @@ class ControlState:
         self._doubts = Doubts()
         self._frontend = Frontend.DOWN
         self._frontend_exits: deque[float] = deque()
+        self._shown: Status | None = None  # to the front end, last
         self._opened = False  # whether the endpoint has ever served
         self._hold = True  # whether requests are held while nothing is served
         self._trouble = ""  # why it is unavailable, or ends
         self._last: dict[RecoveryKind, RecoveryReport] = {}
         self._last_recovery: RecoveryReport | None = None
+
+    @property
+    def target(self) -> int:
+        return len(self._wanted)
+
+    @property
+    def automatic(self) -> bool:
+        return self._automatic
 
     @property
     def phase(self) -> Phase:
@@ -89,7 +114,8 @@ class ControlState:
             case Phase.UNAVAILABLE:
                 return Status.UNAVAILABLE
             case Phase.RESUMING | Phase.SERVING if self._frontend is Frontend.READY:
-                return Status.OK if len(self._group) == self._policy.target else Status.DEGRADED
+                serving = {row.rank for row in self._group if row.state is not RankState.DRAINING}
+                return Status.OK if serving >= self._wanted else Status.DEGRADED
             case _:
                 return Status.RECOVERING if self._opened else Status.STARTING
 
@@ -100,8 +126,9 @@ class ControlState:
             case Status.UNAVAILABLE | Status.STOPPING:
                 return self._trouble
             case Status.OK | Status.DEGRADED:
-                missing = (row for row in self._ranks if row.state not in IN_GROUP)
-                wrong = [(row.rank, row.reason or row.state) for row in missing]
+                rows = [row for row in self._ranks if row.rank in self._wanted]
+                wrong = [(row.rank, self._absence(row)) for row in rows if row.state not in IN_GROUP]
+                wrong += [(row.rank, f"draining: {row.reason}") for row in rows if row.state is RankState.DRAINING]
                 wrong += [(rank[0], why) for ranks, why in self._doubts.refusals for rank in ranks if self._is(rank)]
                 return "; ".join(f"rank {rank}: {reason}" for rank, reason in wrong)
             case _:
@@ -119,7 +146,7 @@ class ControlState:
             case Phase.UNAVAILABLE:
                 doing = f"unavailable in epoch {self.epoch}: {self._trouble}"
             case Phase.SERVING:
-                doing = f"serving epoch {self.epoch} with {len(self._group)} of {self._policy.target} ranks"
+                doing = f"serving epoch {self.epoch} with {len(self._group)} of {self.target} ranks"
             case _:
                 doing = f"{self._phase} epoch {self.epoch}"
         waits = self._deadlines.describe(self._now)
@@ -130,18 +157,21 @@ class ControlState:
         safety = None
         if self._placement is not None:
             left = {row.rank for row in self._group} & set(self._placement.ranks)
-            safety = expert_safety(self._placement.restricted(left)) if left else -1
+            safety = expert_safety(self._placement.restricted(left), self._host_copies) if left else -1
         active = len(self._group)
         return HealthSnapshot(
             status=self.status,
             reason=self.reason,
             doing=self.describe(),
             epoch=self.epoch,
-            target=self._policy.target,
+            target=self.target,
             active=active,
             expert_safety=safety,
             survivable_losses=survivable_losses(self._policy.experts, active, self._policy.slots),
-            ranks=tuple(RankHealth(row.rank, row.state, row.since, row.reason, row.incarnation) for row in self._ranks),
+            ranks=tuple(
+                RankHealth(row.rank, row.state, row.since, row.reason, row.incarnation, self._gpus.of(row.rank))
+                for row in self._ranks
+            ),
             last_recovery=self._last_recovery,
             last_shrink=self._last.get(RecoveryKind.SHRINK),
             last_grow=self._last.get(RecoveryKind.GROW),
@@ -150,6 +180,15 @@ class ControlState:
     @property
     def _group(self) -> tuple[Rank, ...]:
         return self._ranks.where(*IN_GROUP)
+
+    def _absence(self, row: Rank) -> str:
+        """Why a wanted rank does not serve."""
+        why = self._left_out.get(row.rank) or row.reason or row.state.value
+        return f"{why}; waits for a usable GPU" if row.rank in self._no_gpu else why
+
+    def _holds_all(self, ranks: int) -> bool:
+        """Whether so many ranks have a slot for every expert."""
+        return ranks * self._policy.slots >= self._policy.experts
 
     def _is(self, identity: Identity) -> bool:
         """Whether this incarnation is the one that counts."""
@@ -166,10 +205,12 @@ class ControlState:
                 self._ranks.move(row.rank, RankState.ACTIVE, self._now)
 
     def _publish(self) -> None:
-        self._opened = self._opened or self.status in (Status.OK, Status.DEGRADED)
+        self._shown = self.status
+        self._opened = self._opened or self._shown in (Status.OK, Status.DEGRADED)
         members = tuple(row.identity for row in self._ranks.members)
         excluded = self._recovery.lost if self._recovery else ()
-        self._emit(Publish(Snapshot(self.epoch, self.status, self.reason, members, excluded, self._hold)))
+        draining = tuple(row.identity for row in self._ranks.where(RankState.DRAINING))
+        self._emit(Publish(Snapshot(self.epoch, self.status, self.reason, members, excluded, self._hold, draining)))
 
     def _column_error(self, column: Column) -> str | None:
         """What is wrong with the experts a rank says it holds."""

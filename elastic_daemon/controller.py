@@ -14,27 +14,24 @@ fencing, in the next epoch, with the members that are left.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
 from typing import assert_never
-
-import numpy as np
 
 from elastic_daemon import protocol as p
 from elastic_daemon.control_state import Frontend, Phase
 from elastic_daemon.deadlines import Wait
 from elastic_daemon.membership import MEMBERS, Rank, RankState
-from elastic_daemon.placement import NotEnoughSlots, Placement, repair
-from elastic_daemon.recovery import Fault, Recovery, Remedy
-from elastic_daemon.service_control import EXIT_START, EXIT_STOPPED, ServiceControl
+from elastic_daemon.recovery import Fault, Remedy
+from elastic_daemon.scaling_control import ScalingControl
+from elastic_daemon.service_control import EXIT_STOPPED
 from elastic_daemon.verdicts import Measure, Situation, decide
 
 
-class Controller(ServiceControl):
+class Controller(ScalingControl):
     def start(self, now: float) -> tuple[p.Action, ...]:
         """To be called once, first."""
         self._now = now
-        for rank in range(self._policy.target):
-            self._start_rank(rank)
+        self._deadlines.arm(Wait.START, now + self._policy.start_timeout_s)
+        self._fill()
         self._start_frontend()
         return self._flush()
 
@@ -47,17 +44,38 @@ class Controller(ServiceControl):
                 self._on_tick()
             case p.FrontendReady() | p.FrontendExited() | p.FrontendSynced():
                 self._on_frontend(event)
-            case p.StopRequested() | p.DrainComplete():
+            case p.StopRequested() | p.DrainComplete() | p.ScaleOrder() | p.RankOrder() | p.AutomationSwitched():
                 self._on_operator(event)
             case p.TelemetryVerdict():
                 self._on_verdict(event)
+            case p.GpusSeen():
+                self._gpus.see(event.gpus, self._now)
+            case p.GpuReleased():
+                self._gpus.release(event.uuid)
+            case p.FrontendMoved():
+                self._on_moved(event)
             case _:
                 # An old incarnation, or one that was given up, is a zombie, whatever it says.
                 if row := self._ranks.current(event.rank, event.incarnation):
                     self._on_rank(event, row)
+        self._go_on()
+        return self._flush()
+
+    def _go_on(self) -> None:
+        """Begin what can begin now. At most one change of the group is under way."""
+        if self._phase not in (Phase.EXITED, Phase.STOPPING):
+            self._fill()
+        if self._phase in (Phase.EXITED, Phase.STOPPING):
+            return
+        self._advance_operation()
+        self._advance_departure()
+        self._advance_operation()  # a departure may just have ended
         if self._can_grow and Wait.JOIN not in self._deadlines:
             self._deadlines.arm(Wait.JOIN, self._now + self._policy.join_delay_s)
-        return self._flush()
+        if self._phase is Phase.SERVING:
+            self._wait_to_spread()
+            if self._shown is not self.status:  # more or fewer are wanted
+                self._publish()
 
     def next_deadline(self) -> float | None:
         """When the shell must send Tick at the latest. None: nothing that is waited for can be late."""
@@ -82,10 +100,16 @@ class Controller(ServiceControl):
                     self._regroup_failed((row.rank,), event.error)
             case p.RankFault():
                 self._on_fault(event, row)
+            case p.RankRespread():
+                self._on_respread(event, row)
+            case p.RankStored():
+                self._on_stored(event)
+            case p.ColumnChanged():
+                self._on_column(event, row)
             case _:
                 assert_never(event)
 
-    def _on_frontend(self, event: p.FrontendEvent) -> None:
+    def _on_frontend(self, event: p.FrontendReady | p.FrontendExited | p.FrontendSynced) -> None:
         match event:
             case p.FrontendReady():
                 if self._frontend is Frontend.STARTING:
@@ -107,10 +131,18 @@ class Controller(ServiceControl):
     def _on_operator(self, event: p.OperatorEvent) -> None:
         match event:
             case p.StopRequested():
+                self._stop_operation("the daemon is stopping")
                 self._on_stop(event.timeout_s)
             case p.DrainComplete():
                 if self._phase is Phase.STOPPING:
                     self._exit(EXIT_STOPPED, "drained")
+            case p.ScaleOrder():
+                self._on_scale_order(event)
+            case p.RankOrder():
+                self._on_rank_order(event)
+            case p.AutomationSwitched():
+                self._automatic = event.enabled
+                self._record("automation_switched", enabled=event.enabled)
             case _:
                 assert_never(event)
 
@@ -120,8 +152,8 @@ class Controller(ServiceControl):
             return self._exit(EXIT_STOPPED, "the time to drain is over")
         if ranks := due(Wait.RANK_START, now):
             self._lose(dict.fromkeys(ranks, f"not ready {policy.start_timeout_s:g} s after its start"), kill=True)
-        for rank in due(Wait.RANK_RESTART, now):
-            self._start_rank(rank)
+        # What else these two waited for follows from them by itself.
+        due(Wait.RANK_RESTART, now), due(Wait.GPU, now), due(Wait.START, now)
         if ranks := due(Wait.FENCE, now):
             self._lose(dict.fromkeys(ranks, f"not parked {policy.fence_timeout_s:g} s after it was fenced"), kill=True)
         if ranks := due(Wait.REGROUP, now):
@@ -133,6 +165,14 @@ class Controller(ServiceControl):
             self._finish(None)
         if due(Wait.JOIN, now) and self._can_grow:
             self._enlist()
+        if due(Wait.SPREAD, now):
+            self._spread_late()
+        if due(Wait.SPREAD_START, now):
+            self._spread_for_safety()
+        if due(Wait.DEPARTURE, now):
+            self._departure_overdue()
+        if due(Wait.OPERATION, now):
+            self._operation_overdue()
         if due(Wait.GRACE, now) and self._fault is not None:
             self._on_lone_fault(self._fault)
         if due(Wait.HOLD, now):
@@ -144,106 +184,6 @@ class Controller(ServiceControl):
             self._emit(p.KillFrontend(f"not ready within {policy.frontend_start_timeout_s:g} s"))
         if due(Wait.FRONTEND_RESTART, now):
             self._start_frontend()
-
-    # --- starting ------------------------------------------------------------------------------------------------
-
-    def _start_rank(self, rank: int) -> None:
-        row = self._ranks.start(rank, self._now)
-        self._deadlines.arm(Wait.RANK_START, self._now + self._policy.start_timeout_s, rank)
-        self._record("rank_starting", rank=rank, incarnation=row.incarnation, attempt=row.starts)
-        self._emit(p.StartRank(rank, row.incarnation, tuple(range(self._policy.target)), self._policy.slots))
-
-    def _on_ready(self, event: p.RankReady, row: Rank) -> None:
-        if row.state is not RankState.STARTING:
-            return  # said twice
-        if self._layers is None:
-            self._layers = event.layers
-        if error := self._column_error(event.column):
-            return self._lose({row.rank: error}, kill=True)
-        self._ranks.move(row.rank, RankState.STANDBY, self._now)
-        self._deadlines.disarm(Wait.RANK_START, row.rank)
-        self._columns[row.rank] = event.column
-        self._record("rank_standby", rank=row.rank, incarnation=row.incarnation)
-        standby = self._ranks.where(RankState.STANDBY)
-        if self._phase is Phase.STARTING and len(standby) == self._policy.target:
-            self._ranks.next_epoch()
-            self._open_recovery("start")
-            for standby_row in standby:
-                self._ranks.move(standby_row.rank, RankState.JOINING, self._now)
-            self._regroup()
-
-    @property
-    def _can_grow(self) -> bool:
-        """Whether ranks on standby could be let in now: nothing else goes on, and it helps."""
-        standby, policy = self._ranks.where(RankState.STANDBY), self._policy
-        if self._phase is Phase.UNAVAILABLE:
-            return (len(self._ranks.members) + len(standby)) * policy.slots >= policy.experts
-        return bool(standby) and self._phase is Phase.SERVING
-
-    def _enlist(self) -> None:
-        """Let the ranks on standby in: the group regroups with them, in a new epoch."""
-        standby = self._ranks.where(RankState.STANDBY)
-        cause = f"rank {', '.join(str(row.rank) for row in standby)} joins"
-        self._open_recovery(cause).join((row.identity for row in standby), cause)
-        for row in standby:
-            self._ranks.move(row.rank, RankState.JOINING, self._now)
-        self._new_epoch()
-
-    # --- losing ranks --------------------------------------------------------------------------------------------
-
-    def _lose(
-        self,
-        reasons: Mapping[int, str],
-        *,
-        kill: bool = False,
-        evidence_at: float | None = None,
-        for_good: bool = False,
-    ) -> None:
-        """These ranks are dead, or (`kill`) given up, which is the same from now on: nobody waits for a corpse.
-
-        `for_good`: they are not started again, since the cause stays.
-        """
-        lost_members = []
-        had_served = {row.rank for row in self._group}
-        for rank, reason in reasons.items():
-            if self._ranks[rank].state in MEMBERS:
-                lost_members.append(self._ranks[rank].identity)
-            row = self._ranks.move(rank, RankState.EXCLUDED, self._now, reason)
-            self._deadlines.disarm(Wait.RANK_START, rank)
-            self._columns.pop(rank, None)
-            self._record("rank_excluded", rank=rank, incarnation=row.incarnation, reason=reason)
-            if kill:
-                self._emit(p.KillRank(rank, row.incarnation, reason))
-        if self._phase is Phase.STARTING:
-            return self._restart_later(reasons)
-        if self._policy.restore and self._phase is not Phase.STOPPING:
-            self._let_come_back(reasons, had_served, for_good)
-        if self._phase is Phase.STOPPING and lost_members:
-            self._exit(EXIT_STOPPED, "a rank was lost while draining")
-        elif lost_members:
-            cause = "; ".join(f"rank {rank}: {reason}" for rank, reason in reasons.items())
-            self._fault_run.lost_member()
-            self._open_recovery(cause, evidence_at).lose(lost_members, cause)
-            if self._phase is Phase.UNAVAILABLE:
-                self._ranks.next_epoch()
-                self._regroup()  # says how few are left now; the survivors stay parked
-            else:
-                self._new_epoch()
-
-    def _restart_later(self, reasons: Mapping[int, str]) -> None:
-        for rank, reason in reasons.items():
-            starts = self._ranks[rank].starts
-            if starts >= self._policy.max_start_attempts:
-                return self._exit(EXIT_START, f"rank {rank} did not start in {starts} attempts, the last: {reason}")
-            self._deadlines.arm(Wait.RANK_RESTART, self._now + self._policy.backoff(starts), rank)
-
-    def _let_come_back(self, ranks: Iterable[int], had_served: Container[int], for_good: bool) -> None:
-        for rank in ranks:
-            at = self._comebacks.after_loss(rank, self._now, had_served=rank in had_served)
-            if at is not None and not for_good:
-                self._deadlines.arm(Wait.RANK_RESTART, at, rank)
-            else:
-                self._record("rank_left_out", rank=rank, reason=self._ranks[rank].reason)
 
     def _on_fault(self, event: p.RankFault, row: Rank) -> None:
         fault = Fault(self._now, row.rank, event.error)
@@ -263,7 +203,7 @@ class Controller(ServiceControl):
     def _on_lone_fault(self, fault: Fault) -> None:
         """No death explains it. The same members regroup, unless that has cured nothing for too long."""
         members = self._ranks.members
-        may_exclude = (len(members) - 1) * self._policy.slots >= self._policy.experts
+        may_exclude = self._holds_all(len(members) - 1)
         remedy = self._fault_run.fault(fault.rank, may_exclude)
         why = f"{self._policy.max_vain_faults} faults in a row before any request got a token, the last: {fault.reason}"
         if remedy is Remedy.EXCLUDE:
@@ -279,13 +219,20 @@ class Controller(ServiceControl):
         rows = [row for identity in event.ranks if (row := self._ranks.current(*identity))]
         members = sum(row.state in MEMBERS for row in rows)
         serving, stopping = self._phase in (Phase.RESUMING, Phase.SERVING), self._phase is Phase.STOPPING
-        situation = Situation(len(rows), members, len(self._ranks.members), serving, stopping)
+        may_drain = self._phase is Phase.SERVING and self._departure is None
+        situation = Situation(
+            len(rows), members, len(self._ranks.members), serving, stopping, may_drain, self._automatic
+        )
         decision = decide(event, situation, self._policy)
         self._doubts.hear(event, decision)
         self._show_doubts()
+        bad_gpu = event.verdict in (p.VerdictKind.DRAIN, p.VerdictKind.EXCLUDE)
+        if bad_gpu and event.act:
+            self._gpus.condemn(event.subject, event.reason)
         match decision.measure:
+            case Measure.DRAIN:
+                self._drain_for_verdict(event, rows)
             case Measure.EXCLUDE:
-                bad_gpu = event.verdict is not p.VerdictKind.RESTART_RANK
                 reasons = {row.rank: event.reason for row in rows}
                 self._lose(reasons, kill=True, evidence_at=event.at, for_good=bad_gpu)
             case Measure.FENCE:
@@ -296,36 +243,7 @@ class Controller(ServiceControl):
                 ranks, told = [row.rank for row in rows], event.verdict.value
                 self._record("verdict_refused", ranks=ranks, verdict=told, reason=event.reason, why=decision.why)
 
-    # --- the path: fence, regroup, resume ------------------------------------------------------------------------
-
-    def _open_recovery(self, cause: str, evidence_at: float | None = None) -> Recovery:
-        """The recovery under way; a new one if there is none. `evidence_at`: when its cause was first seen."""
-        if self._recovery is None:
-            seen = (self._now, evidence_at, self._fault.at if self._fault else None)
-            self._recovery = Recovery(cause, min(at for at in seen if at is not None), self._now)
-            self._record("recovery_started", cause=cause)
-        return self._recovery
-
-    def _new_epoch(self, hold: bool = True) -> None:
-        """Void the current epoch and fence every member in the next. The world stops here.
-
-        `hold`: whether requests wait for it, or are ended.
-        """
-        self._lap()
-        # Who has not answered the fence before this one is not given more time.
-        promised = self._deadlines.of(Wait.FENCE)
-        self._deadlines.clear(Wait.FENCE, Wait.REGROUP, Wait.SYNC, Wait.GRACE, Wait.HOLD)
-        self._fault, self._hold = None, hold
-        self._columns = {}
-        self._phase = Phase.FENCING
-        epoch = self._ranks.next_epoch()
-        self._publish()
-        for row in self._ranks.members:
-            at = promised.get(row.rank, self._now + self._policy.fence_timeout_s)
-            self._deadlines.arm(Wait.FENCE, at, row.rank)
-            self._emit(p.Fence(row.rank, epoch))
-        if not self._ranks.members:
-            self._regroup()
+    # --- answers on the path ------------------------------------------------------------------------------------
 
     def _on_fenced(self, event: p.RankFenced) -> None:
         if self._phase is not Phase.FENCING:
@@ -336,32 +254,6 @@ class Controller(ServiceControl):
         self._deadlines.disarm(Wait.FENCE, event.rank)
         if not self._deadlines.of(Wait.FENCE):
             self._regroup()
-
-    def _regroup(self) -> None:
-        """All members are parked and have said what they hold: one plan for all, or none that could serve."""
-        self._lap()
-        members = tuple(row.rank for row in self._ranks.members)
-        policy = self._policy
-        if len(members) * policy.slots < policy.experts:
-            return self._unavailable(NotEnoughSlots(policy.experts, len(members) * policy.slots, len(members)))
-        held = Placement(policy.experts, {rank: np.array(self._columns[rank]) for rank in members})
-        plan = repair(held, members)
-        self._phase = Phase.REGROUPING
-        self._placement = plan.placement
-        self._regrouped = {}
-        self._record("regrouping", epoch=self.epoch, members=members, loads=len(plan.loads))
-        for rank in members:
-            self._deadlines.arm(Wait.REGROUP, self._now + policy.regroup_timeout_s, rank)
-            loads = tuple(load for load in plan.loads if load.rank == rank)
-            self._emit(p.Regroup(rank, self.epoch, members, plan.placement, loads))
-
-    def _on_regrouped(self, event: p.RankRegrouped) -> None:
-        if self._phase is not Phase.REGROUPING:
-            return
-        self._regrouped[event.rank] = event.seconds
-        self._deadlines.disarm(Wait.REGROUP, event.rank)
-        if not self._deadlines.of(Wait.REGROUP):
-            self._resume()
 
     def _regroup_failed(self, ranks: tuple[int, ...], error: str) -> None:
         recovery = self._open_recovery(error)
@@ -375,29 +267,3 @@ class Controller(ServiceControl):
             return self._new_epoch()
         culprit = recovery.most_blamed(row.rank for row in self._ranks.members)
         self._lose({culprit: f"{recovery.failed_regroups} regroups failed, the last: {error}"}, kill=True)
-
-    def _resume(self) -> None:
-        assert self._recovery is not None
-        self._recovery.regrouped(self._regrouped.values(), self._now)
-        for row in self._ranks.members:
-            if row.state is RankState.JOINING or (row.state is RankState.SUSPECT and not self._doubts.of(row.identity)):
-                self._ranks.move(row.rank, RankState.ACTIVE, self._now)
-            self._comebacks.served(row.rank)
-        self._show_doubts()
-        self._phase, self._hold = Phase.RESUMING, True
-        self._publish()  # before any rank steps, so that the front end knows the epoch its output belongs to
-        for row in self._ranks.members:
-            self._emit(p.Resume(row.rank, self.epoch))
-        if self._frontend is Frontend.READY:
-            self._deadlines.arm(Wait.SYNC, self._now + self._policy.sync_timeout_s)
-        else:
-            self._finish(None)  # no front end, no requests
-
-    def _unavailable(self, why: NotEnoughSlots) -> None:
-        """Ranks stay parked, and hold what they hold."""
-        if self._phase is not Phase.UNAVAILABLE:
-            self._phase = Phase.UNAVAILABLE
-            self._deadlines.arm(Wait.HOLD, self._now + self._policy.hold_timeout_s)
-        self._trouble = str(why)
-        self._record("unavailable", epoch=self.epoch, reason=self._trouble)
-        self._publish()

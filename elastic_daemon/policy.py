@@ -7,14 +7,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Policy:
-    """`slots` are per rank and layer. Durations in seconds."""
+    """`slots` are per rank and layer, `target` the ranks to begin with. Durations in seconds."""
 
     target: int
     experts: int
     slots: int
     start_timeout_s: float = 300.0  # process start -> standby
+    max_ranks: int = 1024
     restore: bool = False  # whether lost ranks are started again and rejoin
+    respread: bool = False  # whether experts are spread anew after each change of the group
+    host_copies: bool = False  # whether experts with a single copy get one in host memory
     max_start_attempts: int = 3  # per rank: during start-up, and in a row before it serves again
+    drain_timeout_s: float = 30.0  # a rank that the watchdog wants drained leaves after this in any case
+    spread_delay_s: float = 0.5  # from a change of the group until its experts are spread anew: requests come first
+    spread_timeout_s: float = 60.0
     join_delay_s: float = 0.05  # ranks that are ready almost at once join together
     comeback_window_s: float = 60.0  # losses of a rank within it delay its next start
     restart_backoff_s: float = 0.5  # doubles with every further attempt

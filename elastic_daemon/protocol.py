@@ -62,12 +62,18 @@ class RankFenced:
 
 @dataclass(frozen=True)
 class RankRegrouped:
-    """Group built, experts in place; waits for Resume. `seconds` has the keys 'group' and 'repair'."""
+    """Group built, experts in place; waits for Resume. `seconds` has the keys 'group' and 'repair'.
+
+    `loaded`: source (`host`, `checkpoint`) -> bytes and seconds, of the experts that were loaded for it. `unusable`:
+    (layer, expert) of copies in host memory that were missing or damaged; those came from the checkpoint.
+    """
 
     rank: int
     incarnation: int
     epoch: int
     seconds: Mapping[str, float]
+    loaded: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    unusable: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -192,6 +198,13 @@ class GpusSeen:
 
 
 @dataclass(frozen=True)
+class GpuReleased:
+    """An operator lets this GPU be used again."""
+
+    uuid: str
+
+
+@dataclass(frozen=True)
 class ScaleOrder:
     """Serve with `target` ranks. `retire`: who is to leave, None: whoever can best be spared.
 
@@ -255,7 +268,7 @@ RankEvent = (
 )
 FrontendEvent = FrontendReady | FrontendExited | FrontendSynced | FrontendMoved
 OperatorEvent = StopRequested | DrainComplete | ScaleOrder | RankOrder | AutomationSwitched
-WatchdogEvent = TelemetryVerdict | GpusSeen
+WatchdogEvent = TelemetryVerdict | GpusSeen | GpuReleased
 Event = RankEvent | FrontendEvent | OperatorEvent | WatchdogEvent | Tick
 
 
@@ -278,11 +291,12 @@ class StartRank:
 
 @dataclass(frozen=True)
 class KillRank:
-    """Kill without waiting: the controller already counts it as dead."""
+    """Kill without waiting: the controller already counts it as dead. `doubtful`: its stacks are worth a look first."""
 
     rank: int
     incarnation: int
     reason: str
+    doubtful: bool = True
 
 
 @dataclass(frozen=True)
@@ -357,8 +371,8 @@ class Publish:
     """For the front end.
 
     ok, degraded: put the requests of ranks that are not in `active` onto ones that are, open, then answer
-    FrontendSynced(epoch); with `draining`, also FrontendMoved when nothing is left on those. stopping: take nothing new, finish what runs. Anything else: hold what comes in, and
-    deliver nothing more from `excluded`.
+    FrontendSynced(epoch); with `draining`, also FrontendMoved when nothing is left on those. stopping: take nothing
+    new, finish what runs. Anything else: hold what comes in, and deliver nothing more from `excluded`.
     """
 
     membership: Snapshot

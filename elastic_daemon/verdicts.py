@@ -15,6 +15,7 @@ class Measure(StrEnum):
 
     SHOW = "show"
     EXCLUDE = "exclude"  # the ranks are given up
+    DRAIN = "drain"  # they leave in order
     FENCE = "fence"  # the group regroups: who does not answer the fence is given up, by its own silence
     REFUSE = "refuse"
 
@@ -27,13 +28,18 @@ class Decision:
 
 @dataclass(frozen=True)
 class Situation:
-    """`concerned`: current ranks that the verdict is about, `members` of them in the group of `group` ranks."""
+    """`concerned`: current ranks that the verdict is about, `members` of them in the group of `group` ranks.
+
+    `may_drain`: ranks can leave in order now. `automatic`: verdicts are acted on.
+    """
 
     concerned: int
     members: int
     group: int
     serving: bool
     stopping: bool
+    may_drain: bool = False
+    automatic: bool = True
 
 
 def decide(verdict: TelemetryVerdict, now: Situation, policy: Policy) -> Decision:
@@ -46,9 +52,12 @@ def decide(verdict: TelemetryVerdict, now: Situation, policy: Policy) -> Decisio
         return Decision(Measure.SHOW)
     if now.stopping:
         return Decision(Measure.REFUSE, "the daemon is stopping")
+    if not now.automatic:
+        return Decision(Measure.REFUSE, "automation is off")
     left = now.group - now.members
     if not now.members or left * policy.slots >= policy.experts:
-        return Decision(Measure.EXCLUDE)
+        in_order = verdict.verdict is VerdictKind.DRAIN and now.members and now.may_drain
+        return Decision(Measure.DRAIN if in_order else Measure.EXCLUDE)
     if verdict.verdict is VerdictKind.RESTART_RANK and now.serving:
         return Decision(Measure.FENCE)
     needed = -(-policy.experts // policy.slots)
@@ -71,7 +80,7 @@ class Doubts:
     def hear(self, verdict: TelemetryVerdict, decision: Decision) -> None:
         """The newest word on a subject replaces what was said before."""
         self._by_subject.pop(verdict.subject, None)
-        if verdict.verdict is VerdictKind.OK or decision.measure in (Measure.EXCLUDE, Measure.FENCE):
+        if verdict.verdict is VerdictKind.OK or decision.measure in (Measure.EXCLUDE, Measure.DRAIN, Measure.FENCE):
             return
         refused = decision.measure is Measure.REFUSE
         reason = f"{verdict.reason}; kept: {decision.why}" if refused else verdict.reason
