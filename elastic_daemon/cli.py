@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from elastic_daemon import __version__
-from elastic_daemon.config import Device, Restore, default_runtime_dir, load_settings
+from elastic_daemon.config import Device, HostExpertCopies, Restore, default_runtime_dir, load_settings
 from elastic_daemon.errors import ElasticError, wrong_watchdog
 from elastic_daemon.logs import configure_logging
 from elastic_daemon.order_arguments import add_command, add_order_commands, add_target
@@ -86,6 +86,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--restore",
         choices=[restore.value for restore in Restore],
         help="start lost ranks again and let them rejoin (default: auto)",
+    )
+    serve.add_argument(
+        "--host-expert-copies",
+        choices=[copies.value for copies in HostExpertCopies],
+        help="copy experts that a single rank holds to host memory (default: auto)",
     )
     serve.add_argument("--hold-timeout", type=float, metavar="S", help="hold requests this long without capacity (60)")
     serve.add_argument("--start-timeout", type=float, metavar="S", help="give a rank this long to start (300)")

@@ -55,6 +55,11 @@ class Restore(StrEnum):
     OFF = "off"
 
 
+class HostExpertCopies(StrEnum):
+    AUTO = "auto"
+    OFF = "off"
+
+
 class Settings(BaseSettings):
     """Everything the supervisor needs to know. `engine_flags` go to vLLM as they are."""
 
@@ -68,6 +73,7 @@ class Settings(BaseSettings):
     ranks_per_gpu: int = Field(1, ge=1, le=8)
     survive_losses: int | None = Field(None, ge=0)
     restore: Restore = Restore.AUTO
+    host_expert_copies: HostExpertCopies = HostExpertCopies.AUTO
     hold_timeout: float = Field(60.0, ge=0)
     start_timeout: float = Field(300.0, gt=0)
     shutdown_timeout: float = Field(5.0, ge=0)

@@ -7,6 +7,7 @@ ElasticError
 +-- OrderUnanswered          an operator's order that the daemon cannot take, or cannot answer any more
 +-- PeerLost                 a collective or a rendezvous failed because another member is gone
 +-- Fenced                   this rank was told to stop stepping: its epoch has ended
++-- HostCopyUnusable         a copy of an expert in host memory is missing, torn, damaged or of something else
 +-- ControlClosed            the control connection to the supervisor or from a child is gone
 """
 
@@ -59,6 +60,10 @@ class Fenced(ElasticError):
     def __init__(self, epoch: int) -> None:
         super().__init__(f"fenced by epoch {epoch}")
         self.epoch = epoch
+
+
+class HostCopyUnusable(ElasticError):
+    pass
 
 
 class ControlClosed(ElasticError):

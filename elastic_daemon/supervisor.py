@@ -19,7 +19,7 @@ import structlog
 from elastic_daemon import protocol as p
 from elastic_daemon.answering import Answering, bind
 from elastic_daemon.app import make_control_app
-from elastic_daemon.config import Device, Restore, Settings
+from elastic_daemon.config import Device, HostExpertCopies, Restore, Settings
 from elastic_daemon.control_server import ControlServer, Peer
 from elastic_daemon.controller import Controller
 from elastic_daemon.errors import ElasticError
@@ -29,6 +29,7 @@ from elastic_daemon.launcher import Zygote, adopt_orphans, reap_orphans
 from elastic_daemon.messages import Message
 from elastic_daemon.metrics import Metrics
 from elastic_daemon.operations import OperationDesk
+from elastic_daemon.placement import Source
 from elastic_daemon.policy import Policy
 from elastic_daemon.processes import Processes
 from elastic_daemon.runtime_dir import RuntimeDir
@@ -177,6 +178,7 @@ class Supervisor:
             regroup_timeout_s=REGROUP_TIMEOUT_S[settings.device],
             hold_timeout_s=settings.hold_timeout,
             restore=settings.restore is Restore.AUTO,
+            host_copies=settings.host_expert_copies is HostExpertCopies.AUTO,
         )
 
     def _begin(self, policy: Policy) -> None:
@@ -250,9 +252,23 @@ class Supervisor:
             case "fenced":
                 self.tell(p.RankFenced(rank, incarnation, message["epoch"], _column(message)))
             case "regrouped":
-                self.tell(p.RankRegrouped(rank, incarnation, message["epoch"], message["seconds"]))
+                loaded, unusable = message["loaded"], _pairs(message["unusable"])
+                for source, (size, seconds) in loaded.items():
+                    self.metrics.loaded(source, size, seconds)
+                self.tell(p.RankRegrouped(rank, incarnation, message["epoch"], message["seconds"], loaded, unusable))
             case "regroup_failed":
                 self.tell(p.RegroupFailed(rank, incarnation, message["epoch"], message["error"]))
+            case "respread_done":
+                cost = message["seconds"], message["bytes"]
+                self.metrics.loaded(Source.PEER, message["bytes"], message["seconds"])
+                self.tell(
+                    p.RankRespread(rank, incarnation, message["epoch"], message["serial"], _column(message), *cost)
+                )
+            case "stored":
+                cost = message["seconds"], message["bytes"]
+                self.tell(p.RankStored(rank, incarnation, message["epoch"], _pairs(message["experts"]), *cost))
+            case "column":
+                self.tell(p.ColumnChanged(rank, incarnation, message["epoch"], _column(message)))
             case other:
                 log.warning("message_unknown", rank=rank, type=other)
 
@@ -264,10 +280,19 @@ class Supervisor:
             case "synced":
                 fields = ("epoch", "kept", "replayed", "restarted", "lost", "delivered")
                 self.tell(p.FrontendSynced(*(message[field] for field in fields)))
+            case "moved":
+                self._note_moves(message["requests"])
+                self.tell(p.FrontendMoved(message["epoch"], tuple(message["draining"])))
             case "stats":
                 self._stats = message
             case "drained":
                 self.tell(p.DrainComplete())
+
+    def _note_moves(self, requests: list[Message]) -> None:
+        for moved in requests:
+            if moved["count"]:
+                self.metrics.moved(moved["count"])
+                self.events.record("requests_moved", {"rank": moved["rank"], "count": moved["count"]})
 
     # --- actions ------------------------------------------------------------------------------------------------------
 
@@ -285,6 +310,7 @@ class Supervisor:
                 members=action.members,
                 slots=action.slots,
                 scratch_dir=str(self._runtime.scratch),
+                host_copies_dir=self._host_copies_dir,
                 heartbeat_dir=str(self._runtime.path),
                 control=self._runtime.control_socket,
                 store_host=self._store.host,
@@ -299,6 +325,11 @@ class Supervisor:
     def _zmq_addresses(self) -> dict[str, str]:
         return {"input_address": self._runtime.zmq("input.sock"), "output_address": self._runtime.zmq("output.sock")}
 
+    @property
+    def _host_copies_dir(self) -> str | None:
+        wanted = self.settings.host_expert_copies is HostExpertCopies.AUTO
+        return str(self._runtime.experts) if wanted else None
+
     def _rank_exited(self, identity: p.Identity) -> None:
         self.tell(p.RankExited(*identity, "process ended"))
         self._peers.pop(identity, None)
@@ -311,12 +342,22 @@ class Supervisor:
         self._send_to_rank(action.rank, "fence", epoch=action.epoch)
 
     def _regroup(self, action: p.Regroup) -> None:
-        loads = [{"layer": load.layer, "slot": load.slot, "expert": load.expert} for load in action.loads]
+        loads = [
+            {"layer": load.layer, "slot": load.slot, "expert": load.expert, "source": load.source}
+            for load in action.loads
+        ]
         placement = action.placement.to_json()
         self._send_to_rank(action.rank, "regroup", epoch=action.epoch, placement=placement, loads=loads)
 
     def _resume(self, action: p.Resume) -> None:
         self._send_to_rank(action.rank, "resume", epoch=action.epoch)
+
+    def _respread(self, action: p.Respread) -> None:
+        placement = action.placement.to_json()
+        self._send_to_rank(action.rank, "respread", epoch=action.epoch, serial=action.serial, placement=placement)
+
+    def _store_experts(self, action: p.StoreExperts) -> None:
+        self._send_to_rank(action.rank, "store", epoch=action.epoch, experts=action.experts)
 
     def _send_to_rank(self, rank: int, type_: str, **fields: Any) -> None:
         newest = max((identity for identity in self._peers if identity[0] == rank), default=None)
@@ -344,6 +385,7 @@ class Supervisor:
             reason=snapshot.reason,
             hold=snapshot.hold,
             members=members,
+            draining=[incarnation for _, incarnation in snapshot.draining],
         )
 
     def _start_frontend(self, _: p.StartFrontend) -> None:
@@ -394,6 +436,8 @@ class Supervisor:
         p.Fence: _fence,
         p.Regroup: _regroup,
         p.Resume: _resume,
+        p.Respread: _respread,
+        p.StoreExperts: _store_experts,
         p.Publish: _publish,
         p.StartFrontend: _start_frontend,
         p.KillFrontend: _kill_frontend,
@@ -443,3 +487,8 @@ class Supervisor:
 
 def _column(message: Message) -> p.Column:
     return tuple(tuple(row) for row in message["column"])
+
+
+def _pairs(found: list[list[int]]) -> tuple[tuple[int, int], ...]:
+    """(layer, expert)"""
+    return tuple((layer, expert) for layer, expert in found)

@@ -58,6 +58,32 @@ class VerdictBody(BaseModel):
         return f"{said or self.verdict.value}{f' [{self.held}]' if self.held else ''}"
 
 
+class GpuBody(BaseModel):
+    """One GPU as the watchdog knows it (docs/watchdog.md)."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    uuid: str = Field(min_length=1, max_length=200)
+    index: int | None = Field(None, ge=0)
+    fit: bool
+    reason: str = Field("", max_length=2000)
+    verdict: p.VerdictKind
+
+
+class GpusBody(BaseModel):
+    """All GPUs that are there."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    gpus: tuple[GpuBody, ...] = Field(max_length=1024)
+
+    @model_validator(mode="after")
+    def _each_once(self) -> GpusBody:
+        if len({gpu.uuid for gpu in self.gpus}) < len(self.gpus):
+            raise ValueError("a uuid comes twice")
+        return self
+
+
 class Refused(Exception):
     """Answered with `status`."""
 
@@ -91,6 +117,7 @@ class WatchdogDesk:
         self._instance = secrets.token_hex(8)
         self._released: dict[str, float] = {}
         self._taken: deque[str] = deque(maxlen=KEPT_IDS)
+        self._released: dict[str, float] = {}
 
     def bindings(self) -> dict[str, Any]:
         """The body of `GET /watchdog/bindings`."""
@@ -114,10 +141,19 @@ class WatchdogDesk:
             "released": dict(self._released),
         }
 
-    def release(self, uuid: str) -> None:
-        """An operator lets this GPU out of quarantine: what happened until now is forgiven."""
+    def release_gpu(self, uuid: str) -> None:
+        """An operator takes a GPU out of quarantine: all that happened to it so far is forgiven. The watchdog learns of
+        it with the next bindings, and again after its own restart; what it forgave already it does not forgive twice.
+        """
         self._released[uuid] = time.time()
         self._deployment.events.record("gpu_released", {"gpu": uuid})
+        self._deployment.tell(p.GpuReleased(uuid))
+
+    def see_gpus(self, body: GpusBody) -> None:
+        """Tell the controller which GPUs there are. Raises Refused."""
+        if self._deployment.snapshot() is None:
+            raise Refused(503, "the daemon is not configured yet: say it again")
+        self._deployment.tell(p.GpusSeen(tuple(p.GpuSeen(gpu.uuid, gpu.fit, gpu.reason) for gpu in body.gpus)))
 
     def take(self, verdict: VerdictBody) -> None:
         """Take one in, once. What is to be done is under way when this returns. Raises Refused."""

@@ -80,14 +80,14 @@ class WatchdogSide:
         with contextlib.suppress(OSError):
             (self._runtime_dir / DIRECTORY_NAME).rmdir()
 
-    def release(self, uuid: str) -> None:
+    def release_gpu(self, uuid: str) -> None:
         """Out of quarantine. Raises LookupError, with the reason, where nobody knows this GPU."""
         if not self._on:
             raise LookupError("this daemon was started with --watchdog off: no GPU is in quarantine")
         known = {*self._desk.gpus.uuids, *known_gpus(self._runtime_dir)}
         if uuid not in known:
             raise LookupError(f"no GPU {uuid} is known; known are {', '.join(sorted(known)) or 'none'}")
-        self._desk.release(uuid)
+        self._desk.release_gpu(uuid)
 
     def remove_page(self, incarnation: int) -> None:
         """The heartbeat page of a rank that has ended."""
