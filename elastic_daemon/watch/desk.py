@@ -115,7 +115,6 @@ class WatchdogDesk:
         self._deployment = deployment
         self._runtime_dir = runtime_dir
         self._instance = secrets.token_hex(8)
-        self._released: dict[str, float] = {}
         self._taken: deque[str] = deque(maxlen=KEPT_IDS)
         self._released: dict[str, float] = {}
 

@@ -36,16 +36,16 @@ def test_only_a_known_gpu_is_released(tmp_path: Path) -> None:
     watched = side(tmp_path, plane)
     watched._desk.gpus = Gpus(("GPU-a",))
     with pytest.raises(LookupError, match="no GPU GPU-spare is known; known are GPU-a"):
-        watched.release("GPU-spare")
+        watched.release_gpu("GPU-spare")
     write_status(tmp_path, {"gpus": [{"uuid": "GPU-spare"}]})
-    watched.release("GPU-a")
-    watched.release("GPU-spare")
+    watched.release_gpu("GPU-a")
+    watched.release_gpu("GPU-spare")
     assert set(watched._desk.bindings()["released"]) == {"GPU-a", "GPU-spare"}
 
 
 def test_without_a_watchdog_nothing_is_in_quarantine(tmp_path: Path) -> None:
     with pytest.raises(LookupError, match="--watchdog off"):
-        side(tmp_path, Plane(), watchdog="off").release("GPU-a")
+        side(tmp_path, Plane(), watchdog="off").release_gpu("GPU-a")
 
 
 def test_a_start_forgets_simulated_gpus_and_not_the_target(tmp_path: Path) -> None:
