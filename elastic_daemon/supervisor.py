@@ -152,7 +152,6 @@ class Supervisor:
             survive_losses=settings.losses_to_survive,
             device=settings.device,
             ranks_per_gpu=settings.ranks_per_gpu,
-            max_ranks=self.max_ranks,
         )
         self.model = answer["model"]
         self.events.record(

@@ -88,7 +88,6 @@ class Zygote:
             request["survive_losses"],
             request["device"],
             request["ranks_per_gpu"],
-            request["max_ranks"],
         )
         refuse_forks_with_cuda()
         # Children share the heap as it is now; collecting it there would only copy its pages.
