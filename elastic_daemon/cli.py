@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from elastic_daemon import __version__
-from elastic_daemon.config import Device, HostExpertCopies, Restore, default_runtime_dir, load_settings
+from elastic_daemon.config import Device, HostExpertCopies, Respread, Restore, default_runtime_dir, load_settings
 from elastic_daemon.errors import ElasticError, wrong_watchdog
 from elastic_daemon.logs import configure_logging
 from elastic_daemon.order_arguments import add_command, add_order_commands, add_target
@@ -86,6 +86,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--restore",
         choices=[restore.value for restore in Restore],
         help="start lost ranks again and let them rejoin (default: auto)",
+    )
+    serve.add_argument(
+        "--respread",
+        choices=[respread.value for respread in Respread],
+        help="spread copies of experts anew after each change of the group (default: auto)",
     )
     serve.add_argument(
         "--host-expert-copies",

@@ -60,6 +60,11 @@ class HostExpertCopies(StrEnum):
     OFF = "off"
 
 
+class Respread(StrEnum):
+    AUTO = "auto"
+    OFF = "off"
+
+
 class Settings(BaseSettings):
     """Everything the supervisor needs to know. `engine_flags` go to vLLM as they are."""
 
@@ -73,6 +78,7 @@ class Settings(BaseSettings):
     ranks_per_gpu: int = Field(1, ge=1, le=8)
     survive_losses: int | None = Field(None, ge=0)
     restore: Restore = Restore.AUTO
+    respread: Respread = Respread.AUTO
     host_expert_copies: HostExpertCopies = HostExpertCopies.AUTO
     hold_timeout: float = Field(60.0, ge=0)
     start_timeout: float = Field(300.0, gt=0)
@@ -161,6 +167,12 @@ class Settings(BaseSettings):
         state_dir = self.state_dir or (self.simulated_state_dir if simulated else None)
         remembered = ("--state-dir", str(state_dir)) if state_dir is not None else ()  # else the watchdog's own default
         return (*remembered, *(("--simulated",) if simulated else ()), *self.watchdog_flags)
+
+    @property
+    def most_ranks(self) -> int:
+        """What the deployment may be scaled to: without a word about it, what there are simulated GPUs for."""
+        spare = self.spare_gpus * self.ranks_per_gpu if self.device is Device.CPU else 0
+        return self.max_ranks or self.data_parallel_size + spare
 
     @property
     def bundled(self) -> bool:

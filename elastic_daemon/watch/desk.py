@@ -13,9 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from elastic_daemon import protocol as p
 from elastic_daemon.events import EventLog
-from elastic_daemon.membership import ALIVE, Status
+from elastic_daemon.membership import ALIVE
 from elastic_daemon.metrics import Metrics
-from elastic_daemon.watch.gpus import Gpus
 from watchdog.heartbeat.page import page_path
 
 KEPT_IDS = 4096
@@ -111,7 +110,6 @@ class Deployment(Protocol):
 
 class WatchdogDesk:
     def __init__(self, deployment: Deployment, runtime_dir: Path) -> None:
-        self.gpus = Gpus()
         self._deployment = deployment
         self._runtime_dir = runtime_dir
         self._instance = secrets.token_hex(8)
@@ -131,7 +129,7 @@ class WatchdogDesk:
                 {
                     "rank": rank.rank,
                     "incarnation": rank.incarnation,
-                    "gpu": self.gpus.of(rank.rank),
+                    "gpu": rank.gpu,
                     "pids": [pids[key]] if (key := (rank.rank, rank.incarnation)) in pids else [],
                     "heartbeat": str(page_path(self._runtime_dir, rank.incarnation)),
                 }
@@ -163,8 +161,8 @@ class WatchdogDesk:
         if verdict.epoch != epoch:
             raise Refused(409, f"the verdict is of epoch {verdict.epoch}, the daemon is in {epoch}: read the bindings")
         acts = verdict.act and verdict.verdict.acts
-        if acts and (snapshot is None or snapshot.status is Status.STARTING):
-            raise Refused(503, "the group is starting: say it again when it serves")
+        if acts and snapshot is None:
+            raise Refused(503, "the daemon is not configured yet: say it again")
         ranks = self._ranks(verdict, snapshot)
         self._taken.append(verdict.id)
         self._record(verdict)
@@ -177,7 +175,7 @@ class WatchdogDesk:
         """Whom it is about: nobody where a GPU has no rank on it. Raises Refused for a rank that is not there."""
         there = [] if snapshot is None else [rank for rank in snapshot.ranks if rank.state in ALIVE]
         if verdict.gpu is not None:
-            return tuple((rank.rank, rank.incarnation) for rank in there if self.gpus.of(rank.rank) == verdict.gpu)
+            return tuple((rank.rank, rank.incarnation) for rank in there if rank.gpu == verdict.gpu)
         for rank in there:
             if (rank.rank, rank.incarnation) == (verdict.rank, verdict.incarnation):
                 return ((rank.rank, rank.incarnation),)

@@ -32,12 +32,12 @@ def simulate(runtime_dir: Path, ranks: int, ranks_per_gpu: int, spares: int) -> 
     try:
         build_libraries()
         with create(runtime_dir, bound, spares) as simulator:
-            return Gpus(tuple(gpu.uuid for gpu in simulator.list()[:bound]), ranks_per_gpu)
+            return Gpus(tuple(gpu.uuid for gpu in simulator.list()))
     except SimulatorError as error:
         raise StartError(f"the simulated GPUs: {error} (--watchdog off does without them)") from error
 
 
-async def ask_driver(ranks_per_gpu: int) -> Gpus:
+async def ask_driver() -> Gpus:
     """The GPUs that CUDA shows to ranks. Raises GpusUnknown."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -54,7 +54,7 @@ async def ask_driver(ranks_per_gpu: int) -> Gpus:
     if process.returncode:
         raise GpusUnknown(errors.decode(errors="replace").strip()[-300:] or f"exit status {process.returncode}")
     uuids = [gpu["uuid"] for gpu in sorted(json.loads(out), key=lambda gpu: gpu["index"])]
-    return Gpus(visible(uuids, os.environ.get("CUDA_VISIBLE_DEVICES")), ranks_per_gpu)
+    return Gpus(visible(uuids, os.environ.get("CUDA_VISIBLE_DEVICES")))
 
 
 def known_gpus(runtime_dir: Path) -> frozenset[str]:

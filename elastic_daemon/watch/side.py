@@ -30,6 +30,7 @@ class WatchdogSide:
         self._settings = settings
         self._deployment = deployment
         self._runtime_dir = settings.runtime_dir
+        self.gpus = Gpus()
         self._on = settings.watchdog is not WatchMode.OFF
         self._desk = WatchdogDesk(deployment, settings.runtime_dir)
         self._process = WatchdogProcess(
@@ -42,10 +43,6 @@ class WatchdogSide:
         process = self._process
         return WatchdogView(self._settings.watchdog.value, process.state.value, process.pid, process.trouble)
 
-    @property
-    def gpus(self) -> Gpus:
-        return self._desk.gpus
-
     def routes_before(self, control: ASGIApp) -> ASGIApp:
         """The application for the Unix socket."""
         return with_watchdog_routes(control, self._desk if self._on else None)
@@ -57,7 +54,7 @@ class WatchdogSide:
             return
         if settings.device is Device.CPU:
             self._forget_simulated()
-            self._desk.gpus = await asyncio.to_thread(
+            self.gpus = await asyncio.to_thread(
                 simulate,
                 self._runtime_dir,
                 settings.data_parallel_size,
@@ -66,7 +63,7 @@ class WatchdogSide:
             )
             return
         try:
-            self._desk.gpus = await ask_driver(settings.ranks_per_gpu)
+            self.gpus = await ask_driver()
         except GpusUnknown as error:
             self._deployment.events.record("gpus_unknown", {"reason": str(error)})
 
@@ -84,7 +81,7 @@ class WatchdogSide:
         """Out of quarantine. Raises LookupError, with the reason, where nobody knows this GPU."""
         if not self._on:
             raise LookupError("this daemon was started with --watchdog off: no GPU is in quarantine")
-        known = {*self._desk.gpus.uuids, *known_gpus(self._runtime_dir)}
+        known = {*self.gpus.uuids, *known_gpus(self._runtime_dir)}
         if uuid not in known:
             raise LookupError(f"no GPU {uuid} is known; known are {', '.join(sorted(known)) or 'none'}")
         self._desk.release_gpu(uuid)
