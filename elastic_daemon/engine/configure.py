@@ -155,9 +155,8 @@ def for_rank(config: VllmConfig, plan: RankPlan) -> VllmConfig:
     own.parallel_config.data_parallel_index = plan.position
     own.parallel_config.data_parallel_rank_local = plan.gpu
     own.parallel_config.data_parallel_size = len(plan.members)
-    # Of as many ranks as it is built among, which need not be as many as at the start of the daemon.
-    redundant = plan.slots * len(plan.members) - config.model_config.get_num_experts()
-    own.parallel_config.eplb_config.num_redundant_experts = redundant
+    physical = plan.slots * len(plan.members)
+    own.parallel_config.eplb_config.num_redundant_experts = physical - own.model_config.get_num_experts()
     return own
 
 
