@@ -44,7 +44,7 @@ def probe(device: torch.device, multiply: Multiply = torch.matmul, deadline_s: f
 def _memory_holds(device: torch.device) -> None:
     for value in (0x55, 0xAA):
         written = torch.full((PATTERN_BYTES,), value, dtype=torch.uint8, device=device)
-        if wrong := int((written != value).sum()):
+        if wrong := int(torch.count_nonzero(written != value)):
             raise StartError(f"{device} does not hold what is written to it: {wrong} of {PATTERN_BYTES} bytes differ")
 
 
