@@ -75,6 +75,7 @@ class GroupControl(ServiceControl):
         if self._phase is not Phase.REGROUPING:
             return
         self._regrouped[event.rank] = event.seconds
+        self._host_copies.difference_update(event.unusable)
         self._deadlines.disarm(Wait.REGROUP, event.rank)
         if not self._deadlines.of(Wait.REGROUP):
             self._resume()

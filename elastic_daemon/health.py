@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from elastic_daemon.membership import IN_GROUP, Status
 from elastic_daemon.protocol import HealthSnapshot, RankHealth, RecoveryReport
-from elastic_daemon.watch.gpus import Gpus
 
 SERVING = (Status.OK, Status.DEGRADED, Status.RECOVERING)
 """Statuses that `/health` answers with 200: a load balancer must not give up on a recovery."""
@@ -43,7 +42,6 @@ class HealthView:
     epoch_start: float
     host: str = "localhost"
     url: str | None = None
-    gpus: Gpus = field(default_factory=Gpus)
     watchdog: WatchdogView = WatchdogView("off", "off", None, None)
 
     @property
@@ -87,7 +85,7 @@ class HealthView:
             "rank": rank.rank,
             "state": rank.state.value,
             "host": self.host,
-            "gpu": self.gpus.of(rank.rank),
+            "gpu": rank.gpu,
             "pids": [pid] if pid is not None else [],
             "since": since.isoformat(timespec="milliseconds"),
             "reason": rank.reason,

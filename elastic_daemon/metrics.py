@@ -32,7 +32,10 @@ class Metrics:
             buckets=PHASE_BUCKETS,
         )
         self._preserved = Counter(
-            "elastic_requests_preserved_total", "Requests carried through a recovery", ["how"], registry=registry
+            "elastic_requests_preserved_total",
+            "Requests carried through a recovery, or off a draining rank",
+            ["how"],
+            registry=registry,
         )
         self._verdicts = Counter(
             "elastic_watchdog_verdicts_total",
@@ -66,6 +69,10 @@ class Metrics:
             for how, number in (("kept", counts.kept), ("replayed", counts.replayed), ("restarted", counts.restarted)):
                 self._preserved.labels(how).inc(number)
             self._lost.inc(counts.lost)
+
+    def moved(self, requests: int) -> None:
+        """Off a draining rank, while the group served."""
+        self._preserved.labels("moved").inc(requests)
 
     def render(self, view: HealthView) -> bytes:
         """The text exposition, with gauges as of `view`."""

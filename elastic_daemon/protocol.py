@@ -198,6 +198,13 @@ class GpusSeen:
 
 
 @dataclass(frozen=True)
+class GpuReleased:
+    """An operator lets this GPU be used again."""
+
+    uuid: str
+
+
+@dataclass(frozen=True)
 class ScaleOrder:
     """Serve with `target` ranks. `retire`: who is to leave, None: whoever can best be spared.
 
@@ -261,7 +268,7 @@ RankEvent = (
 )
 FrontendEvent = FrontendReady | FrontendExited | FrontendSynced | FrontendMoved
 OperatorEvent = StopRequested | DrainComplete | ScaleOrder | RankOrder | AutomationSwitched
-WatchdogEvent = TelemetryVerdict | GpusSeen
+WatchdogEvent = TelemetryVerdict | GpusSeen | GpuReleased
 Event = RankEvent | FrontendEvent | OperatorEvent | WatchdogEvent | Tick
 
 

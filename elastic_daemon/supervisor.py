@@ -19,21 +19,25 @@ import structlog
 from elastic_daemon import protocol as p
 from elastic_daemon.answering import Answering, bind
 from elastic_daemon.app import make_control_app
-from elastic_daemon.config import Device, HostExpertCopies, Restore, Settings
+from elastic_daemon.config import Device, HostExpertCopies, Respread, Restore, Settings
 from elastic_daemon.control_server import ControlServer, Peer
 from elastic_daemon.controller import Controller
 from elastic_daemon.errors import ElasticError
 from elastic_daemon.events import EventLog
+from elastic_daemon.gpu_pool import GpuPool
 from elastic_daemon.health import HealthView, url_of
 from elastic_daemon.launcher import Zygote, adopt_orphans, reap_orphans
 from elastic_daemon.messages import Message
 from elastic_daemon.metrics import Metrics
+from elastic_daemon.operations import OperationDesk
 from elastic_daemon.placement import Source
 from elastic_daemon.policy import Policy
 from elastic_daemon.processes import Processes
+from elastic_daemon.rank_messages import RankAction, rank_event, rank_message
 from elastic_daemon.runtime_dir import RuntimeDir
 from elastic_daemon.service_control import EXIT_START
 from elastic_daemon.store import RendezvousStore
+from elastic_daemon.target_store import TargetWriter, load_target, start_target
 from elastic_daemon.tasks import Tasks
 from elastic_daemon.watch.side import WatchdogSide
 
@@ -59,6 +63,10 @@ class Supervisor:
         self.metrics = Metrics()
         self.model = settings.model or "tiny-moe"
         self.min_ranks = 1
+        self.max_ranks = settings.most_ranks
+        self.automation = True
+        self.operations = OperationDesk(self.tell)
+        self._targets = TargetWriter(settings)
         self._started = time.monotonic()
         self._last_turn = time.monotonic()
         self._controller: Controller | None = None
@@ -143,6 +151,7 @@ class Supervisor:
             "configure",
             arguments=settings.vllm_flags,
             ranks=settings.data_parallel_size,
+            max_ranks=self.max_ranks,
             survive_losses=settings.losses_to_survive,
             device=settings.device,
             ranks_per_gpu=settings.ranks_per_gpu,
@@ -159,20 +168,29 @@ class Supervisor:
             },
         )
         self.min_ranks = -(-answer["experts"] // answer["slots"])
+        start = start_target(settings, load_target(settings), self.min_ranks, self.max_ranks)
+        if start.event is not None:
+            self.events.record(start.event, start.fields)
         return Policy(
-            target=settings.data_parallel_size,
+            target=start.target,
+            max_ranks=self.max_ranks,
             experts=answer["experts"],
             slots=answer["slots"],
             start_timeout_s=settings.start_timeout,
             regroup_timeout_s=REGROUP_TIMEOUT_S[settings.device],
             hold_timeout_s=settings.hold_timeout,
             restore=settings.restore is Restore.AUTO,
+            respread=settings.respread is Respread.AUTO,
             host_copies=settings.host_expert_copies is HostExpertCopies.AUTO,
         )
 
     def _begin(self, policy: Policy) -> None:
-        self._controller = Controller(policy, time.monotonic())
+        settings = self.settings
+        gpus = GpuPool(self._watch.gpus.uuids, settings.ranks_per_gpu, settings.gpu_probation)
+        self._controller = Controller(policy, time.monotonic(), gpus)
         self._carry_out(self._controller.start(time.monotonic()))
+        if not self.automation:
+            self.tell(p.AutomationSwitched(False))
 
     async def _supervise(self) -> p.Exit:
         """The control loop: sends Tick when something is due, and proves with each turn that it lives."""
@@ -192,12 +210,14 @@ class Supervisor:
         return ended
 
     def _stop_requested(self) -> None:
+        self.operations.close("the daemon stops")
         if self._controller is None:
             self._finish(p.Exit(0, "stopped while starting"))
         else:
             self.tell(p.StopRequested(self.settings.shutdown_timeout))
 
     def _finish(self, ended: p.Exit) -> None:
+        self.operations.close("the daemon stops")
         if not self._exit.done():
             self._exit.set_result(ended)
 
@@ -207,6 +227,13 @@ class Supervisor:
         if self._controller is not None and not self._exit.done():
             self._carry_out(self._controller.handle(event, time.monotonic()))
             self._wake.set()
+
+    def set_automation(self, enabled: bool) -> None:
+        self.automation = enabled
+        self.tell(p.AutomationSwitched(enabled))
+
+    def release_gpu(self, uuid: str) -> None:
+        self._watch.release_gpu(uuid)
 
     def _on_hello(self, peer: Peer) -> None:
         if peer.role == "rank":
@@ -220,35 +247,20 @@ class Supervisor:
             if peer is self._frontend_peer:
                 self._on_frontend_message(message)
             return
-        rank, incarnation = peer.rank, peer.incarnation
-        match message["type"]:
-            case "ready":
-                self._ready[incarnation] = message["response"]
-                self.tell(p.RankReady(rank, incarnation, message["layers"], _column(message)))
-            case "fault":
-                self.tell(p.RankFault(rank, incarnation, message["epoch"], message["error"]))
-            case "fenced":
-                self.tell(p.RankFenced(rank, incarnation, message["epoch"], _column(message)))
-            case "regrouped":
-                loaded, unusable = message["loaded"], _pairs(message["unusable"])
-                for source, (size, seconds) in loaded.items():
-                    self.metrics.loaded(source, size, seconds)
-                self.tell(p.RankRegrouped(rank, incarnation, message["epoch"], message["seconds"], loaded, unusable))
-            case "regroup_failed":
-                self.tell(p.RegroupFailed(rank, incarnation, message["epoch"], message["error"]))
-            case "respread_done":
-                cost = message["seconds"], message["bytes"]
-                self.metrics.loaded(Source.PEER, message["bytes"], message["seconds"])
-                self.tell(
-                    p.RankRespread(rank, incarnation, message["epoch"], message["serial"], _column(message), *cost)
-                )
-            case "stored":
-                cost = message["seconds"], message["bytes"]
-                self.tell(p.RankStored(rank, incarnation, message["epoch"], _pairs(message["experts"]), *cost))
-            case "column":
-                self.tell(p.ColumnChanged(rank, incarnation, message["epoch"], _column(message)))
-            case other:
-                log.warning("message_unknown", rank=rank, type=other)
+        if message["type"] == "ready":
+            self._ready[peer.incarnation] = message["response"]
+        event = rank_event((peer.rank, peer.incarnation), message)
+        if event is None:
+            return log.warning("message_unknown", rank=peer.rank, type=message["type"])
+        self._count_loads(event)
+        self.tell(event)
+
+    def _count_loads(self, event: p.RankEvent) -> None:
+        if isinstance(event, p.RankRegrouped):
+            for source, (size, seconds) in event.loaded.items():
+                self.metrics.loaded(source, size, seconds)
+        elif isinstance(event, p.RankRespread):
+            self.metrics.loaded(Source.PEER, event.bytes, event.seconds)
 
     def _on_frontend_message(self, message: Message) -> None:
         match message["type"]:
@@ -258,10 +270,19 @@ class Supervisor:
             case "synced":
                 fields = ("epoch", "kept", "replayed", "restarted", "lost", "delivered")
                 self.tell(p.FrontendSynced(*(message[field] for field in fields)))
+            case "moved":
+                self._note_moves(message["requests"])
+                self.tell(p.FrontendMoved(message["epoch"], tuple(message["draining"])))
             case "stats":
                 self._stats = message
             case "drained":
                 self.tell(p.DrainComplete())
+
+    def _note_moves(self, requests: list[Message]) -> None:
+        for moved in requests:
+            if moved["count"]:
+                self.metrics.moved(moved["count"])
+                self.events.record("requests_moved", {"rank": moved["rank"], "count": moved["count"]})
 
     # --- actions ------------------------------------------------------------------------------------------------------
 
@@ -278,6 +299,8 @@ class Supervisor:
                 (action.rank, action.incarnation),
                 members=action.members,
                 slots=action.slots,
+                gpu=action.gpu if self.settings.device is Device.CUDA else None,
+                gpu_index=self._watch.gpus.index(action.gpu),
                 scratch_dir=str(self._runtime.scratch),
                 host_copies_dir=self._host_copies_dir,
                 heartbeat_dir=str(self._runtime.path),
@@ -307,30 +330,10 @@ class Supervisor:
     def _kill_rank(self, action: p.KillRank) -> None:
         self._processes.kill_rank((action.rank, action.incarnation))
 
-    def _fence(self, action: p.Fence) -> None:
-        self._send_to_rank(action.rank, "fence", epoch=action.epoch)
-
-    def _regroup(self, action: p.Regroup) -> None:
-        loads = [
-            {"layer": load.layer, "slot": load.slot, "expert": load.expert, "source": load.source}
-            for load in action.loads
-        ]
-        placement = action.placement.to_json()
-        self._send_to_rank(action.rank, "regroup", epoch=action.epoch, placement=placement, loads=loads)
-
-    def _resume(self, action: p.Resume) -> None:
-        self._send_to_rank(action.rank, "resume", epoch=action.epoch)
-
-    def _respread(self, action: p.Respread) -> None:
-        placement = action.placement.to_json()
-        self._send_to_rank(action.rank, "respread", epoch=action.epoch, serial=action.serial, placement=placement)
-
-    def _store_experts(self, action: p.StoreExperts) -> None:
-        self._send_to_rank(action.rank, "store", epoch=action.epoch, experts=action.experts)
-
-    def _send_to_rank(self, rank: int, type_: str, **fields: Any) -> None:
-        newest = max((identity for identity in self._peers if identity[0] == rank), default=None)
+    def _tell_rank(self, action: RankAction) -> None:
+        newest = max((identity for identity in self._peers if identity[0] == action.rank), default=None)
         if newest is not None:
+            type_, fields = rank_message(action)
             self._peers[newest].send(type_, **fields)
 
     def _publish(self, action: p.Publish) -> None:
@@ -354,6 +357,7 @@ class Supervisor:
             reason=snapshot.reason,
             hold=snapshot.hold,
             members=members,
+            draining=[incarnation for _, incarnation in snapshot.draining],
         )
 
     def _start_frontend(self, _: p.StartFrontend) -> None:
@@ -365,8 +369,7 @@ class Supervisor:
             http_socket=self._runtime.http_socket,
             listen_fd=self._listener.fileno(),
             hold_timeout_s=self.settings.hold_timeout,
-            api_keys=self.settings.api_key,
-            loopback=self.settings.access.loopback,
+            access=self.settings.access.to_message(),
             **self._zmq_addresses,
         )
 
@@ -390,22 +393,30 @@ class Supervisor:
             "recovery_done", {"epoch": report.epoch, "kind": report.kind, "ranks": report.ranks, "seconds": seconds}
         )
 
+    def _operation_changed(self, action: p.OperationChanged) -> None:
+        self.operations.changed(action.report)
+
+    def _store_target(self, action: p.StoreTarget) -> None:
+        self._tasks.spawn(self._targets.store(action.target))
+
     def _stop_all(self, _: p.StopAll) -> None:
         self._processes.kill_all()
 
     _handlers: ClassVar[dict[type, Callable[[Supervisor, Any], None]]] = {
         p.StartRank: _start_rank,
         p.KillRank: _kill_rank,
-        p.Fence: _fence,
-        p.Regroup: _regroup,
-        p.Resume: _resume,
-        p.Respread: _respread,
-        p.StoreExperts: _store_experts,
+        p.Fence: _tell_rank,
+        p.Regroup: _tell_rank,
+        p.Resume: _tell_rank,
+        p.Respread: _tell_rank,
+        p.StoreExperts: _tell_rank,
         p.Publish: _publish,
         p.StartFrontend: _start_frontend,
         p.KillFrontend: _kill_frontend,
         p.RecordEvent: _record,
         p.RecoveryDone: _recovery_done,
+        p.OperationChanged: _operation_changed,
+        p.StoreTarget: _store_target,
         p.StopAll: _stop_all,
         p.Exit: _finish,
     }
@@ -433,7 +444,6 @@ class Supervisor:
             pids=self.rank_pids,
             epoch_start=datetime.now(UTC).timestamp() - time.monotonic(),
             url=url_of(self.settings.host, self.port),
-            gpus=self._watch.gpus,
             watchdog=self._watch.view,
         )
 
@@ -444,12 +454,3 @@ class Supervisor:
         members = [self._peers[identity] for identity in self._published.active if identity in self._peers]
         answers = await asyncio.gather(*(peer.call(question) for peer in members))
         return {peer.rank: answer for peer, answer in zip(members, answers, strict=True)}
-
-
-def _column(message: Message) -> p.Column:
-    return tuple(tuple(row) for row in message["column"])
-
-
-def _pairs(found: list[list[int]]) -> tuple[tuple[int, int], ...]:
-    """(layer, expert)"""
-    return tuple((layer, expert) for layer, expert in found)

@@ -14,11 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import structlog
-
 from watchdog.call_page import CallPage, create_page_fd
-
-log = structlog.get_logger(__name__)
+from watchdog.logs import log
 
 Message = dict[str, Any]
 _LONGEST_LINE = 1 << 20
@@ -50,6 +47,10 @@ class Child:
         self.started = self.cycled = now
         self.opened = False
         """It has initialised NVML and said so."""
+        self.gpus: frozenset[str] = frozenset()
+        """That it has opened."""
+        self.listening: frozenset[str] = frozenset()
+        """Those of them whose events it waits for now."""
         self.killed: float | None = None
         self._on_message = on_message
         self._on_exit = on_exit

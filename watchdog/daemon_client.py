@@ -3,6 +3,7 @@
     GET /watchdog/bindings       200: see bindings.py
     PUT /watchdog/verdicts/{id}  200 or 204: taken in (again, if it was known); 409: the epoch is stale;
                                  404: no such GPU or rank; 422 or another 4xx: refused for good
+    PUT /watchdog/gpus           204; 503: the daemon is not configured yet; body: see fitness.py
 
 The body of a verdict:
 
@@ -17,51 +18,57 @@ the breaker). A later verdict on the same GPU or rank replaces the earlier one.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
-
-import httpx
+from typing import Any
 
 from watchdog.bindings import Bindings, parse_bindings
 from watchdog.docket import Ruling
-from watchdog.errors import DaemonError, DaemonUnreachable, StaleEpoch
+from watchdog.errors import DaemonError, DaemonNotReady, DaemonUnreachable, StaleEpoch
+from watchdog.fitness import Fitness
+from watchdog.unix_http import Answer, request
 
 SOCKET_NAME = "http.sock"
 TIMEOUT_S = 2.0
 
 
 class DaemonClient:
+    """All methods raise DaemonUnreachable; and DaemonError for an answer that is not as agreed, or a refusal."""
+
     def __init__(self, runtime_dir: Path) -> None:
         self._socket = runtime_dir / SOCKET_NAME
-        self._http = httpx.AsyncClient(
-            transport=httpx.AsyncHTTPTransport(uds=str(self._socket)), base_url="http://daemon", timeout=TIMEOUT_S
-        )
 
     async def bindings(self) -> Bindings:
-        """Raises DaemonUnreachable, or DaemonError for an answer that is not as agreed."""
-        response = await self._send("GET", "/watchdog/bindings")
-        if response.status_code != 200:
-            raise DaemonError(f"GET /watchdog/bindings answered {response.status_code}")
+        answer = await self._send("GET", "/watchdog/bindings")
+        if answer.status != 200:
+            raise DaemonError(f"GET /watchdog/bindings answered {answer.status}")
         try:
-            body = response.json()
+            body = json.loads(answer.body)
         except ValueError as error:
             raise DaemonError("the daemon's bindings are no JSON") from error
         return parse_bindings(body)
 
     async def put_verdict(self, ruling: Ruling) -> None:
-        """Raises StaleEpoch, DaemonUnreachable (also for 5xx: try again), or DaemonError: refused for good."""
-        response = await self._send("PUT", f"/watchdog/verdicts/{ruling.id}", ruling)
-        if response.status_code == 409:
+        """Raises StaleEpoch, and DaemonNotReady for 5xx, too."""
+        answer = await self._send("PUT", f"/watchdog/verdicts/{ruling.id}", ruling.as_json())
+        if answer.status == 409:
             raise StaleEpoch(f"epoch {ruling.epoch} is over")
-        if response.status_code >= 500:
-            raise DaemonUnreachable(f"the daemon answered {response.status_code}")
-        if response.status_code >= 300:
-            raise DaemonError(f"the daemon refused the verdict: {response.status_code} {response.text[:200]}")
+        _check(answer)
 
-    async def close(self) -> None:
-        await self._http.aclose()
+    async def put_gpus(self, gpus: Sequence[Fitness]) -> None:
+        """Raises DaemonNotReady for 5xx, too."""
+        _check(await self._send("PUT", "/watchdog/gpus", {"gpus": [gpu.as_json() for gpu in gpus]}))
 
-    async def _send(self, method: str, path: str, ruling: Ruling | None = None) -> httpx.Response:
+    async def _send(self, method: str, path: str, body: Any = None) -> Answer:
         try:
-            return await self._http.request(method, path, json=ruling.as_json() if ruling else None)
-        except httpx.HTTPError as error:
-            raise DaemonUnreachable(f"{self._socket}: {error or type(error).__name__}") from error
+            return await request(self._socket, method, path, body, TIMEOUT_S)
+        except (OSError, EOFError, TimeoutError, ValueError) as error:
+            raise DaemonUnreachable(f"{self._socket}: {str(error) or type(error).__name__}") from error
+
+
+def _check(answer: Answer) -> None:
+    if answer.status >= 500:
+        raise DaemonNotReady(f"the daemon answered {answer.status}")
+    if answer.status >= 300:
+        raise DaemonError(f"the daemon refused it: {answer.status} {answer.text[:200]}")

@@ -8,6 +8,7 @@ WatchdogError
 +-- StateError               the state directory cannot be written                                   (exit 3)
 +-- DaemonError              the daemon did not answer, or not as agreed
     +-- DaemonUnreachable    no daemon on the socket
+    +-- DaemonNotReady       it cannot take this in yet (5xx): to be tried again
     +-- StaleEpoch           the daemon is in another epoch than the verdict
 """
 
@@ -45,6 +46,10 @@ class DaemonError(WatchdogError):
 
 
 class DaemonUnreachable(DaemonError):
+    pass
+
+
+class DaemonNotReady(DaemonError):
     pass
 
 

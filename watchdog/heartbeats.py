@@ -7,17 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import structlog
-
 from watchdog.bindings import Binding, Bindings
 from watchdog.heartbeat.culprit import HeartbeatJudge
 from watchdog.heartbeat.errors import HeartbeatError
 from watchdog.heartbeat.findings import Finding, FindingKind
 from watchdog.heartbeat.layout import ProcessState, Snapshot
 from watchdog.heartbeat.reader import PageReader
+from watchdog.logs import log
 from watchdog.verdict import RankView
-
-log = structlog.get_logger(__name__)
 
 
 class Docket(Protocol):
@@ -52,6 +49,8 @@ class Heartbeats:
         """By incarnation: the page when it last changed."""
         self._standstill: str | None = None
         self.states: list[RankState] = []
+        self.newest_epoch = 0
+        """That the pages of bound ranks speak of."""
 
     def observe(self, bindings: Bindings, docket: Docket, now: float) -> None:
         """One look at all pages. To be called about ten times a second."""
@@ -60,6 +59,7 @@ class Heartbeats:
         for binding in bindings.ranks:
             if (page := self._read(binding)) is not None:
                 pages[binding.incarnation] = page
+        self.newest_epoch = max((page.epoch for page in pages.values()), default=0)
         findings = self._judge.observe(now, list(pages.values()), bindings.epoch or None)
         self._note_standstill(findings)
         self.states = []

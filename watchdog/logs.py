@@ -1,32 +1,60 @@
-"""Structured logs: for people on a terminal, as JSON lines elsewhere (`ELASTIC_LOG_FORMAT=json|text` decides)."""
+"""Structured logs: for people on a terminal, as JSON lines elsewhere (`ELASTIC_LOG_FORMAT=json|text` decides).
+
+The same lines as the daemon's, which structlog writes. Not structlog here: it, and what it imports, would take as much
+memory as the rest of the watchdog.
+"""
 
 from __future__ import annotations
 
-import logging
+import json
 import os
 import sys
+from datetime import UTC, datetime
+from enum import IntEnum
+from typing import Any
 
-import structlog
+
+class Level(IntEnum):
+    DEBUG = 10
+    INFO = 20
+    WARNING = 30
+    ERROR = 40
+    CRITICAL = 50
+
+
+class Logger:
+    """Events go to standard error: a stable snake_case name plus fields."""
+
+    def __init__(self) -> None:
+        self.threshold = Level.INFO
+        self.text = False
+
+    def info(self, event: str, **fields: Any) -> None:
+        self._write(Level.INFO, event, fields)
+
+    def warning(self, event: str, **fields: Any) -> None:
+        self._write(Level.WARNING, event, fields)
+
+    def error(self, event: str, **fields: Any) -> None:
+        self._write(Level.ERROR, event, fields)
+
+    def _write(self, level: Level, event: str, fields: dict[str, Any]) -> None:
+        if level < self.threshold:
+            return
+        now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+        if self.text:
+            shown = "".join(f" {name}={value}" for name, value in fields.items())
+            line = f"{now} [{level.name.lower():<8}] {event:<30}{shown}"
+        else:
+            line = json.dumps({**fields, "event": event, "level": level.name.lower(), "timestamp": now}, default=repr)
+        print(line, file=sys.stderr, flush=True)
+
+
+log = Logger()
 
 
 def configure_logging(level: str | None = None) -> None:
-    """Events go to standard error: a stable snake_case name plus fields. Idempotent."""
+    """Raises KeyError for a level that does not exist. Idempotent."""
     form = os.environ.get("ELASTIC_LOG_FORMAT") or ("text" if sys.stderr.isatty() else "json")
-    threshold = logging.getLevelNamesMapping()[(level or os.environ.get("ELASTIC_LOG_LEVEL", "info")).upper()]
-    renderer: structlog.types.Processor = (
-        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
-        if form == "text"
-        else structlog.processors.JSONRenderer()
-    )
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(threshold),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=False,
-    )
+    log.text = form == "text"
+    log.threshold = Level[(level or os.environ.get("ELASTIC_LOG_LEVEL", "info")).upper()]

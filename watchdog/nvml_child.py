@@ -6,14 +6,16 @@
 It is expendable: a driver call that never returns takes this process and nothing else. It writes one JSON object a line
 to standard output, `t` says which:
 
-    opened       {driver, count, gpus: [{index, uuid, name, missing}], unreadable: {gpu: error}}  at start and again
+    opened       {driver, count, gpus: [{index, uuid, name, missing}], unreadable: {gpu: error}, deaf: {gpu: error}}
+                 at start and again; `deaf`: GPUs whose events could not be asked for
+    deaf         {}; no event is waited for until `opened` comes again: NVML keeps none for later
     poll         {gpus: {uuid: reading}, slow: {uuid: seconds}}; readings (see nvml.py) that changed
     event        {gpu, signal, data, at}; `at` is CLOCK_MONOTONIC seconds
     broken       {error}; waiting for events failed, NVML is initialised again
     failed       {error}; NVML does not work at all; the process then ends with 3
 
-and reads commands, one a line: `now` (poll at once), `reopen` (initialise NVML again), `skip GPU,GPU` (leave these
-alone). It ends at end of file, and with its parent.
+and reads commands, one a line: `now` (poll at once), `skip GPU,GPU` (initialise NVML again, and leave these alone).
+It ends at end of file, and with its parent.
 """
 
 from __future__ import annotations
@@ -25,11 +27,13 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import pynvml as nv
 
 from watchdog.call_page import CallPage
+from watchdog.memory import give_back
 from watchdog.nvml import Driver, Gpu, Trouble
 from watchdog.parent import die_with_parent
 
@@ -80,6 +84,7 @@ class Child:
         self._reopen_at: float | None = None
         self._gone: set[str] = set()
         self._open_driver()
+        give_back()
 
     def _open_driver(self) -> None:
         self.driver = Driver(self._page, self._known, self._skip, self._only)
@@ -90,13 +95,20 @@ class Child:
         self.driver.close()
         self._open_driver()
 
-    def announce(self) -> None:
+    def announce(self, deaf: Mapping[str, str] | None = None) -> None:
         driver = self.driver
         gpus = [
             {"index": gpu.index, "uuid": gpu.uuid, "name": gpu.name, "missing": sorted(gpu.missing)}
             for gpu in driver.gpus
         ]
-        send("opened", driver=driver.version, count=driver.count, gpus=gpus, unreadable=driver.unreadable)
+        send(
+            "opened",
+            driver=driver.version,
+            count=driver.count,
+            gpus=gpus,
+            unreadable=driver.unreadable,
+            deaf=deaf or {},
+        )
 
     def obey(self, commands: list[str]) -> bool:
         """Whether NVML must be opened again."""
@@ -106,8 +118,6 @@ class Child:
             if word == "skip":
                 self._skip = gpu_set(argument)
                 again = True
-            elif word == "reopen":
-                again = True
         return again
 
 
@@ -115,7 +125,8 @@ class EventsChild(Child):
     def run(self) -> None:
         while True:
             events, wrong = self.driver.event_set()
-            self.announce()
+            self.announce(wrong)
+            opened = time.monotonic()
             by_address = {gpu.address: gpu for gpu in self.driver.gpus}
             retry_at = time.monotonic() + REOPEN_S[1] if wrong or self.driver.unreadable else None
             while not self.obey(self._commands.wait(0)):
@@ -123,7 +134,8 @@ class EventsChild(Child):
                     found = self.driver.wait(events, EVENT_WAIT_MS)
                 except nv.NVMLError as error:  # a GPU is lost; or worse, which the next initialisation will tell
                     send("broken", error=str(error))
-                    self.obey(self._commands.wait(REOPEN_S[0]))
+                    if time.monotonic() - opened < REOPEN_S[0]:  # again: do not spin
+                        self.obey(self._commands.wait(REOPEN_S[0]))
                     break
                 if found is not None:
                     address, name, data = found
@@ -132,6 +144,7 @@ class EventsChild(Child):
                 self._page.count_cycle()
                 if retry_at is not None and time.monotonic() > retry_at:
                     break
+            send("deaf")
             self.open()
 
 

@@ -17,11 +17,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import structlog
-
 from watchdog.child import Call, Child, Message
-
-log = structlog.get_logger(__name__)
+from watchdog.logs import log
 
 
 @dataclass(frozen=True)
@@ -112,9 +109,9 @@ class Prober:
         """Why NVML as a whole does not answer."""
         self.expected: set[str] = set()
         """UUIDs that the driver should list: those it listed before, and those that ranks are bound to."""
+        self.listed = False
+        """The driver has said which GPUs there are."""
         self._present: dict[str, Mapping[str, Any]] = {}
-        self.listening: set[str] = set()
-        """GPUs whose events are waited for."""
         self._noted: set[tuple[str, str, tuple[str, ...]]] = set()
         self._closing = False
         self._now = 0.0
@@ -130,8 +127,18 @@ class Prober:
 
     @property
     def absent(self) -> set[str]:
-        """GPUs that the driver should list and does not; empty until it has listed any."""
-        return self.expected - self._present.keys() - self.isolated.keys() if self.driver else set()
+        """GPUs that the driver should list and does not; empty until it has listed what it has."""
+        return self.expected - self.present if self.listed else set()
+
+    @property
+    def present(self) -> set[str]:
+        """GPUs that the driver lists, those that have a child of their own included."""
+        return self._present.keys() | self.isolated.keys()
+
+    @property
+    def listening(self) -> frozenset[str]:
+        """GPUs whose events are waited for now. What the driver reports of others meanwhile is lost: it keeps none."""
+        return self.events.child.listening if self.events.child is not None else frozenset()
 
     @property
     def pids(self) -> dict[str, int]:
@@ -263,7 +270,11 @@ class Prober:
     def _tell_skips(self) -> None:
         for slot in (self.main, self.events):
             if slot.child is not None:
-                slot.child.tell(f"skip {','.join(sorted(self.isolated))}")
+                self._tell_skip(slot.child)
+
+    def _tell_skip(self, child: Child) -> None:
+        """It initialises NVML again by this, and so sees what came."""
+        child.tell(f"skip {','.join(sorted(self.isolated))}")
 
     # --- what children say ---------------------------------------------------------------------------------------
 
@@ -276,6 +287,8 @@ class Prober:
                 self._on_poll(child, message, now)
             case "event" if message["gpu"] is not None:
                 self.sink.event(message["gpu"], message["signal"], message["data"], now)
+            case "deaf":
+                child.listening = frozenset()
             case "broken":
                 log.info("nvml_events_broken", error=message["error"])
             case "failed":
@@ -292,14 +305,18 @@ class Prober:
             self.expected |= gpus.keys()
             changed = gpus.keys() != self._present.keys()
             self._present = gpus
+            self.listed = True
             self.sink.listed(gpus, self.absent, message["driver"], now)
             if changed:
                 log.info("gpus_listed", present=len(gpus), absent=sorted(self.absent), driver=self.driver)
-            if changed and self.events.child is not None and self.events.child.opened:
-                self.events.child.tell("reopen")
+            listener = self.events.child
+            if listener is not None and listener.opened and listener.gpus != gpus.keys() - self.isolated.keys():
+                self._tell_skip(listener)
         elif child is self.events.child:
             self.events.pause = 0.0
-            self.listening = {gpu["uuid"] for gpu in message["gpus"]}
+            child.gpus = frozenset(gpu["uuid"] for gpu in message["gpus"])
+            child.listening = child.gpus - message["deaf"].keys()
+            log.info("events_awaited", gpus=len(child.listening), deaf=message["deaf"] or None)
         for gpu in message["gpus"]:
             note = (gpu["uuid"], child.role, tuple(gpu["missing"]))
             if gpu["missing"] and note not in self._noted:

@@ -18,21 +18,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import structlog
-from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential
-
 from watchdog.bindings import Bindings
 from watchdog.daemon_client import DaemonClient
+from watchdog.delivery import Delivery
 from watchdog.docket import Docket, Mode, Ruling, Target
-from watchdog.errors import DaemonError, DaemonUnreachable, StaleEpoch, StartError, StateError
+from watchdog.errors import DaemonError, StartError, StateError
+from watchdog.fitness import Fitness, Hearing, judge_fitness
 from watchdog.heartbeats import Heartbeats
+from watchdog.logs import log
+from watchdog.memory import give_back
 from watchdog.probe import ProbePolicy, Prober, child_environment
 from watchdog.signals import SignalTable
 from watchdog.state import State
 from watchdog.status import WRITE_S, status_path, write_status
 from watchdog.verdict import Policy, Verdict, as_json
-
-log = structlog.get_logger(__name__)
 
 WATCH_S = 0.1
 BINDINGS_S = 1.0
@@ -66,9 +65,11 @@ class Service:
         )
         self._client = DaemonClient(settings.runtime_dir)
         self._started = time.time()
-        self._pending: dict[Target, Ruling] = {}
-        self._undelivered = asyncio.Event()
+        self._delivery = Delivery(self._client, self)
+        self._hearing = Hearing()
+        self._fitness: tuple[Fitness, ...] | None = None
         self._read_bindings = asyncio.Event()
+        self._asked_for: tuple[str | None, int] | None = None
         self._daemon_error: str | None = "not asked yet"
         self._stop = asyncio.Event()
         self._written = 0.0
@@ -83,11 +84,12 @@ class Service:
             mode=self._settings.mode.value,
             runtime_dir=str(self._settings.runtime_dir),
         )
+        give_back()
         try:
             async with asyncio.TaskGroup() as tasks:
                 running = [
                     tasks.create_task(task)
-                    for task in (self._watch(), self._bind(), self._deliver(), self._keep_state())
+                    for task in (self._watch(), self._bind(), self._delivery.run(), self._keep_state())
                 ]
                 await self._stop.wait()
                 for task in running:
@@ -95,7 +97,6 @@ class Service:
         finally:
             self._prober.close()
             self._heartbeats.close()
-            await self._client.close()
             if self._state.dirty:
                 self._state.save()
             status_path(self._settings.runtime_dir).unlink(missing_ok=True)
@@ -130,13 +131,28 @@ class Service:
         self._docket.gpu(gpu).log.occur("driver_late", now, **detail)
         self._review()
 
+    # --- what the delivery asks (delivery.Sender) ------------------------------------------------------------------
+
+    def fitness(self) -> tuple[Fitness, ...] | None:
+        heard = self._hearing.heard(time.monotonic())
+        if heard is None or not self._prober.listed:
+            return None
+        return judge_fitness(self._docket, self._prober.present, heard)
+
+    def judge_again(self, target: Target, bindings: Bindings) -> None:
+        self._docket.say_again([target])
+        self._docket.bind(bindings)
+        self._review()
+
     # --- tasks ---------------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
         while True:
             now = time.monotonic()
             self._prober.tick(now)
+            self._hearing.note(self._prober.listening, self._prober.present, now)
             self._heartbeats.observe(self._docket.bindings, self._docket, now)
+            self._follow_epoch()
             self._review()
             if now - self._written >= WRITE_S:
                 self._written = now
@@ -149,11 +165,18 @@ class Service:
             try:
                 self._rebind(await self._client.bindings())
             except DaemonError as error:
-                self._lose_daemon(str(error))
+                self.lose_daemon(str(error))
             self._read_bindings.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(BINDINGS_S):
                     await self._read_bindings.wait()
+
+    def _follow_epoch(self) -> None:
+        """Ranks are in a newer epoch than the bindings: read them now. Asked once for each, should they disagree."""
+        newest = (self._docket.bindings.instance, self._heartbeats.newest_epoch)
+        if newest[1] > self._docket.bindings.epoch and newest != self._asked_for:
+            self._asked_for = newest
+            self._read_bindings.set()
 
     def _rebind(self, bindings: Bindings) -> None:
         known = self._docket.bindings
@@ -161,64 +184,17 @@ class Service:
             log.info("daemon_reached", epoch=bindings.epoch, ranks=len(bindings.ranks))
             self._daemon_error = None
             self._docket.say_again()  # whoever answers may be another one, which knows nothing
+            self._delivery.put_gpus()
         if bindings != self._docket.bindings:
             self._docket.bind(bindings)
             self._prober.expected |= {one.gpu for one in bindings.ranks if one.gpu}
             self._docket.see_gpus({}, self._prober.absent, time.monotonic())
         self._review()
 
-    def _lose_daemon(self, error: str) -> None:
+    def lose_daemon(self, error: str) -> None:
         if self._daemon_error in (None, "not asked yet"):
             log.warning("daemon_unreachable", error=error)
         self._daemon_error = error
-
-    async def _deliver(self) -> None:
-        while True:
-            await self._undelivered.wait()
-            self._undelivered.clear()
-            retrying = AsyncRetrying(
-                retry=retry_if_exception_type(DaemonUnreachable),
-                wait=wait_exponential(multiplier=0.05, max=2.0),
-            )
-            async for attempt in retrying:
-                with attempt:
-                    await self._deliver_pending()
-
-    async def _deliver_pending(self) -> None:
-        """Raises DaemonUnreachable; what is pending stays so."""
-        while self._pending:
-            target, ruling = min(self._pending.items(), key=lambda item: -item[1].verdict.severity)
-            try:
-                await self._client.put_verdict(ruling)
-            except StaleEpoch:
-                await self._catch_up(target, ruling)
-                continue
-            except DaemonUnreachable as error:
-                self._lose_daemon(str(error))
-                raise
-            except DaemonError as error:
-                log.error("verdict_refused", id=ruling.id, error=str(error))
-            if self._pending.get(target) is ruling:
-                del self._pending[target]
-
-    async def _catch_up(self, target: Target, ruling: Ruling) -> None:
-        """Judge again by the daemon's present bindings. Raises DaemonUnreachable."""
-        log.info("verdict_stale", id=ruling.id, epoch=ruling.epoch)
-        if self._pending.get(target) is ruling:
-            del self._pending[target]
-        try:
-            bindings = await self._client.bindings()
-        except DaemonUnreachable:
-            self._pending.setdefault(target, ruling)
-            raise
-        except DaemonError as error:
-            log.error("bindings_unreadable", error=str(error))
-            return
-        if bindings.epoch <= ruling.epoch:
-            await asyncio.sleep(WATCH_S)  # its bindings are behind its own epoch: ask again, not at once
-        self._docket.say_again([target])
-        self._docket.bind(bindings)
-        self._review()
 
     async def _keep_state(self) -> None:
         while True:
@@ -235,8 +211,15 @@ class Service:
     def _review(self) -> None:
         for ruling in self._docket.review(time.monotonic(), time.time()):
             self._say(ruling)
-            self._pending[ruling.target] = ruling
-            self._undelivered.set()
+            self._delivery.put(ruling)
+        self._note_fitness()
+
+    def _note_fitness(self) -> None:
+        fitness = self.fitness()
+        known = [gpu.key for gpu in self._fitness or ()]
+        if fitness is not None and (self._fitness is None or [gpu.key for gpu in fitness] != known):
+            self._fitness = fitness
+            self._delivery.put_gpus()
 
     def _say(self, ruling: Ruling) -> None:
         say = log.warning if ruling.verdict.acts else log.info
@@ -260,7 +243,7 @@ class Service:
             "daemon": {
                 "reachable": self._daemon_error is None,
                 "error": self._daemon_error,
-                "pending": len(self._pending),
+                "pending": self._delivery.pending,
             },
             "driver": {
                 "version": prober.driver,
@@ -292,6 +275,8 @@ class Service:
             "uuid": uuid,
             "index": case.index,
             "name": case.name,
+            "present": uuid in self._prober.present,
+            "listening": uuid in self._prober.listening,
             "ranks": [one.rank for one in self._docket.bindings.on_gpu(uuid)],
             "verdict": case.judgement.verdict.value,
             "signal": case.judgement.signal,

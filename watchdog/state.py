@@ -15,12 +15,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import structlog
-
 from watchdog.errors import StateError
+from watchdog.logs import log
 from watchdog.verdict import GpuHistory, Policy, Verdict, should_quarantine
-
-log = structlog.get_logger(__name__)
 
 VERSION = 1
 FILE_NAME = "watchdog-state.json"

@@ -50,7 +50,7 @@ def render(status: dict[str, Any]) -> str:
     """For people: each GPU with verdict and evidence, each rank with its heartbeat."""
     age = status["age_s"]
     stale = f"  STALE: not written for {age:.0f} s, the watchdog is dead or hangs" if age > STALE_S else ""
-    lines = [f"watchdog pid {status['pid']}, mode {status['mode']}, epoch {status['epoch']}{stale}"]
+    lines = [f"watchdog pid {status['pid']}, mode {status['mode']}, {_group(status)}{stale}"]
     driver = status["driver"]
     lines.append(
         f"driver {driver['version'] or 'not yet known'}{', ' + driver['trouble'] if driver['trouble'] else ''}"
@@ -60,7 +60,7 @@ def render(status: dict[str, Any]) -> str:
     if not status["daemon"]["reachable"]:
         lines.append(f"daemon not reachable: {status['daemon']['error']}")
     lines.append("")
-    lines.append(f"{'GPU':>3}  {'UUID':40}  {'VERDICT':<12}  {'TEMP':>5}  RANKS  EVIDENCE")
+    lines.append(f"{'GPU':>3}  {'UUID':40}  {'VERDICT':<12}  {'TEMP':>5}  {'EVENTS':<8}  RANKS  EVIDENCE")
     for gpu in status["gpus"]:
         lines += _gpu_lines(gpu)
     if not status["gpus"]:
@@ -72,6 +72,13 @@ def render(status: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _group(status: dict[str, Any]) -> str:
+    """Epochs count from 1: in 0, ranks are bound and start, and are no group yet."""
+    if status["epoch"]:
+        return f"epoch {status['epoch']}"
+    return f"no group yet ({len(status['ranks'])} ranks bound)" if status["ranks"] else "no ranks bound"
+
+
 def _gpu_lines(gpu: dict[str, Any]) -> list[str]:
     index = "-" if gpu["index"] is None else gpu["index"]
     celsius = "-" if gpu["celsius"] is None else f"{gpu['celsius']} C"
@@ -79,7 +86,8 @@ def _gpu_lines(gpu: dict[str, Any]) -> list[str]:
     first = gpu["reason"] or "-"
     if gpu["held"]:
         first += f" [held: {gpu['held']}]"
-    lines = [f"{index:>3}  {gpu['uuid']:40}  {gpu['verdict']:<12}  {celsius:>5}  {ranks:<5}  {first}"]
+    events = "heard" if gpu["listening"] else "NOT YET" if gpu["present"] else "-"
+    lines = [f"{index:>3}  {gpu['uuid']:40}  {gpu['verdict']:<12}  {celsius:>5}  {events:<8}  {ranks:<5}  {first}"]
     others = [one["signal"] for one in gpu["evidence"] if one["signal"] != gpu["signal"]]
     if others:
         lines.append(f"{'':>5}also: {', '.join(others)}")

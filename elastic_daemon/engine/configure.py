@@ -52,9 +52,14 @@ class Deployment:
 
 
 def configure(
-    arguments: Sequence[str], ranks: int, survive_losses: int, device: str, ranks_per_gpu: int = 1
+    arguments: Sequence[str],
+    ranks: int,
+    survive_losses: int,
+    device: str,
+    ranks_per_gpu: int = 1,
+    max_ranks: int | None = None,
 ) -> Deployment:
-    """Parse vLLM flags, refuse what cannot work, and size the expert slots.
+    """Parse vLLM flags, refuse what cannot work, and size the expert slots for `ranks`; `max_ranks` may come to serve.
 
     Raises:
         ConfigError: with one line that names the flag or model and what to do.
@@ -90,7 +95,7 @@ def configure(
     if not config.model_config.is_moe or experts < 2:
         raise ConfigError(f"{args.model} is a dense model: without experts there is nothing to shrink")
     slots = _slots(experts, ranks, survive_losses, redundant)
-    _make_elastic(config, ranks, slots * ranks - experts, device)
+    _make_elastic(config, ranks, max_ranks or ranks, slots * ranks - experts, device)
     name = args.served_model_name[0] if args.served_model_name else args.model
     return Deployment(args, config, name, experts, slots, 0 if device == "cpu" else ranks_per_gpu)
 
@@ -124,11 +129,11 @@ def _parse(arguments: Sequence[str]) -> Namespace:
         raise ConfigError(_first_line(error)) from error
 
 
-def _make_elastic(config: VllmConfig, ranks: int, redundant: int, device: str) -> None:
+def _make_elastic(config: VllmConfig, ranks: int, max_ranks: int, redundant: int, device: str) -> None:
     # Set after validation: vLLM refuses load balancing on CPU, and reserves ports for groups that the daemon builds.
     parallel = config.parallel_config
     parallel.data_parallel_size = ranks
-    parallel.elastic_ep_max_dp_size = ranks
+    parallel.elastic_ep_max_dp_size = max_ranks
     parallel.enable_expert_parallel = True
     parallel.enable_eplb = True
     parallel.eplb_config.num_redundant_experts = redundant

@@ -5,7 +5,7 @@ never change they share. The supervisor stays free of vLLM and talks to the zygo
 line per request and answer:
 
     {"type": "configure", "arguments": [...], "ranks": 4, "survive_losses": 2, "device": "cpu",
-     "ranks_per_gpu": 1}
+     "ranks_per_gpu": 1, "max_ranks": 6}
     {"type": "fork", "kind": "rank" | "frontend", ...}     -> {"pid": 123}
     {"type": "reap", "pid": 123}                           -> {"status": "killed by SIGKILL"}
 
@@ -88,6 +88,7 @@ class Zygote:
             request["survive_losses"],
             request["device"],
             request["ranks_per_gpu"],
+            request["max_ranks"],
         )
         refuse_forks_with_cuda()
         # Children share the heap as it is now; collecting it there would only copy its pages.
@@ -129,7 +130,7 @@ class Zygote:
         from elastic_daemon.engine.plan import RankPlan
 
         rank, members = request["rank"], tuple(request["members"])
-        gpu = self._deployment.gpu(rank)
+        gpu = use_gpu(request["gpu"], request["gpu_index"], self._deployment.gpu(rank))
         plan = RankPlan(rank, members, request["slots"], request["scratch_dir"], gpu)
         run_rank(for_rank(self._deployment.config, plan), request)
 
@@ -144,6 +145,16 @@ class Zygote:
         except ChildProcessError:
             return {"status": "already reaped"}
         return {"status": exit_status(status)}
+
+
+def use_gpu(uuid: str | None, index: int | None, default: int) -> int:
+    """The index of the device to use. One that came after the start has none: it is then the only one to be seen."""
+    if uuid is None:
+        return default
+    if index is not None:
+        return index
+    os.environ["CUDA_VISIBLE_DEVICES"] = uuid
+    return 0
 
 
 def refuse_forks_with_cuda() -> None:

@@ -15,6 +15,9 @@ from elastic_daemon.placement.tables import BoolArray, Tables
 TOLERANCE: Final = 0.05
 """A layer whose hottest rank has at most this much more than the mean stays as it is."""
 
+WORTH: Final = 0.03
+"""A layer changes only if that takes at least this share of the mean rank load off its hottest rank."""
+
 STEP: Final = 0.005
 """Two experts trade places only where that takes this share of the mean rank load off the hottest rank."""
 
@@ -54,19 +57,22 @@ def rank_loads(tables: Tables, load: FloatArray) -> FloatArray:
     return loads
 
 
-def balance(tables: Tables, load: FloatArray, goal: int) -> None:
-    """Lower the load of the hottest rank of each layer that is out of balance. No slot is empty before, or after.
+def balance(tables: Tables, load: FloatArray, goal: int) -> IntArray:
+    """The table [layers, N, S] with a cooler hottest rank in each layer that is out of balance. No slot is empty.
 
     First hot experts get copies of cold ones that have more than `goal`, which costs one load each; then experts of
     the hottest rank trade places with colder ones. Every copy stays the only one on its rank, and no expert comes to
-    have several copies on one host alone.
+    have several copies on one host alone. `tables` is used up.
     """
-    heat = rank_loads(tables, load)
-    mean = heat.mean(axis=1)
-    layers = np.flatnonzero(heat.max(axis=1) > (1 + TOLERANCE) * mean)
-    if len(layers):
-        _exchange_copies(tables, load, heat, layers, goal)
-        _trade_places(tables, load, heat, layers)
+    before, heat = tables.table.copy(), rank_loads(tables, load)
+    hottest, mean = heat.max(axis=1), heat.mean(axis=1)
+    layers = np.flatnonzero(hottest > (1 + TOLERANCE) * mean)
+    if not len(layers):
+        return before
+    _exchange_copies(tables, load, heat, layers, goal)
+    _trade_places(tables, load, heat, layers)
+    worth = heat.max(axis=1) < hottest - WORTH * mean
+    return np.where(worth[:, None, None], tables.table, before)
 
 
 def _exchange_copies(tables: Tables, load: FloatArray, heat: FloatArray, layers: IntArray, goal: int) -> None:

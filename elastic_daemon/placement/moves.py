@@ -24,7 +24,7 @@ from elastic_daemon.placement.model import (
     stacked,
 )
 from elastic_daemon.placement.order import plan_between
-from elastic_daemon.placement.spread import fill_empty, raise_copies, spread_over_hosts
+from elastic_daemon.placement.spread import clear_duplicates, fill_empty, raise_copies, spread_over_hosts
 from elastic_daemon.placement.tables import Tables
 
 
@@ -77,8 +77,9 @@ def respread(
 ) -> RepairPlan:
     """Loads after which `expert_safety` on `ranks` is as high as slots allow: min(N, N * S // E) copies of everything.
 
-    Ranks that the placement does not know start empty; no slot stays empty. Few moves: a copy moves only where it
-    raises the minimum, fills a slot, comes to a second host or is worth it for balance.
+    Ranks that the placement does not know start empty; no slot stays empty, or holds what its rank has already. Few
+    moves: a copy moves only where it raises the minimum, fills a slot, comes to a second host or is worth it for
+    balance.
 
     `load` [layers, E]: tokens per expert; slots beyond the guaranteed copies go to the hottest experts, and the
     hottest rank of each layer is relieved (`balance`). None: nothing is known, and nothing moves for balance.
@@ -96,12 +97,12 @@ def respread(
     start = placement.with_columns({rank: placement.empty_column() for rank in new}).restricted(members)
     tables = Tables(start, hosts)
     goal = min(len(members), len(members) * placement.slots_per_rank // placement.experts)
+    clear_duplicates(tables)
     raise_copies(tables, goal)
     fill_empty(tables, tokens)
     spread_over_hosts(tables, goal)
-    if tokens is not None:
-        balance(tables, tokens, goal)
-    return plan_between(start, tables.table, host_copies, hosts)
+    target = tables.table if tokens is None else balance(tables, tokens, goal)
+    return plan_between(start, target, host_copies, hosts)
 
 
 def rebalance(load: Load, physical_to_logical: IntArray, ranks: int) -> IntArray:

@@ -73,7 +73,7 @@ class _Steps:
         self.live = Counter(before)
         self.waiting: dict[int, list[int]] = {}  # slots that hold the last copy of an expert, by it
         self.ready = deque(at for at, (old, new) in enumerate(zip(before, after, strict=True)) if old != new)
-        self.settled: list[int] | None = None  # slots that stay as they are, and hold no last copy
+        self.settled: list[int] | None = None  # slots that hold what they are to hold, and no last copy
         self.done: list[tuple[int, int, int]] = []  # (slot, expert, what it overwrites)
 
     def run(self) -> None:
@@ -104,12 +104,13 @@ class _Steps:
         """Give `single` a second copy. False: no slot can be spared for it."""
         (goes_to,) = (at for slots in self.waiting.values() for at in slots if self.after[at] == single)
         if self.settled is None:
-            rows = enumerate(zip(self.before, self.after, strict=True))
-            self.settled = [at for at, (old, new) in rows if old == new != EMPTY and self.live[old] > 1]
+            rows = enumerate(zip(self.now, self.after, strict=True))
+            self.settled = [at for at, (now, new) in rows if now == new != EMPTY and self.live[now] > 1]
         spare = [at for at in self.settled if self.live[self.now[at]] > 1 and self.now[at] == self.after[at]]
         if not spare:
             return False
-        beside = [at for at in spare if at // self.slots == goes_to // self.slots]
+        rank = goes_to // self.slots
+        beside = [at for at in spare if at // self.slots == rank and self.now[at] == self.before[at]]
         at = (beside or spare)[0]
         held = self.now[at]
         if beside:  # it goes to that rank in any case, so it can stay: the two slots change roles

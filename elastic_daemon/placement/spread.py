@@ -15,6 +15,18 @@ FEW_RANKS: Final = 8
 """Ranks that are looked at first for a copy on another host: nearly always one of them will do."""
 
 
+def clear_duplicates(tables: Tables) -> None:
+    """Empty slots whose expert is in another slot of the same rank: they add nothing. Not where S > E."""
+    if tables.table.shape[2] > tables.copies.shape[1]:
+        return
+    while len(layers := np.flatnonzero((tables.held > 1).any(axis=(1, 2)))):
+        rank, expert = np.divmod(
+            (tables.held[layers] > 1).reshape(len(layers), -1).argmax(axis=1), tables.held.shape[2]
+        )
+        slot = (tables.table[layers, rank] == expert[:, None]).argmax(axis=1)
+        tables.put(layers, rank, slot, np.full(len(layers), EMPTY))
+
+
 def raise_copies(tables: Tables, goal: int) -> None:
     """Until every expert is on `goal` ranks: rarest first, then those with least choice of ranks."""
     while len(layers := np.flatnonzero((tables.copies < goal).any(axis=1))):
@@ -77,7 +89,7 @@ def fill_empty(tables: Tables, load: FloatArray | None) -> None:
         if load is None:
             want = -tables.copies[layers].astype(np.float64)
         else:
-            want = load[layers] / np.maximum(tables.copies[layers], 1)
+            want = load[layers] / np.maximum(tables.slots[layers], 1)
         alone = (tables.spans[layers] == 1) & (tables.on_host[layers, tables.host[rank]] > 0)
         avoid = tables.held[layers, rank] * 2 + alone
         want = np.where(avoid == avoid.min(axis=1, keepdims=True), want, -np.inf)

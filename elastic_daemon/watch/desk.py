@@ -13,9 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from elastic_daemon import protocol as p
 from elastic_daemon.events import EventLog
-from elastic_daemon.membership import ALIVE, Status
+from elastic_daemon.membership import ALIVE
 from elastic_daemon.metrics import Metrics
-from elastic_daemon.watch.gpus import Gpus
 from watchdog.heartbeat.page import page_path
 
 KEPT_IDS = 4096
@@ -58,6 +57,32 @@ class VerdictBody(BaseModel):
         return f"{said or self.verdict.value}{f' [{self.held}]' if self.held else ''}"
 
 
+class GpuBody(BaseModel):
+    """One GPU as the watchdog knows it (docs/watchdog.md)."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    uuid: str = Field(min_length=1, max_length=200)
+    index: int | None = Field(None, ge=0)
+    fit: bool
+    reason: str = Field("", max_length=2000)
+    verdict: p.VerdictKind
+
+
+class GpusBody(BaseModel):
+    """All GPUs that are there."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    gpus: tuple[GpuBody, ...] = Field(max_length=1024)
+
+    @model_validator(mode="after")
+    def _each_once(self) -> GpusBody:
+        if len({gpu.uuid for gpu in self.gpus}) < len(self.gpus):
+            raise ValueError("a uuid comes twice")
+        return self
+
+
 class Refused(Exception):
     """Answered with `status`."""
 
@@ -85,11 +110,11 @@ class Deployment(Protocol):
 
 class WatchdogDesk:
     def __init__(self, deployment: Deployment, runtime_dir: Path) -> None:
-        self.gpus = Gpus()
         self._deployment = deployment
         self._runtime_dir = runtime_dir
         self._instance = secrets.token_hex(8)
         self._taken: deque[str] = deque(maxlen=KEPT_IDS)
+        self._released: dict[str, float] = {}
 
     def bindings(self) -> dict[str, Any]:
         """The body of `GET /watchdog/bindings`."""
@@ -104,14 +129,28 @@ class WatchdogDesk:
                 {
                     "rank": rank.rank,
                     "incarnation": rank.incarnation,
-                    "gpu": self.gpus.of(rank.rank),
+                    "gpu": rank.gpu,
                     "pids": [pids[key]] if (key := (rank.rank, rank.incarnation)) in pids else [],
                     "heartbeat": str(page_path(self._runtime_dir, rank.incarnation)),
                 }
                 for rank in ranks
             ],
-            "released": {},
+            "released": dict(self._released),
         }
+
+    def release_gpu(self, uuid: str) -> None:
+        """An operator takes a GPU out of quarantine: all that happened to it so far is forgiven. The watchdog learns of
+        it with the next bindings, and again after its own restart; what it forgave already it does not forgive twice.
+        """
+        self._released[uuid] = time.time()
+        self._deployment.events.record("gpu_released", {"gpu": uuid})
+        self._deployment.tell(p.GpuReleased(uuid))
+
+    def see_gpus(self, body: GpusBody) -> None:
+        """Tell the controller which GPUs there are. Raises Refused."""
+        if self._deployment.snapshot() is None:
+            raise Refused(503, "the daemon is not configured yet: say it again")
+        self._deployment.tell(p.GpusSeen(tuple(p.GpuSeen(gpu.uuid, gpu.fit, gpu.reason) for gpu in body.gpus)))
 
     def take(self, verdict: VerdictBody) -> None:
         """Take one in, once. What is to be done is under way when this returns. Raises Refused."""
@@ -122,8 +161,8 @@ class WatchdogDesk:
         if verdict.epoch != epoch:
             raise Refused(409, f"the verdict is of epoch {verdict.epoch}, the daemon is in {epoch}: read the bindings")
         acts = verdict.act and verdict.verdict.acts
-        if acts and (snapshot is None or snapshot.status is Status.STARTING):
-            raise Refused(503, "the group is starting: say it again when it serves")
+        if acts and snapshot is None:
+            raise Refused(503, "the daemon is not configured yet: say it again")
         ranks = self._ranks(verdict, snapshot)
         self._taken.append(verdict.id)
         self._record(verdict)
@@ -136,7 +175,7 @@ class WatchdogDesk:
         """Whom it is about: nobody where a GPU has no rank on it. Raises Refused for a rank that is not there."""
         there = [] if snapshot is None else [rank for rank in snapshot.ranks if rank.state in ALIVE]
         if verdict.gpu is not None:
-            return tuple((rank.rank, rank.incarnation) for rank in there if self.gpus.of(rank.rank) == verdict.gpu)
+            return tuple((rank.rank, rank.incarnation) for rank in there if rank.gpu == verdict.gpu)
         for rank in there:
             if (rank.rank, rank.incarnation) == (verdict.rank, verdict.incarnation):
                 return ((rank.rank, rank.incarnation),)

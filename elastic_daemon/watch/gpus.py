@@ -1,4 +1,4 @@
-"""Which rank is on which GPU. Pure."""
+"""The GPUs that this host had at the start. Pure."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpus:
-    """`uuids` by the index that ranks use; empty when they are not known."""
+    """`uuids` by the index that ranks use, spares last; empty when they are not known."""
 
     uuids: tuple[str, ...] = ()
-    ranks_per_gpu: int = 1
 
-    def of(self, rank: int) -> str | None:
-        index = rank // self.ranks_per_gpu
-        return self.uuids[index] if index < len(self.uuids) else None
+    def index(self, uuid: str | None) -> int | None:
+        """Of a GPU that was there at the start."""
+        return self.uuids.index(uuid) if uuid in self.uuids else None
 
 
 def visible(uuids: list[str], variable: str | None) -> tuple[str, ...]:

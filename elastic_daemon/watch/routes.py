@@ -1,4 +1,6 @@
-"""`GET /watchdog/bindings` and `PUT /watchdog/verdicts/{id}`, for the Unix socket only: docs/watchdog.md.
+"""The watchdog's routes, for the Unix socket only: docs/watchdog.md.
+
+    GET /watchdog/bindings    PUT /watchdog/verdicts/{id}    PUT /watchdog/gpus
 
 Whoever can give a verdict can take ranks away. The socket's directory is private; no TCP port has these routes.
 """
@@ -6,6 +8,7 @@ Whoever can give a verdict can take ranks away. The socket's directory is privat
 from __future__ import annotations
 
 import json
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -13,7 +16,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.types import ASGIApp
 
-from elastic_daemon.watch.desk import Refused, VerdictBody, WatchdogDesk
+from elastic_daemon.watch.desk import GpusBody, Refused, VerdictBody, WatchdogDesk
 
 
 def with_watchdog_routes(control: ASGIApp, desk: WatchdogDesk | None) -> FastAPI:
@@ -28,23 +31,41 @@ def with_watchdog_routes(control: ASGIApp, desk: WatchdogDesk | None) -> FastAPI
     @app.put("/watchdog/verdicts/{id_}")
     async def verdict(id_: str, request: Request) -> Response:
         """Take a verdict in; the same one again changes nothing."""
-        if desk is None:
-            return _off()
-        try:
+
+        async def take(desk: WatchdogDesk) -> None:
             body = VerdictBody.model_validate(await _json(request))
             if body.id != id_:
                 raise Refused(422, f"the id in the path is {id_}, in the body {body.id}")
             desk.take(body)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            return _error(422, f"{where}: {first['msg']}" if where else first["msg"])
-        except Refused as error:
-            return _error(error.status, str(error))
-        return Response(status_code=204)
+
+        return await _answer(desk, take)
+
+    @app.put("/watchdog/gpus")
+    async def gpus(request: Request) -> Response:
+        """Learn which GPUs there are, and which of them a rank may be put on."""
+
+        async def take(desk: WatchdogDesk) -> None:
+            desk.see_gpus(GpusBody.model_validate(await _json(request)))
+
+        return await _answer(desk, take)
 
     app.mount("/", control)
     return app
+
+
+async def _answer(desk: WatchdogDesk | None, take: Callable[[WatchdogDesk], Awaitable[None]]) -> Response:
+    """204 when it is taken in."""
+    if desk is None:
+        return _off()
+    try:
+        await take(desk)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        return _error(422, f"{where}: {first['msg']}" if where else first["msg"])
+    except Refused as error:
+        return _error(error.status, str(error))
+    return Response(status_code=204)
 
 
 async def _json(request: Request) -> Any:

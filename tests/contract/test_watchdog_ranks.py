@@ -15,8 +15,9 @@ import pytest
 
 from tests.contract.watchdog_daemon import DaemonRoutes, Watchdog, serving, until, watching
 from tests.contract.watchdog_rank import incarnation_of
-from watchdog.heartbeat.page import page_path
+from watchdog.heartbeat.page import HeartbeatWriter, page_path
 from watchdog.simulator import create
+from watchdog.status import render
 
 pytestmark = pytest.mark.contract
 
@@ -90,6 +91,29 @@ def test_straggler_is_named_and_kept(tmp_path: Path) -> None:
         time.sleep(2.0)
         assert not watchdog.daemon.of(act=True)
         assert {body.get("rank") for _, body in watchdog.daemon.verdicts} == {1}
+
+
+def test_a_new_epoch_is_followed_at_once(tmp_path: Path) -> None:
+    """Ranks say it first; bindings are otherwise read once a second. Before the first group there is no epoch."""
+    sim = create(tmp_path, 1)
+    daemon = DaemonRoutes(tmp_path / "http.sock", epoch=0)
+    page = HeartbeatWriter(tmp_path, 0, incarnation_of(0))
+    daemon.bind([gpu.uuid for gpu in sim.list()], {0: page.path})
+    with serving(daemon), watching(tmp_path, sim, daemon) as watchdog:
+        until(lambda: watchdog.status()["ranks"], "the rank", 5)
+        assert "no group yet (1 ranks bound)" in render({**watchdog.status(), "age_s": 0.0})
+        for epoch in range(1, 6):
+            asked = daemon.asked
+            daemon.epoch = epoch
+            page.begin_epoch(epoch)
+            until(lambda asked=asked: daemon.asked > asked, "a question out of turn", 0.5)
+            until(lambda epoch=epoch: watchdog.status()["epoch"] == epoch, "the epoch", 3)
+        assert "epoch 5" in render({**watchdog.status(), "age_s": 0.0})
+        asked = daemon.asked
+        page.begin_epoch(9)  # that the daemon does not know of
+        time.sleep(3.0)
+        assert daemon.asked - asked <= 5
+    page.close()
 
 
 def test_dead_rank_is_left_to_the_daemon(tmp_path: Path) -> None:

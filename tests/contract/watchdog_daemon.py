@@ -35,6 +35,8 @@ class DaemonRoutes:
     verdicts: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
     """(arrival in monotonic seconds, body)"""
     refused: list[dict[str, Any]] = field(default_factory=list)
+    gpus: list[list[dict[str, Any]]] = field(default_factory=list)
+    """What came to `PUT /watchdog/gpus`, oldest first."""
     asked: int = 0
 
     def bind(self, gpus: list[str], pages: dict[int, Path] | None = None) -> None:
@@ -89,7 +91,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.send_response(self.routes.take(self.path.rpartition("/")[2], body))
+        if self.path == "/watchdog/gpus":
+            self.routes.gpus.append(body["gpus"])
+            self.send_response(204)
+        else:
+            self.send_response(self.routes.take(self.path.rpartition("/")[2], body))
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -137,6 +143,18 @@ class Watchdog:
     def verdict(self, timeout_s: float = 5.0, **wanted: Any) -> tuple[float, dict[str, Any]]:
         """The first verdict with these fields."""
         return until(lambda: self.daemon.of(**wanted), f"a verdict with {wanted}", timeout_s, self.explain)[0]
+
+    def until_listening(self, timeout_s: float = 20.0) -> None:
+        """Events of all GPUs are waited for, said since this call: NVML keeps none for who listens later."""
+        asked = time.time()
+
+        def heard() -> bool:
+            status = self.status()
+            driver = status["driver"]
+            everyone = {gpu.uuid for gpu in self.sim.list() if not gpu.lost}
+            return status["written"] > asked and not driver["isolated"] and set(driver["listening"]) == everyone
+
+        until(heard, "a watchdog that listens to all GPUs", timeout_s, self.explain)
 
     def explain(self) -> str:
         return f"verdicts: {[body for _, body in self.daemon.verdicts]}\nlog: {self.log.read_text()[-3000:]}"

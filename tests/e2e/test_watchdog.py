@@ -66,13 +66,14 @@ class Watched:
         return found
 
     def until_watching(self) -> None:
-        """It is alive, knows the ranks, and listens to all of the driver's events."""
+        """It is alive, knows the ranks, and listens to the driver's events of all their GPUs."""
 
         def watching() -> bool:
             status = read_status(self.cluster.runtime_dir)
             fresh = status["pid"] == self.cluster.health()["watchdog"]["pid"] and status["age_s"] < 2
-            same_epoch = status["epoch"] == self.cluster.health()["epoch"]
-            return fresh and same_epoch and len(status["driver"]["listening"]) >= RANKS - 2
+            health = self.cluster.health()
+            bound = {row["gpu"] for row in health["ranks"] if row["state"] in ("active", "suspect")}
+            return fresh and status["epoch"] == health["epoch"] and bound <= set(status["driver"]["listening"])
 
         self.watchdog("alive")
         self.cluster.wait_for(watching, 20)
@@ -129,6 +130,7 @@ def test_nobody_but_the_watchdogs_children_sees_the_simulated_driver(watched: Wa
 
 def test_xid_79_under_load(watched: Watched) -> None:
     victim = watched.victim()
+    watched.until_watching()
     watched.under_load(lambda: watched.simulate("xid", "--gpu", str(victim), "--code", "79"))
     report = watched.until_lost(victim)
     assert "xid 79" in report["cause"]
@@ -174,6 +176,7 @@ def test_a_flapping_gpu_and_one_that_is_noisy(watched: Watched) -> None:
     """Noise on one GPU is shown and costs nothing; the one that comes and goes is removed, once."""
     cluster = watched.cluster
     epoch, (noisy, victim) = cluster.health()["epoch"], cluster.active()[-2:]
+    watched.until_watching()
 
     def disturb() -> None:
         watched.simulate("throttle", "--gpu", str(noisy), "--reason", "thermal")
@@ -189,12 +192,14 @@ def test_a_flapping_gpu_and_one_that_is_noisy(watched: Watched) -> None:
     time.sleep(1.5)  # more of its turns change nothing
     assert (cluster.health()["epoch"], watched.state(noisy)) == (epoch + 1, "suspect")
     watched.simulate("heal", "--gpu", str(noisy))
+    watched.simulate("lose", "--gpu", str(victim))  # for good: each turn has the driver opened anew
     cluster.verify_experts()
 
 
 def test_a_gpu_that_goes_bad_is_drained(watched: Watched) -> None:
     """One NVLink error is a doubt; a second one confirms it. Requests go on elsewhere with what they have."""
     victim = watched.victim()
+    watched.until_watching()
 
     def fail_twice() -> None:
         watched.simulate("xid", "--gpu", str(victim), "--code", "74")

@@ -79,7 +79,6 @@ def check_steps(start: Placement, plan: RepairPlan) -> None:
             assert len(holders(now, load.layer, load.evicts)) > 1 or (
                 np.count_nonzero(now.columns[load.rank][load.layer] == load.evicts) > 1
             )
-        assert load.rank not in holders(now, load.layer, load.expert) or start.slots_per_rank > start.experts
         sources = holders(before, load.layer, load.expert)
         if load.source is Source.PEER:
             assert load.peer in sources
@@ -89,4 +88,8 @@ def check_steps(start: Placement, plan: RepairPlan) -> None:
         now = now.after([load])
         assert load.evicts == EMPTY or holders(now, load.layer, load.evicts)
     assert now == plan.placement
+    for load in plan.loads:  # no second copy on a rank, unless there was one
+        doubled = np.count_nonzero(now.columns[load.rank][load.layer] == load.expert)
+        had = np.count_nonzero(start.columns[load.rank][load.layer] == load.expert)
+        assert doubled <= max(had, 1) or start.slots_per_rank > start.experts
     assert RepairPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan

@@ -48,6 +48,13 @@ def test_one_hang_that_passed_does_not_blind() -> None:
     assert history(*[0.1] * 399, 3600.0).limit_s < 1.8
 
 
+def test_a_rank_that_has_become_slow_widens_the_limit_step_by_step() -> None:
+    limits = [history(*[0.1] * 400, *[5.0] * slow).limit_s for slow in (0, 1, 20, 100)]
+    assert limits == sorted(limits)
+    assert limits[1] - limits[0] < 0.2
+    assert history(*[5.0] * 400).limit_s > 5.5
+
+
 def test_phi_grows_with_silence() -> None:
     regular = history(*[0.1] * 400)
     values = [regular.phi(silent) for silent in (0.1, 0.5, 1.0, 1.1, 2.0, 100.0)]

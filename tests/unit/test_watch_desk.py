@@ -93,6 +93,17 @@ async def test_bindings_before_the_engine_is_configured(client: httpx.AsyncClien
     assert (bindings.epoch, bindings.ranks) == (0, ())
 
 
+async def test_a_release_reaches_the_watchdog_with_its_time(plane: Plane, tmp_path: Path) -> None:
+    desk = WatchdogDesk(plane, tmp_path)
+    before = time.time()
+    desk.release("GPU-b")
+    assert before <= parse_bindings(desk.bindings()).released["GPU-b"] <= time.time()
+    assert [event["gpu"] for event in plane.events.since(0)] == ["GPU-b"]
+    first = desk.bindings()["released"]["GPU-b"]
+    desk.release("GPU-b")
+    assert desk.bindings()["released"]["GPU-b"] > first, "what has happened since is forgiven too"
+
+
 async def test_a_verdict_on_a_gpu_reaches_the_controller_once(client: httpx.AsyncClient, plane: Plane) -> None:
     for _ in range(2):
         assert (await put(client)).status_code == 204
@@ -185,11 +196,68 @@ async def test_nothing_is_acted_on_before_the_group_serves(client: httpx.AsyncCl
     assert len(plane.told) == 1
 
 
+GPUS = [
+    {"uuid": "GPU-a", "index": 0, "fit": True, "reason": "", "verdict": "ok"},
+    {"uuid": "GPU-b", "index": 1, "fit": False, "reason": "xid 79: gone", "verdict": "exclude"},
+    {"uuid": "GPU-c", "index": None, "fit": True, "reason": "hot", "verdict": "suspect"},
+]
+
+
+async def test_the_controller_hears_which_gpus_there_are(client: httpx.AsyncClient, plane: Plane) -> None:
+    assert (await client.put("/watchdog/gpus", json={"gpus": GPUS})).status_code == 204
+    assert (await client.put("/watchdog/gpus", json={"gpus": []})).status_code == 204
+    assert plane.told == [
+        p.GpusSeen(
+            (p.GpuSeen("GPU-a", True), p.GpuSeen("GPU-b", False, "xid 79: gone"), p.GpuSeen("GPU-c", True, "hot"))
+        ),
+        p.GpusSeen(()),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "said"),
+    [
+        ([], 422, ""),
+        ({}, 422, "gpus"),
+        ({"gpus": [GPUS[0], GPUS[0]]}, 422, "twice"),
+        ({"gpus": [{**GPUS[0], "uuid": ""}]}, 422, "uuid"),
+        ({"gpus": [{**GPUS[0], "fit": "perhaps"}]}, 422, "fit"),
+        ({"gpus": [{**GPUS[0], "verdict": "explode"}]}, 422, "verdict"),
+        ({"gpus": [{**GPUS[0], "index": -1}]}, 422, "index"),
+    ],
+)
+async def test_lists_of_gpus_that_are_none(
+    client: httpx.AsyncClient, plane: Plane, sent: Any, status: int, said: str
+) -> None:
+    answer = await client.put("/watchdog/gpus", json=sent)
+    assert answer.status_code == status
+    assert said in answer.json()["error"]["message"]
+    assert (await client.put("/watchdog/gpus", content=b"{")).status_code == 400
+    assert not plane.told
+
+
+async def test_gpus_are_not_taken_in_where_nobody_could_hear_of_them(client: httpx.AsyncClient, plane: Plane) -> None:
+    plane.now = None
+    assert (await client.put("/watchdog/gpus", json={"gpus": GPUS})).status_code == 503
+    assert not plane.told
+
+
+async def test_a_release_is_told_with_its_time(plane: Plane, tmp_path: Path) -> None:
+    desk = WatchdogDesk(plane, tmp_path)
+    before = time.time()
+    desk.release_gpu("GPU-b")
+    (first,) = parse_bindings(desk.bindings()).released.items()
+    assert first[0] == "GPU-b" and before <= first[1] <= time.time()
+    desk.release_gpu("GPU-b")
+    assert parse_bindings(desk.bindings()).released["GPU-b"] >= first[1]
+
+
 async def test_off_means_off() -> None:
     transport = httpx.ASGITransport(with_watchdog_routes(FastAPI(), None))
     async with httpx.AsyncClient(transport=transport, base_url="http://daemon") as client:
         assert (await client.get("/watchdog/bindings")).status_code == 404
         assert "--watchdog off" in (await client.put("/watchdog/verdicts/1", json=body())).text
+        assert "--watchdog off" in (await client.put("/watchdog/gpus", json={"gpus": GPUS})).text
 
 
 def test_ranks_share_gpus() -> None:

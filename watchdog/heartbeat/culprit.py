@@ -70,6 +70,8 @@ class HeartbeatJudge:
         findings += hung
         if not hung and not any(track.page.epoch == epoch for track in dead):
             findings += self._standstill(group, epoch)
+        if any(finding.confirmed and finding.epoch == epoch for finding in findings):
+            self._progress.disturb()
         findings += self._slow(group, epoch, credit_s, {finding.rank for finding in hung})
         return findings
 

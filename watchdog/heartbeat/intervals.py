@@ -81,9 +81,9 @@ class IntervalHistory:
             self._append(estimate.mean_s + estimate.deviation_s)
 
     def add(self, interval_s: float) -> None:
-        """Learn from an interval that ended. One far beyond the limit counts as twice the limit: a single hang that
-        passed must not blind the detector for the next, while a rank that has become slow still widens it."""
-        self._append(min(max(interval_s, 0.0), 2 * self.limit_s))
+        """Learn from an interval that ended. One beyond the limit counts as the limit: a rank that has become slow
+        widens it, step by step. Intervals that say nothing about ranks at work must not come here (`progress`)."""
+        self._append(min(max(interval_s, 0.0), self.limit_s))
 
     @property
     def mean_s(self) -> float:

@@ -20,7 +20,8 @@ class Track:
     """One incarnation as the reader has seen it.
 
     `silent_s`: since anything on its page changed. `stuck_s`: since it last advanced (epoch, step, phase or a counter).
-    `halted_s`: for how long its process was seen stopped or stuck in the kernel.
+    `halted_s`: for how long its process was seen stopped or stuck in the kernel. `disturbed`: in its present silence
+    somebody hung, was stopped or died.
     """
 
     page: Snapshot
@@ -28,6 +29,7 @@ class Track:
     stuck_s: float = 0.0
     halted_s: float = 0.0
     seen_alive: bool = False
+    disturbed: bool = False
 
     @property
     def halted(self) -> bool:
@@ -69,7 +71,16 @@ class Progress:
             rank: self._advance(self._tracks.get(rank), newest[rank], credit_s, reader_stalled)
             for rank in sorted(newest)
         }
-        return list(self._tracks.values())
+        tracks = list(self._tracks.values())
+        if any(track.page.process is ProcessState.STOPPED for track in tracks):
+            self.disturb()
+        return tracks
+
+    def disturb(self) -> None:
+        """A rank is in trouble. The silence that all are in now is no habit of theirs: some do not run, the others wait
+        for them. Nothing is learnt from it, or each hang would make the next one harder to see."""
+        for track in self._tracks.values():
+            track.disturbed = True
 
     def _advance(self, track: Track | None, page: Snapshot, credit_s: float, reader_stalled: bool) -> Track:
         if track is None or track.page.incarnation != page.incarnation:
@@ -81,9 +92,10 @@ class Progress:
             track.silent_s += credit_s
             track.stuck_s += credit_s
             return track
-        if not reader_stalled and _tells_of_the_rank(before, page):
+        if not reader_stalled and not track.disturbed and _tells_of_the_rank(before, page):
             self._limits.learn(before.phase, track.silent_s + credit_s)
         track.silent_s = 0.0
+        track.disturbed = False
         same_position = _position(before) == _position(page)
         if same_position and not before.torn and not page.torn and (collective := page.collective) is not None:
             self.looked_up.add(collective)

@@ -1,0 +1,93 @@
+"""Which GPUs the watchdog calls fit, and what counts as heard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.unit.test_watchdog_docket import FINE, TABLE, WALL
+from watchdog.docket import Docket, Mode
+from watchdog.fitness import DEAF_S, Hearing, judge_fitness
+from watchdog.state import State
+from watchdog.verdict import Policy
+
+GPUS = ("GPU-a", "GPU-b", "GPU-c")
+
+
+def docket(directory: Path, policy: Policy | None = None) -> Docket:
+    made = Docket(TABLE, policy or Policy(), Mode.ACT, State.load(directory))
+    made.see_gpus({gpu: (index, "a GPU", ()) for index, gpu in enumerate(GPUS)}, (), 0.0)
+    for gpu in GPUS:
+        made.gpu(gpu).observer.observe(FINE, 0.0)
+    return made
+
+
+def fit(case: Docket, present: tuple[str, ...] = GPUS, heard: tuple[str, ...] = GPUS) -> dict[str, tuple[bool, str]]:
+    return {one.uuid: (one.fit, one.reason) for one in judge_fitness(case, present, heard)}
+
+
+def test_healthy_and_doubtful_gpus_are_fit(tmp_path: Path) -> None:
+    case = docket(tmp_path)
+    case.see_event("GPU-b", "xid", 74, 1.0)
+    case.review(1.0, WALL)
+    found = judge_fitness(case, GPUS, GPUS)
+    assert [(one.index, one.fit, one.verdict.value) for one in found] == [
+        (0, True, "ok"), (1, True, "suspect"), (2, True, "ok"),
+    ]  # fmt: skip
+    assert found[1].reason == "xid 74: NVLink error"
+    assert found[0].as_json() == {"uuid": "GPU-a", "index": 0, "fit": True, "reason": "", "verdict": "ok"}
+
+
+def test_a_gpu_that_is_to_be_removed_is_not(tmp_path: Path) -> None:
+    case = docket(tmp_path)
+    case.see_event("GPU-a", "xid", 79, 1.0)
+    case.review(1.0, WALL)
+    assert fit(case)["GPU-a"] == (False, "xid 79: GPU has fallen off the bus")
+    case.review(100.0, WALL + 99)
+    assert fit(case)["GPU-a"] == (True, ""), "probation is over"
+
+
+def test_nor_one_in_quarantine_until_it_is_released(tmp_path: Path) -> None:
+    case = docket(tmp_path, Policy(quarantine_failures=1))
+    case.see_event("GPU-a", "xid", 79, 1.0)
+    case.review(1.0, WALL)
+    case.review(100.0, WALL + 99)
+    is_fit, reason = fit(case)["GPU-a"]
+    assert not is_fit and "quarantine" in reason
+    assert case.state.release("GPU-a", WALL + 100)
+    case.review(101.0, WALL + 101)
+    assert fit(case)["GPU-a"] == (True, "")
+
+
+def test_nor_one_that_is_not_heard_and_absent_ones_are_left_out(tmp_path: Path) -> None:
+    case = docket(tmp_path)
+    case.review(1.0, WALL)
+    found = fit(case, ("GPU-c", "GPU-a", "index:4"), ("GPU-a", "GPU-b"))
+    assert found == {"GPU-a": (True, ""), "GPU-c": (False, "its events are not heard yet")}
+
+
+def test_numbers_in_a_reason_are_no_news(tmp_path: Path) -> None:
+    case = docket(tmp_path)
+    keys = []
+    for now in (1.0, 70.0, 80.0, 90.0):
+        case.gpu("GPU-a").log.hold("thermal_slowdown", True, now, reasons="0x40")
+        case.review(now, WALL + now)
+        (one, *_) = judge_fitness(case, GPUS, GPUS)
+        keys.append((one.key, one.reason))
+    assert keys[2][0] == keys[3][0] and keys[2][1] != keys[3][1]
+    assert keys[0][0] != keys[2][0], "it went from suspect to drain"
+
+
+def test_short_deafness_is_forgiven_and_a_gpu_that_comes_back_must_be_heard_anew() -> None:
+    hearing = Hearing()
+    hearing.note((), (), 0.0)
+    assert hearing.heard(100.0) is None, "nothing is known before the driver has listed anything"
+    hearing.note((), GPUS, 100.0)
+    assert hearing.heard(100.5) is None
+    assert hearing.heard(100.0 + DEAF_S + 0.1) == frozenset(), "nobody listens"
+    hearing.note(GPUS, GPUS, 101.0)
+    hearing.note((), GPUS, 102.0)
+    assert hearing.heard(103.0) == frozenset(GPUS)
+    assert hearing.heard(101.0 + DEAF_S + 0.1) == frozenset()
+    hearing.note((), GPUS[:2], 103.0)
+    hearing.note((), GPUS, 103.1)
+    assert hearing.heard(103.2) == frozenset(GPUS[:2])
