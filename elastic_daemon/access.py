@@ -1,4 +1,4 @@
-"""Who may ask what: API keys, and control routes that stay on this machine.
+"""Who may ask what: API keys for what is served, the admin key for what changes the deployment.
 
 One ASGI middleware for both processes that accept connections, the front end and, while there is none, the supervisor.
 The supervisor's Unix socket is not guarded: its directory is private.
@@ -10,12 +10,15 @@ import hmac
 import ipaddress
 import json
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from elastic_daemon.control_routes import is_control_path, is_order
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/metrics"})
 """For probes and scrapers, which have no key."""
@@ -23,32 +26,83 @@ OPEN_PATHS = frozenset({"/livez", "/readyz", "/metrics"})
 STATUS_ONLY_PATH = "/health"
 """Without a key it tells the status and nothing else."""
 
-OPERATOR_PATHS = frozenset({"/events", "/experts", "/experts/verify"})
-"""They tell how the deployment is built: not to strangers."""
+ADMIN_HINT = "set $ELASTIC_ADMIN_KEY (or --admin-key) for the daemon, or use the Unix socket in its runtime directory"
+
+
+class Refusal(NamedTuple):
+    status: int
+    reason: str
 
 
 @dataclass(frozen=True)
 class AccessRules:
-    """`keys`: any of them opens everything. `loopback`: the socket is reachable from this machine only."""
+    """`keys`: API keys. `admin_key`: opens everything. `loopback`: the socket is reachable from this machine only."""
 
-    keys: tuple[str, ...]
+    keys: tuple[str, ...] = field(repr=False)
     loopback: bool
+    admin_key: str | None = field(default=None, repr=False)
+
+    def to_message(self) -> dict[str, Any]:
+        """For a process that accepts connections too. Secret."""
+        return {"keys": self.keys, "loopback": self.loopback, "admin_key": self.admin_key}
+
+    @classmethod
+    def from_message(cls, message: dict[str, Any]) -> AccessRules:
+        return cls(tuple(message["keys"]), message["loopback"], message["admin_key"])
 
     def has_key(self, authorization: str | None) -> bool:
-        scheme, _, given = (authorization or "").partition(" ")
-        # All are compared, so that the time taken does not tell which one was nearly right.
-        matches = [hmac.compare_digest(given.encode(), key.encode()) for key in self.keys]
-        return scheme.lower() == "bearer" and any(matches)
+        """Whether it is an API key, or the admin key."""
+        return _is_one_of(authorization, self.keys) | self.has_admin_key(authorization)
 
-    def refusal(self, path: str, authorization: str | None) -> tuple[int, str] | None:
-        """Status and reason to refuse a request with, if any."""
+    def has_admin_key(self, authorization: str | None) -> bool:
+        return self.admin_key is not None and _is_one_of(authorization, (self.admin_key,))
+
+    def refusal(self, method: str, path: str, headers: Headers) -> Refusal | None:
+        """Why to refuse a request, if at all."""
+        if is_order(method, path):
+            return self._order_refusal(headers)
         if path in OPEN_PATHS or path == STATUS_ONLY_PATH:
             return None
+        known = self.has_key(headers.get("authorization"))
         if self.keys:
-            return None if self.has_key(authorization) else (401, "a valid API key is required")
-        if path in OPERATOR_PATHS and not self.loopback:
-            return 403, "this route needs an API key on an address that others can reach; start with --api-key"
+            return None if known else Refusal(401, "a valid API key is required")
+        if is_control_path(path) and not self.loopback and not known:
+            return Refusal(403, "this route needs an API key on an address that others can reach; start with --api-key")
         return None
+
+    def _order_refusal(self, headers: Headers) -> Refusal | None:
+        """Orders can take GPUs away: a web page that an operator looks at must not be able to give any."""
+        if refusal := self._key_refusal(headers.get("authorization")):
+            return refusal
+        hosts, origins = headers.getlist("host"), headers.getlist("origin")
+        # A page that was served under a name which now leads here (DNS rebinding) has no key, but has its own name.
+        if not self.keys and self.admin_key is None and not (len(hosts) == 1 and _is_loopback_authority(hosts[0])):
+            return Refusal(403, "without a key, control routes accept only localhost or a loopback address as Host")
+        if any(_authority(origin) is None or [_authority(origin)] != _lowered(hosts) for origin in origins):
+            return Refusal(403, "control routes accept no requests from pages of another origin")
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            return Refusal(415, "control routes need Content-Type: application/json")
+        return None
+
+    def _key_refusal(self, authorization: str | None) -> Refusal | None:
+        if self.admin_key is not None:
+            if self.has_admin_key(authorization):
+                return None
+            if self.has_key(authorization):
+                return Refusal(403, "an API key does not open control routes here: the admin key is required")
+            return Refusal(401, "the admin key is required")
+        if not self.loopback:
+            return Refusal(403, f"control routes need an admin key on an address that others can reach: {ADMIN_HINT}")
+        if self.keys and not self.has_key(authorization):
+            return Refusal(401, "a valid API key is required")
+        return None
+
+
+def _is_one_of(authorization: str | None, keys: Sequence[str]) -> bool:
+    scheme, _, given = (authorization or "").partition(" ")
+    # All are compared, so that the time taken does not tell which one was nearly right.
+    matches = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
+    return scheme.lower() == "bearer" and any(matches)
 
 
 def is_loopback(host: str) -> bool:
@@ -58,6 +112,25 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _is_loopback_authority(authority: str) -> bool:
+    """Of `localhost:8000`, `[::1]`, …"""
+    try:
+        name = urlsplit(f"//{authority}").hostname
+    except ValueError:
+        return False
+    return "@" not in authority and name is not None and is_loopback(name)
+
+
+def _authority(origin: str) -> str | None:
+    """The `host:port` of an Origin; None for `null` and whatever else is no web page's."""
+    scheme, separator, authority = origin.lower().partition("://")
+    return authority if separator and scheme in ("http", "https") and authority else None
+
+
+def _lowered(values: Sequence[str]) -> list[str]:
+    return [value.lower() for value in values]
 
 
 class AccessGuard:
@@ -70,12 +143,17 @@ class AccessGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             return await self._app(scope, receive, send)
-        authorization = Headers(scope=scope).get("authorization")
-        if refusal := self._rules.refusal(scope["path"], authorization):
+        headers = Headers(scope=scope)
+        if refusal := self._rules.refusal(scope.get("method", "GET"), scope["path"], headers):
             status, reason = refusal
-            body = {"error": {"message": reason, "type": "AuthenticationError", "code": status}}
+            type_ = "AuthenticationError" if status in (401, 403) else "BadRequestError"
+            body = {"error": {"message": reason, "type": type_, "code": status}}
             return await JSONResponse(body, status)(scope, receive, send)
-        if scope["path"] == STATUS_ONLY_PATH and self._rules.keys and not self._rules.has_key(authorization):
+        if (
+            scope["path"] == STATUS_ONLY_PATH
+            and self._rules.keys
+            and not self._rules.has_key(headers.get("authorization"))
+        ):
             send = _StatusOnly(send)
         await self._app(scope, receive, send)
 

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import Scope
 
 from elastic_daemon.control_routes import is_control_path
 from elastic_daemon.errors import ControlClosed
 from elastic_daemon.events import EventLog
-from elastic_daemon.health import HealthView
+from elastic_daemon.http_errors import error_response, unavailable
 from elastic_daemon.membership import Status
 from elastic_daemon.metrics import Metrics
+from elastic_daemon.operator_routes import OperatorPlane, make_operator_router
 
 PROBE = ["GET", "HEAD"]
 """Methods of the routes that load balancers probe."""
 
 
-class ControlPlane(Protocol):
+class ControlPlane(OperatorPlane, Protocol):
     """What the routes need of the supervisor."""
 
     events: EventLog
@@ -28,8 +31,6 @@ class ControlPlane(Protocol):
 
     @property
     def is_turning(self) -> bool: ...
-
-    def health(self) -> HealthView: ...
 
     async def ask_ranks(self, question: str) -> dict[int, Any]: ...
 
@@ -66,7 +67,7 @@ def make_control_app(plane: ControlPlane) -> FastAPI:
             try:
                 since = int(request.headers.get("last-event-id", since))
             except ValueError:
-                return _error(400, "BadRequestError", "Last-Event-ID: expected the id of an event, a number")
+                return error_response(400, "BadRequestError", "Last-Event-ID: expected the id of an event, a number")
             return StreamingResponse(_stream(plane.events, since), media_type="text/event-stream")
         return JSONResponse(json.loads(json.dumps(plane.events.since(since), default=str)))
 
@@ -84,28 +85,30 @@ def make_control_app(plane: ControlPlane) -> FastAPI:
         try:
             return JSONResponse(body(await plane.ask_ranks(question)))
         except TimeoutError:
-            return _unavailable("a rank did not answer in time")
+            return unavailable("a rank did not answer in time")
         except (ControlClosed, RuntimeError) as error:
-            return _unavailable(str(error))
+            return unavailable(str(error))
+
+    app.include_router(make_operator_router(plane))
 
     @app.api_route("/{path:path}", methods=["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
     async def not_served(request: Request, path: str) -> JSONResponse:
         """Anything else is for the front end; who comes here found none."""
         if is_control_path(request.url.path):
-            return _error(405, "MethodNotAllowedError", f"{request.method} is not for {request.url.path}", Allow="GET")
+            return _no_such_control_route(app.routes, request.scope)
         reason = plane.health().to_json()["reason"] or "the front end is starting"
-        return _unavailable(f"not serving: {reason}")
+        return unavailable(f"not serving: {reason}")
 
     return app
 
 
-def _error(code: int, type_: str, message: str, **headers: str) -> JSONResponse:
-    """In the form of vLLM's errors."""
-    return JSONResponse({"error": {"message": message, "type": type_, "code": code}}, code, headers)
-
-
-def _unavailable(message: str) -> JSONResponse:
-    return _error(503, "ServiceUnavailableError", message, **{"Retry-After": "5"})
+def _no_such_control_route(routes: Sequence[BaseRoute], scope: Scope) -> JSONResponse:
+    method, path = scope["method"], scope["path"]
+    matching = [route for route in routes if isinstance(route, Route) and route.matches(scope)[0] is Match.PARTIAL]
+    allowed = sorted({allowed for route in matching for allowed in route.methods or ()})
+    if not allowed:
+        return error_response(404, "NotFoundError", f"there is no control route {path}")
+    return error_response(405, "MethodNotAllowedError", f"{method} is not for {path}", Allow=", ".join(allowed))
 
 
 async def _stream(events: EventLog, since: int) -> AsyncIterator[str]:

@@ -19,7 +19,8 @@ class CapacityControl(SpreadControl):
 
     def _fill(self) -> None:
         """Start every wanted rank that may be started now."""
-        for rank in sorted(self._wanted):
+        alive = {row.rank for row in self._ranks.where(*ALIVE)}
+        for rank in sorted(self._wanted - alive):
             if self._is_startable(rank):
                 self._start_rank(rank)
         if self._no_gpu and (at := self._gpus.next_usable(self._now)) is not None:
@@ -30,7 +31,7 @@ class CapacityControl(SpreadControl):
             self._open_group()
 
     def _is_startable(self, rank: int) -> bool:
-        if rank in self._left_out or rank in self._deadlines.of(Wait.RANK_RESTART) or self._is_alive(rank):
+        if rank in self._left_out or rank in self._deadlines.of(Wait.RANK_RESTART):
             return False
         return self._phase is Phase.STARTING or self._may_restore or rank in self._ordered
 
@@ -163,13 +164,13 @@ class CapacityControl(SpreadControl):
         if not wanted or not (self._phase is Phase.STARTING or self._may_restore or rank in self._ordered):
             return
         at = self._comebacks.after_loss(rank, self._now, had_served=rank in had_served)
+        attempts = f"in {self._policy.max_start_attempts} attempts, the last: {row.reason}"
         if at is None and gpu is not None:  # it may be the GPU: elsewhere it gets another chance
-            self._gpus.bar(gpu, f"rank {rank} did not start on it in {row.starts} attempts, the last: {row.reason}")
+            self._gpus.bar(gpu, f"rank {rank} did not start on it {attempts}")
             self._record("gpu_barred", gpu=gpu, rank=rank, reason=row.reason)
             self._comebacks.forgive(rank)
         elif at is None or (for_good and gpu is None):
-            tries = "" if for_good else f"did not start in {row.starts} attempts, the last: "
-            self._leave_out(rank, f"{tries}{row.reason}")
+            self._leave_out(rank, row.reason or "" if for_good else f"did not start {attempts}")
         else:
             self._deadlines.arm(Wait.RANK_RESTART, at, rank)
 

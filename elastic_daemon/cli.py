@@ -1,4 +1,4 @@
-"""Command line: `elastic-daemon serve | status | events | drill`."""
+"""Command line: `elastic-daemon serve | status | scale | drain | exclude | release | automation | events | drill`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from elastic_daemon import __version__
-from elastic_daemon.config import Device, Restore, default_runtime_dir, load_settings
+from elastic_daemon.config import Device, HostExpertCopies, Restore, default_runtime_dir, load_settings
 from elastic_daemon.errors import ElasticError, wrong_watchdog
 from elastic_daemon.logs import configure_logging
+from elastic_daemon.order_arguments import add_command, add_order_commands, add_target
 from elastic_daemon.watch.upkeep import WatchMode
 
 SERVE_EXAMPLES = """\
@@ -67,6 +68,10 @@ def make_parser() -> argparse.ArgumentParser:
     serve.usage = "elastic-daemon serve [MODEL] [options] [any vLLM engine flag]"
     serve.description = "Serve MODEL (a directory or hub id; it comes first), or without one the bundled tiny-moe."
     serve.add_argument("--data-parallel-size", type=int, metavar="N", help="ranks to serve with (default: 4)")
+    serve.add_argument("--max-ranks", type=int, metavar="M", help="most ranks that can be scaled up to (default: N)")
+    serve.add_argument(
+        "--reset-target", action="store_true", help="forget the number of ranks that was scaled to before this start"
+    )
     serve.add_argument("--device", choices=[device.value for device in Device], help="default: cpu")
     serve.add_argument(
         "--ranks-per-gpu", type=int, metavar="R", help="ranks that share a GPU, to test without many (default: 1)"
@@ -82,6 +87,11 @@ def make_parser() -> argparse.ArgumentParser:
         choices=[restore.value for restore in Restore],
         help="start lost ranks again and let them rejoin (default: auto)",
     )
+    serve.add_argument(
+        "--host-expert-copies",
+        choices=[copies.value for copies in HostExpertCopies],
+        help="copy experts that a single rank holds to host memory (default: auto)",
+    )
     serve.add_argument("--hold-timeout", type=float, metavar="S", help="hold requests this long without capacity (60)")
     serve.add_argument("--start-timeout", type=float, metavar="S", help="give a rank this long to start (300)")
     serve.add_argument("--shutdown-timeout", type=float, metavar="S", help="let requests finish this long (5)")
@@ -94,29 +104,40 @@ def make_parser() -> argparse.ArgumentParser:
         "--watchdog-flags", metavar="FLAGS", help='for `elastic-watchdog run`, e.g. --watchdog-flags="--mode observe"'
     )
     serve.add_argument("--spare-gpus", type=int, metavar="K", help="idle simulated GPUs on --device cpu (default: 0)")
-    serve.add_argument("--state-dir", type=Path, metavar="DIR", help="what the watchdog remembers over restarts")
+    serve.add_argument(
+        "--gpu-probation",
+        type=float,
+        metavar="S",
+        help="a GPU must be healthy this long before a rank starts on it (2)",
+    )
+    serve.add_argument("--state-dir", type=Path, metavar="DIR", help="what is remembered over restarts")
     serve.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     serve.add_argument("--port", type=int, help="port to listen on (default: 8000; 0: any free one)")
     serve.add_argument(
         "--api-key", action="append", metavar="KEY", help="require this key (again for more; better: $ELASTIC_API_KEY)"
     )
+    serve.add_argument(
+        "--admin-key", metavar="KEY", help="require it for scaling and such (seen in `ps`; better: $ELASTIC_ADMIN_KEY)"
+    )
     serve.add_argument("--runtime-dir", type=Path, metavar="DIR", help=f"default: {default_runtime_dir()}")
 
-    status = _add_command(commands, "status", "show ranks and state of a running daemon", STATUS_EXAMPLES)
-    _add_target(status)
+    status = add_command(commands, "status", "show ranks and state of a running daemon", STATUS_EXAMPLES)
+    add_target(status)
     status.add_argument("--json", action="store_true", help="print the body of /health as it is")
 
-    events = _add_command(commands, "events", "print what happened, oldest first", EVENTS_EXAMPLES)
-    _add_target(events)
+    add_order_commands(commands)
+
+    events = add_command(commands, "events", "print what happened, oldest first", EVENTS_EXAMPLES)
+    add_target(events)
     events.add_argument("--follow", "-f", action="store_true", help="go on as things happen, also across a restart")
 
-    drill = _add_command(commands, "drill", "kill a rank under load and compare what clients see", DRILL_EXAMPLES)
+    drill = add_command(commands, "drill", "kill a rank under load and compare what clients see", DRILL_EXAMPLES)
     drill.description = (
         "Stream completions twice, the second time with SIGKILL of a rank on the way, and compare the two\n"
         "runs token by token. Uses the daemon at --url or the live one in --runtime-dir; otherwise starts\n"
         "one of its own."
     )
-    _add_target(drill)
+    add_target(drill)
     drill.add_argument("--streams", type=int, default=16, metavar="N", help="clients at once (default: %(default)s)")
     drill.add_argument("--tokens", type=int, default=200, metavar="N", help="tokens per stream (default: %(default)s)")
     drill.add_argument("--kill", metavar="RANK[,RANK]", help="ranks to kill (default: a random one that is active)")
@@ -130,30 +151,6 @@ def make_parser() -> argparse.ArgumentParser:
     drill.add_argument("--seed", type=int, metavar="N", help="of the random choice (default: a new one, shown)")
     drill.add_argument("--json", action="store_true", help="print one JSON object with all numbers")
     return parser
-
-
-def _add_command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, examples: str
-) -> argparse.ArgumentParser:
-    return commands.add_parser(
-        name,
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-
-def _add_target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--runtime-dir",
-        type=Path,
-        default=default_runtime_dir(),
-        metavar="DIR",
-        help="runtime directory of the daemon (default: %(default)s)",
-    )
-    parser.add_argument("--url", help="ask a daemon over HTTP instead, e.g. http://127.0.0.1:8000")
 
 
 def serve(arguments: argparse.Namespace, engine_flags: Sequence[str]) -> int:
@@ -185,8 +182,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             code = serve(arguments, rest)
         else:
             from elastic_daemon.operator_commands import COMMANDS
+            from elastic_daemon.order_commands import ORDER_COMMANDS
 
-            code = COMMANDS[arguments.command](arguments)
+            code = {**COMMANDS, **ORDER_COMMANDS}[arguments.command](arguments)
             sys.stdout.flush()
     except ElasticError as error:
         print(f"elastic-daemon: {error}", file=sys.stderr)

@@ -2,8 +2,47 @@
 
 from __future__ import annotations
 
-CONTROL_PATHS = frozenset({"/health", "/livez", "/readyz", "/metrics", "/events", "/experts", "/experts/verify"})
+import re
+
+READ_PATHS = frozenset(
+    {
+        "/health",
+        "/livez",
+        "/readyz",
+        "/metrics",
+        "/events",
+        "/experts",
+        "/experts/verify",
+        "/operations",
+        "/is_scaling_elastic_ep",
+    }
+)
+"""They change nothing, whatever the method. (vLLM asks with POST whether it is scaling.)"""
+
+CONTROL_PATHS = READ_PATHS | {"/scale_elastic_ep", "/automation"}
+
+CONTROL_TEMPLATES = frozenset(
+    {
+        "/operations/{operation}",
+        "/ranks/{rank}/exclude",
+        "/ranks/{rank}/drain",
+        "/ranks/{rank}/release",
+        "/gpus/{uuid}/release",
+    }
+)
+
+_PART = r"(?!\.{1,2}(?:/|$))(?:(?![/?#%\\])[!-~])+"
+"""No dot segments, and nothing that delimits a URL or has no place in one: what is forwarded is what was checked."""
+
+_UNDER_PREFIX = re.compile(rf"/(?:operations/{_PART}|(?:ranks|gpus)/{_PART}/{_PART})")
+
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 def is_control_path(path: str) -> bool:
-    return path in CONTROL_PATHS
+    return path in CONTROL_PATHS or _UNDER_PREFIX.fullmatch(path) is not None
+
+
+def is_order(method: str, path: str) -> bool:
+    """Whether a request may change the deployment. Whatever is not known to change nothing counts."""
+    return method not in SAFE_METHODS and path not in READ_PATHS and is_control_path(path)

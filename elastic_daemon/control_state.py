@@ -83,6 +83,7 @@ class ControlState:
         self._doubts = Doubts()
         self._frontend = Frontend.DOWN
         self._frontend_exits: deque[float] = deque()
+        self._shown: Status | None = None  # to the front end, last
         self._opened = False  # whether the endpoint has ever served
         self._hold = True  # whether requests are held while nothing is served
         self._trouble = ""  # why it is unavailable, or ends
@@ -182,12 +183,8 @@ class ControlState:
 
     def _absence(self, row: Rank) -> str:
         """Why a wanted rank does not serve."""
-        parts = [row.reason or row.state.value]
-        if (why := self._left_out.get(row.rank)) and why not in parts[0]:
-            parts.append(why)
-        if row.rank in self._no_gpu:
-            parts.append("waits for a usable GPU")
-        return "; ".join(parts)
+        why = self._left_out.get(row.rank) or row.reason or row.state.value
+        return f"{why}; waits for a usable GPU" if row.rank in self._no_gpu else why
 
     def _holds_all(self, ranks: int) -> bool:
         """Whether so many ranks have a slot for every expert."""
@@ -208,7 +205,8 @@ class ControlState:
                 self._ranks.move(row.rank, RankState.ACTIVE, self._now)
 
     def _publish(self) -> None:
-        self._opened = self._opened or self.status in (Status.OK, Status.DEGRADED)
+        self._shown = self.status
+        self._opened = self._opened or self._shown in (Status.OK, Status.DEGRADED)
         members = tuple(row.identity for row in self._ranks.members)
         excluded = self._recovery.lost if self._recovery else ()
         draining = tuple(row.identity for row in self._ranks.where(RankState.DRAINING))

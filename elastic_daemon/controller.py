@@ -50,6 +50,8 @@ class Controller(ScalingControl):
                 self._on_verdict(event)
             case p.GpusSeen():
                 self._gpus.see(event.gpus, self._now)
+            case p.GpuReleased():
+                self._gpus.release(event.uuid)
             case p.FrontendMoved():
                 self._on_moved(event)
             case _:
@@ -61,9 +63,10 @@ class Controller(ScalingControl):
 
     def _go_on(self) -> None:
         """Begin what can begin now. At most one change of the group is under way."""
+        if self._phase not in (Phase.EXITED, Phase.STOPPING):
+            self._fill()
         if self._phase in (Phase.EXITED, Phase.STOPPING):
             return
-        self._fill()
         self._advance_operation()
         self._advance_departure()
         self._advance_operation()  # a departure may just have ended
@@ -71,6 +74,8 @@ class Controller(ScalingControl):
             self._deadlines.arm(Wait.JOIN, self._now + self._policy.join_delay_s)
         if self._phase is Phase.SERVING:
             self._wait_to_spread()
+            if self._shown is not self.status:  # more or fewer are wanted
+                self._publish()
 
     def next_deadline(self) -> float | None:
         """When the shell must send Tick at the latest. None: nothing that is waited for can be late."""

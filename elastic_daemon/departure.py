@@ -88,7 +88,7 @@ def victims(rows: Iterable[Rank], wanted: frozenset[int], count: int) -> tuple[i
         found = state.get(rank)
         return (order.index(found) if found in order else len(order), rank)
 
-    return tuple(sorted(sorted(wanted, key=worth, reverse=True)[:count]))
+    return tuple(sorted(sorted(wanted, key=worth, reverse=True)[: max(count, 0)]))
 
 
 def lowest_free(taken: frozenset[int], count: int) -> tuple[int, ...]:

@@ -4,8 +4,10 @@ ElasticError
 +-- ConfigError              bad flag, environment variable, file or model; the message names it   (exit 2)
 +-- StartError               a start that cannot succeed: port, runtime directory, checkpoint      (exit 3)
 +-- DaemonUnreachable        an operator command found no daemon where it was told to ask          (exit 3)
++-- OrderUnanswered          an operator's order that the daemon cannot take, or cannot answer any more
 +-- PeerLost                 a collective or a rendezvous failed because another member is gone
 +-- Fenced                   this rank was told to stop stepping: its epoch has ended
++-- HostCopyUnusable         a copy of an expert in host memory is missing, torn, damaged or of something else
 +-- ControlClosed            the control connection to the supervisor or from a child is gone
 """
 
@@ -46,6 +48,10 @@ class DaemonUnreachable(ElasticError):
     exit_code = 3
 
 
+class OrderUnanswered(ElasticError):
+    pass
+
+
 class PeerLost(ElasticError):
     pass
 
@@ -54,6 +60,10 @@ class Fenced(ElasticError):
     def __init__(self, epoch: int) -> None:
         super().__init__(f"fenced by epoch {epoch}")
         self.epoch = epoch
+
+
+class HostCopyUnusable(ElasticError):
+    pass
 
 
 class ControlClosed(ElasticError):

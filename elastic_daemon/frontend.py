@@ -25,10 +25,11 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from elastic_daemon.access import AccessGuard, AccessRules
 from elastic_daemon.control_routes import is_control_path
-from elastic_daemon.engine.client import ElasticClient, NotServed, membership_from_message
+from elastic_daemon.engine.client import Applied, ElasticClient, Membership, NotServed, membership_from_message
 from elastic_daemon.engine.configure import Deployment
-from elastic_daemon.engine.openai_app import fail_in_flight, make_app, make_llm
+from elastic_daemon.engine.openai_app import fail_in_flight, fail_requests, make_app, make_llm
 from elastic_daemon.messages import MAX_LINE_BYTES, Message, decode, encode
+from elastic_daemon.requests import MAX_DEATHS
 
 log = structlog.get_logger(__name__)
 
@@ -109,8 +110,7 @@ class Frontend:
         )
         self._llm = make_llm(self._deployment, self._client)
         gated = HoldGate(await make_app(self._deployment, self._llm), self._client)
-        rules = AccessRules(tuple(spec["api_keys"]), spec["loopback"])
-        app = AccessGuard(ControlProxy(gated, spec["http_socket"]), rules)
+        app = AccessGuard(ControlProxy(gated, spec["http_socket"]), AccessRules.from_message(spec["access"]))
         self._server = uvicorn.Server(
             uvicorn.Config(app, lifespan="on", log_level="warning", access_log=False, timeout_keep_alive=30)
         )
@@ -151,8 +151,21 @@ class Frontend:
 
     async def _apply(self, message: Message) -> None:
         membership = membership_from_message(message)
-        handover = await self._client.apply(membership)
-        if handover is not None:
+        applied = await self._client.apply(membership)
+        if applied.given_up:
+            error = NotServed(f"given up after {MAX_DEATHS} ranks died computing it")
+            self._lost += fail_requests(self._llm, self._client, applied.given_up, error)
+            log.warning("requests_given_up", requests=applied.given_up, deaths=MAX_DEATHS)
+        if membership.serving:
+            self._answer(membership, applied)
+        elif not membership.hold:
+            failed = fail_in_flight(self._llm, self._client, NotServed(membership.reason))
+            self._lost += failed
+            if failed:
+                log.warning("requests_failed", count=failed, reason=membership.reason)
+
+    def _answer(self, membership: Membership, applied: Applied) -> None:
+        if (handover := applied.handover) is not None:
             self._say(
                 "synced",
                 epoch=membership.epoch,
@@ -163,11 +176,9 @@ class Frontend:
                 delivered=self._client.ledger.delivered,
             )
             self._lost = 0
-        elif not membership.hold:
-            failed = fail_in_flight(self._llm, self._client, NotServed(membership.reason))
-            self._lost += len(failed)
-            if failed:
-                log.warning("requests_failed", count=len(failed), reason=membership.reason)
+        if applied.moved is not None:
+            counts = [{"rank": rank, "count": count} for rank, count in applied.moved.items()]
+            self._say("moved", epoch=membership.epoch, draining=sorted(membership.draining), requests=counts)
 
     async def _report_stats(self) -> None:
         while True:

@@ -75,7 +75,7 @@ class Membership:
     """The table of ranks, and the epoch. The only place where states, incarnations and the epoch change."""
 
     def __init__(self) -> None:
-        self._rows: dict[int, Rank] = {}
+        self._rows: dict[int, Rank] = {}  # ascending by rank
         self._incarnation = 0
         self._epoch = 0
 
@@ -94,12 +94,19 @@ class Membership:
             raise IllegalTransition(f"rank {rank}: {old.state} -> {RankState.STARTING}")
         self._incarnation += 1
         starts = 1 if old is None else old.starts + 1
-        self._rows[rank] = Rank(rank, self._incarnation, RankState.STARTING, now, starts=starts)
+        self._put(Rank(rank, self._incarnation, RankState.STARTING, now, starts=starts))
         return self._rows[rank]
 
     def enrol(self, rank: int, now: float, reason: str) -> None:
         """A rank that cannot be started yet. One that is known stays as it is."""
-        self._rows.setdefault(rank, Rank(rank, 0, RankState.EXCLUDED, now, reason, starts=0))
+        if rank not in self._rows:
+            self._put(Rank(rank, 0, RankState.EXCLUDED, now, reason, starts=0))
+
+    def _put(self, row: Rank) -> None:
+        is_new = row.rank not in self._rows
+        self._rows[row.rank] = row
+        if is_new:
+            self._rows = {rank: self._rows[rank] for rank in sorted(self._rows)}
 
     def move(self, rank: int, state: RankState, now: float, reason: str | None = None) -> Rank:
         """Raises IllegalTransition unless TRANSITIONS allows it, KeyError for a rank never started."""
@@ -116,7 +123,7 @@ class Membership:
 
     def where(self, *states: RankState) -> tuple[Rank, ...]:
         """Rows in one of these states, ascending by rank."""
-        return tuple(row for row in self if row.state in states)
+        return tuple(row for row in self._rows.values() if row.state in states)
 
     @property
     def members(self) -> tuple[Rank, ...]:
@@ -126,4 +133,4 @@ class Membership:
         return self._rows[rank]
 
     def __iter__(self) -> Iterator[Rank]:
-        return iter([self._rows[rank] for rank in sorted(self._rows)])
+        return iter(tuple(self._rows.values()))

@@ -3,9 +3,9 @@
 Every line is an object with a `type`. A child says `hello` first. Anything about a recovery carries its epoch; whoever
 gets an answer to an older epoch drops it.
 
-    rank  -> supervisor   hello, ready, fault, fenced, regrouped, regroup_failed, reply
-    supervisor -> rank    fence, regroup, resume, call
-    front end -> supervisor   hello, ready, synced, stats, drained
+    rank  -> supervisor   hello, ready, fault, fenced, regrouped, regroup_failed, respread_done, stored, column, reply
+    supervisor -> rank    fence, regroup, resume, respread, store, call
+    front end -> supervisor   hello, ready, synced, moved, stats, drained
     supervisor -> front end   membership, drain
 """
 

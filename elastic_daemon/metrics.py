@@ -32,7 +32,10 @@ class Metrics:
             buckets=PHASE_BUCKETS,
         )
         self._preserved = Counter(
-            "elastic_requests_preserved_total", "Requests carried through a recovery", ["how"], registry=registry
+            "elastic_requests_preserved_total",
+            "Requests carried through a recovery, or off a draining rank",
+            ["how"],
+            registry=registry,
         )
         self._verdicts = Counter(
             "elastic_watchdog_verdicts_total",
@@ -40,10 +43,24 @@ class Metrics:
             ["signal", "verdict"],
             registry=registry,
         )
+        self._loaded = {
+            unit: Counter(
+                f"elastic_expert_load_{unit}_total",
+                f"{unit.capitalize()} of experts that ranks have taken in, by where they came from",
+                ["source"],
+                registry=registry,
+            )
+            for unit in ("bytes", "seconds")
+        }
         self._lost = Counter("elastic_requests_lost_total", "Requests that a recovery lost", registry=registry)
 
     def verdict(self, signal: str, verdict: str) -> None:
         self._verdicts.labels(signal, verdict).inc()
+
+    def loaded(self, source: str, size: int, seconds: float) -> None:
+        """A rank has taken in `size` bytes of experts from `source`: peer, host or checkpoint."""
+        self._loaded["bytes"].labels(source).inc(size)
+        self._loaded["seconds"].labels(source).inc(seconds)
 
     def recovery(self, report: RecoveryReport) -> None:
         for phase, seconds in report.seconds.items():
@@ -52,6 +69,10 @@ class Metrics:
             for how, number in (("kept", counts.kept), ("replayed", counts.replayed), ("restarted", counts.restarted)):
                 self._preserved.labels(how).inc(number)
             self._lost.inc(counts.lost)
+
+    def moved(self, requests: int) -> None:
+        """Off a draining rank, while the group served."""
+        self._preserved.labels("moved").inc(requests)
 
     def render(self, view: HealthView) -> bytes:
         """The text exposition, with gauges as of `view`."""

@@ -65,9 +65,12 @@ class Target:
     def base_url(self) -> str:
         return (self.url or "http://daemon").rstrip("/")
 
-    def client(self, timeout: httpx.Timeout | float = TIMEOUT_S) -> httpx.Client:
+    def client(
+        self, timeout: httpx.Timeout | float = TIMEOUT_S, headers: Mapping[str, str] | None = None
+    ) -> httpx.Client:
         transport = None if self.url else httpx.HTTPTransport(uds=http_socket(self.runtime_dir))
-        return httpx.Client(transport=transport, timeout=timeout, trust_env=False, headers=key_header())
+        sent = key_header() if headers is None else headers
+        return httpx.Client(transport=transport, timeout=timeout, trust_env=False, headers=sent)
 
     def async_client(self) -> httpx.AsyncClient:
         transport = None if self.url else httpx.AsyncHTTPTransport(uds=http_socket(self.runtime_dir))

@@ -62,12 +62,18 @@ class RankFenced:
 
 @dataclass(frozen=True)
 class RankRegrouped:
-    """Group built, experts in place; waits for Resume. `seconds` has the keys 'group' and 'repair'."""
+    """Group built, experts in place; waits for Resume. `seconds` has the keys 'group' and 'repair'.
+
+    `loaded`: source (`host`, `checkpoint`) -> bytes and seconds, of the experts that were loaded for it. `unusable`:
+    (layer, expert) of copies in host memory that were missing or damaged; those came from the checkpoint.
+    """
 
     rank: int
     incarnation: int
     epoch: int
     seconds: Mapping[str, float]
+    loaded: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    unusable: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -192,6 +198,13 @@ class GpusSeen:
 
 
 @dataclass(frozen=True)
+class GpuReleased:
+    """An operator lets this GPU be used again."""
+
+    uuid: str
+
+
+@dataclass(frozen=True)
 class ScaleOrder:
     """Serve with `target` ranks. `retire`: who is to leave, None: whoever can best be spared.
 
@@ -255,7 +268,7 @@ RankEvent = (
 )
 FrontendEvent = FrontendReady | FrontendExited | FrontendSynced | FrontendMoved
 OperatorEvent = StopRequested | DrainComplete | ScaleOrder | RankOrder | AutomationSwitched
-WatchdogEvent = TelemetryVerdict | GpusSeen
+WatchdogEvent = TelemetryVerdict | GpusSeen | GpuReleased
 Event = RankEvent | FrontendEvent | OperatorEvent | WatchdogEvent | Tick
 
 

@@ -42,7 +42,8 @@ class RuntimeDir:
         self._lock.write(f"{os.getpid()}\n")
         self._lock.flush()
         self._clear()
-        self.scratch.mkdir(mode=0o700)
+        for directory in (self.scratch, self.experts):
+            directory.mkdir(mode=0o700)
 
     @property
     def control_socket(self) -> str:
@@ -55,6 +56,11 @@ class RuntimeDir:
     @property
     def scratch(self) -> Path:
         return self.path / "scratch"
+
+    @property
+    def experts(self) -> Path:
+        """Copies of experts that outlive the ranks, not the daemon."""
+        return self.path / "experts"
 
     def zmq(self, name: str) -> str:
         return f"ipc://{self.path / name}"
@@ -84,7 +90,8 @@ class RuntimeDir:
 
     def _clear(self) -> None:
         """Remove what a daemon that was killed left here."""
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        for directory in (self.scratch, self.experts):
+            shutil.rmtree(directory, ignore_errors=True)
         for left in self.path.glob("*.sock"):
             with contextlib.suppress(OSError):
                 left.unlink()

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from elastic_daemon import protocol as p
 from elastic_daemon.capacity_control import CapacityControl
-from elastic_daemon.control_state import Frontend, Phase
+from elastic_daemon.control_state import Phase
 from elastic_daemon.deadlines import Wait
 from elastic_daemon.departure import Departure, Operation, Step, lowest_free, victims
 from elastic_daemon.membership import IN_GROUP, Rank, RankState
@@ -51,11 +51,11 @@ class ScalingControl(CapacityControl):
         if not rows:  # left, or lost on the way
             self._departure = None
             return self._deadlines.disarm(Wait.DEPARTURE)
-        if self._phase is not Phase.SERVING:
+        if self._phase not in (Phase.SERVING, Phase.UNAVAILABLE):
             return
         if not self._holds_all(len(self._ranks.members) - len(rows)):
             return self._stay()
-        if departure.step is Step.REQUESTS and (departure.moved or self._frontend is not Frontend.READY):
+        if departure.step is Step.REQUESTS and departure.moved:
             departure.step = Step.EXPERTS
             self._evacuate(rows)
         if departure.step is Step.EXPERTS and self._spread is None:
@@ -93,8 +93,7 @@ class ScalingControl(CapacityControl):
             self._record("rank_stays", rank=row.rank, incarnation=row.incarnation)
         self._departure = None
         self._deadlines.disarm(Wait.DEPARTURE)
-        if self._phase is Phase.SERVING:
-            self._publish()
+        self._publish()
 
     def _departure_overdue(self) -> None:
         assert self._departure is not None
@@ -117,11 +116,14 @@ class ScalingControl(CapacityControl):
     def _on_scale_order(self, order: p.ScaleOrder) -> None:
         operation = self._operation_of(order.operation, OperationKind.SCALE, order.timeout_s)
         operation.target, operation.retire = order.target, order.retire
-        self._take(operation)
+        if not self._refuse_at_end(operation):
+            self._take(operation)
 
     def _on_rank_order(self, order: p.RankOrder) -> None:
         operation = self._operation_of(order.operation, OperationKind(order.deed.value), order.timeout_s)
         operation.ranks = (order.rank,)
+        if self._refuse_at_end(operation):
+            return
         match order.deed:
             case p.RankDeed.DRAIN:
                 self._take(operation)
@@ -129,6 +131,12 @@ class ScalingControl(CapacityControl):
                 self._exclude(operation, order.rank)
             case p.RankDeed.RELEASE:
                 self._release(operation, order.rank)
+
+    def _refuse_at_end(self, operation: Operation) -> bool:
+        ends = self._phase is Phase.STOPPING
+        if ends:
+            self._answer(operation, OperationState.INVALID, "the daemon is stopping")
+        return ends
 
     def _operation_of(self, id_: str, kind: OperationKind, timeout_s: float) -> Operation:
         return Operation(id_, kind, self.target, self.target, self._now, timeout_s)
@@ -160,6 +168,8 @@ class ScalingControl(CapacityControl):
 
     def _stop_operation(self, why: str) -> None:
         if self._operation is not None:
+            if self._operation.begun:
+                self._wanted = set(self._operation.wanted_before)
             self._end(OperationState.ROLLED_BACK, why)
 
     def _exclude(self, operation: Operation, rank: int) -> None:
@@ -169,8 +179,8 @@ class ScalingControl(CapacityControl):
         if row.state in IN_GROUP and not self._holds_all(len(self._ranks.members) - 1):
             return self._answer(operation, OperationState.INVALID, self._too_few(1))
         self._left_out[rank] = "excluded by an operator"
-        self._lose({rank: "excluded by an operator"}, kill=True)
         self._answer(operation, OperationState.DONE, f"rank {rank} is excluded until it is released")
+        self._lose({rank: "excluded by an operator"}, kill=True)
 
     def _release(self, operation: Operation, rank: int) -> None:
         if rank not in self._wanted:
@@ -217,10 +227,8 @@ class ScalingControl(CapacityControl):
         operation.previous = self.target
         if operation.kind is OperationKind.DRAIN:
             error = self._begin_drain(operation)
-        elif operation.target < self.target:
-            error = self._begin_shrink(operation)
         else:
-            error = self._begin_grow(operation)
+            error = self._begin_scale(operation)
         if error:
             self._end(OperationState.INVALID, error)
         else:
@@ -237,38 +245,33 @@ class ScalingControl(CapacityControl):
             self._left_out[row.rank] = "drained by an operator"
         return None
 
-    def _begin_grow(self, operation: Operation) -> str | None:
-        if operation.retire:
-            return f"retire_ranks: nobody is to leave for {operation.target} ranks, {self.target} are wanted now"
-        if operation.target > self._policy.max_ranks:
-            return f"at most {self._policy.max_ranks} ranks can serve (--max-ranks)"
-        new = lowest_free(frozenset(self._wanted), operation.target - self.target)
-        absent = {rank for rank in self._wanted if not self._is_alive(rank)} | set(new)
+    def _begin_scale(self, operation: Operation) -> str | None:
+        if error := self._scale_error(operation):
+            return error
+        change = operation.target - self.target
+        leaving = set(operation.retire or ())
+        # Beside those named, ranks that do not serve are the first that are not wanted any more.
+        leaving |= set(victims(self._ranks, frozenset(self._wanted - leaving), -change - len(leaving)))
+        wanted = (self._wanted - leaving) | set(lowest_free(frozenset(self._wanted), max(change, 0)))
+        absent = {rank for rank in wanted if not self._is_alive(rank)}
         if self._gpus.is_known and (room := self._gpus.room_for(absent)) < len(absent):
             return f"{len(absent)} more ranks need a GPU, and {room} can have one"
-        self._wanted |= set(new)
-        operation.ranks = tuple(sorted(absent))
+        operation.ranks = tuple(sorted(absent | leaving))
+        self._wanted = wanted
         for rank in absent:
             self._invite(rank)
         self._fill()
-        return None
-
-    def _begin_shrink(self, operation: Operation) -> str | None:
-        if not self._holds_all(operation.target):
-            needed = -(-self._policy.experts // self._policy.slots)
-            return f"{operation.target} ranks cannot hold {self._policy.experts} experts: the minimum is {needed}"
-        leaving = victims(self._ranks, frozenset(self._wanted), self.target - operation.target)
-        if operation.retire is not None:
-            if error := self._retire_error(operation.retire, operation.target):
-                return error
-            leaving = operation.retire
-            # Beside those named, ranks that do not serve are not wanted any more either.
-            idle = sorted(self._wanted - set(leaving) - {row.rank for row in self._group}, reverse=True)
-            leaving += tuple(idle[: self.target - operation.target - len(leaving)])
-        operation.ranks = tuple(sorted(leaving))
-        self._wanted -= set(leaving)
         self._send_away(leaving)
         return None
+
+    def _scale_error(self, operation: Operation) -> str | None:
+        target, most = operation.target, self._policy.max_ranks
+        if target > most:
+            return f"at most {most} ranks can serve (--max-ranks), not {target}"
+        if not self._holds_all(target):
+            needed = -(-self._policy.experts // self._policy.slots)
+            return f"{target} ranks cannot hold {self._policy.experts} experts: the minimum is {needed}"
+        return None if operation.retire is None else self._retire_error(operation.retire, target)
 
     def _retire_error(self, retire: tuple[int, ...], target: int) -> str | None:
         active = {row.rank for row in self._group}
@@ -312,8 +315,8 @@ class ScalingControl(CapacityControl):
         if operation.undoing is not None:
             if not extra and self._departure is None:
                 self._end(*operation.undoing)
-            elif self._departure is None:
-                self._send_away(extra)
+            elif self._departure is None:  # a loss meanwhile: they cannot be spared, somebody else can
+                self._want_no_more_than(operation.previous)
             return
         if self._departure is not None:
             return
@@ -324,7 +327,7 @@ class ScalingControl(CapacityControl):
             return self._undo(OperationState.ROLLED_BACK, self._too_few(1))
         if extra:
             return self._undo(OperationState.ROLLED_BACK, self._too_few(len(extra)))
-        if operation.target < operation.previous or serving >= self._wanted:
+        if serving >= self._wanted:
             return self._end(OperationState.DONE, f"serving with {len(serving)} ranks")
         for rank in operation.ranks:
             if rank in self._left_out:
@@ -341,9 +344,15 @@ class ScalingControl(CapacityControl):
         if self._departure is not None:
             self._stay()
         self._left_out = {r: why for r, why in self._left_out.items() if r not in operation.ranks or self._is_out(r)}
-        added = self._wanted - operation.wanted_before
-        self._wanted = set(operation.wanted_before)
-        self._send_away(added)
+        self._wanted |= operation.wanted_before
+        self._want_no_more_than(operation.previous)
+
+    def _want_no_more_than(self, count: int) -> None:
+        """Who serves is worth more than who was meant to."""
+        self._wanted |= {row.rank for row in self._group}
+        leaving = victims(self._ranks, frozenset(self._wanted), len(self._wanted) - count)
+        self._wanted -= set(leaving)
+        self._send_away(leaving)
 
     def _is_out(self, rank: int) -> bool:
         return not self._is_alive(rank)
@@ -357,9 +366,7 @@ class ScalingControl(CapacityControl):
         why = f"not done within {operation.timeout_s:g} s, while {operation.phase}"
         if not operation.begun:
             return self._end(OperationState.TIMED_OUT, f"{why}; nothing was changed")
-        leaving = {row.rank for row in self._group} & set(operation.ranks)
-        going = operation.kind is OperationKind.DRAIN or operation.target < operation.previous
-        if operation.undoing is None and (leaving or not going):
+        if operation.undoing is None:
             self._undo(OperationState.TIMED_OUT, why)
 
     def _show(self, operation: Operation) -> None:

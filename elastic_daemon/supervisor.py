@@ -19,7 +19,7 @@ import structlog
 from elastic_daemon import protocol as p
 from elastic_daemon.answering import Answering, bind
 from elastic_daemon.app import make_control_app
-from elastic_daemon.config import Device, Restore, Settings
+from elastic_daemon.config import Device, HostExpertCopies, Restore, Settings
 from elastic_daemon.control_server import ControlServer, Peer
 from elastic_daemon.controller import Controller
 from elastic_daemon.errors import ElasticError
@@ -28,11 +28,14 @@ from elastic_daemon.health import HealthView, url_of
 from elastic_daemon.launcher import Zygote, adopt_orphans, reap_orphans
 from elastic_daemon.messages import Message
 from elastic_daemon.metrics import Metrics
+from elastic_daemon.operations import OperationDesk
+from elastic_daemon.placement import Source
 from elastic_daemon.policy import Policy
 from elastic_daemon.processes import Processes
 from elastic_daemon.runtime_dir import RuntimeDir
 from elastic_daemon.service_control import EXIT_START
 from elastic_daemon.store import RendezvousStore
+from elastic_daemon.target_store import TargetWriter, load_target, start_target
 from elastic_daemon.tasks import Tasks
 from elastic_daemon.watch.side import WatchdogSide
 
@@ -58,6 +61,10 @@ class Supervisor:
         self.metrics = Metrics()
         self.model = settings.model or "tiny-moe"
         self.min_ranks = 1
+        self.max_ranks = settings.max_ranks or settings.data_parallel_size
+        self.automation = True
+        self.operations = OperationDesk(self.tell)
+        self._targets = TargetWriter(settings)
         self._started = time.monotonic()
         self._last_turn = time.monotonic()
         self._controller: Controller | None = None
@@ -158,19 +165,26 @@ class Supervisor:
             },
         )
         self.min_ranks = -(-answer["experts"] // answer["slots"])
+        start = start_target(settings, load_target(settings), self.min_ranks, self.max_ranks)
+        if start.event is not None:
+            self.events.record(start.event, start.fields)
         return Policy(
-            target=settings.data_parallel_size,
+            target=start.target,
+            max_ranks=self.max_ranks,
             experts=answer["experts"],
             slots=answer["slots"],
             start_timeout_s=settings.start_timeout,
             regroup_timeout_s=REGROUP_TIMEOUT_S[settings.device],
             hold_timeout_s=settings.hold_timeout,
             restore=settings.restore is Restore.AUTO,
+            host_copies=settings.host_expert_copies is HostExpertCopies.AUTO,
         )
 
     def _begin(self, policy: Policy) -> None:
         self._controller = Controller(policy, time.monotonic())
         self._carry_out(self._controller.start(time.monotonic()))
+        if not self.automation:
+            self.tell(p.AutomationSwitched(False))
 
     async def _supervise(self) -> p.Exit:
         """The control loop: sends Tick when something is due, and proves with each turn that it lives."""
@@ -190,12 +204,14 @@ class Supervisor:
         return ended
 
     def _stop_requested(self) -> None:
+        self.operations.close("the daemon stops")
         if self._controller is None:
             self._finish(p.Exit(0, "stopped while starting"))
         else:
             self.tell(p.StopRequested(self.settings.shutdown_timeout))
 
     def _finish(self, ended: p.Exit) -> None:
+        self.operations.close("the daemon stops")
         if not self._exit.done():
             self._exit.set_result(ended)
 
@@ -205,6 +221,13 @@ class Supervisor:
         if self._controller is not None and not self._exit.done():
             self._carry_out(self._controller.handle(event, time.monotonic()))
             self._wake.set()
+
+    def set_automation(self, enabled: bool) -> None:
+        self.automation = enabled
+        self.tell(p.AutomationSwitched(enabled))
+
+    def release_gpu(self, uuid: str) -> None:
+        self._watch.release(uuid)
 
     def _on_hello(self, peer: Peer) -> None:
         if peer.role == "rank":
@@ -228,9 +251,23 @@ class Supervisor:
             case "fenced":
                 self.tell(p.RankFenced(rank, incarnation, message["epoch"], _column(message)))
             case "regrouped":
-                self.tell(p.RankRegrouped(rank, incarnation, message["epoch"], message["seconds"]))
+                loaded, unusable = message["loaded"], _pairs(message["unusable"])
+                for source, (size, seconds) in loaded.items():
+                    self.metrics.loaded(source, size, seconds)
+                self.tell(p.RankRegrouped(rank, incarnation, message["epoch"], message["seconds"], loaded, unusable))
             case "regroup_failed":
                 self.tell(p.RegroupFailed(rank, incarnation, message["epoch"], message["error"]))
+            case "respread_done":
+                cost = message["seconds"], message["bytes"]
+                self.metrics.loaded(Source.PEER, message["bytes"], message["seconds"])
+                self.tell(
+                    p.RankRespread(rank, incarnation, message["epoch"], message["serial"], _column(message), *cost)
+                )
+            case "stored":
+                cost = message["seconds"], message["bytes"]
+                self.tell(p.RankStored(rank, incarnation, message["epoch"], _pairs(message["experts"]), *cost))
+            case "column":
+                self.tell(p.ColumnChanged(rank, incarnation, message["epoch"], _column(message)))
             case other:
                 log.warning("message_unknown", rank=rank, type=other)
 
@@ -242,10 +279,19 @@ class Supervisor:
             case "synced":
                 fields = ("epoch", "kept", "replayed", "restarted", "lost", "delivered")
                 self.tell(p.FrontendSynced(*(message[field] for field in fields)))
+            case "moved":
+                self._note_moves(message["requests"])
+                self.tell(p.FrontendMoved(message["epoch"], tuple(message["draining"])))
             case "stats":
                 self._stats = message
             case "drained":
                 self.tell(p.DrainComplete())
+
+    def _note_moves(self, requests: list[Message]) -> None:
+        for moved in requests:
+            if moved["count"]:
+                self.metrics.moved(moved["count"])
+                self.events.record("requests_moved", {"rank": moved["rank"], "count": moved["count"]})
 
     # --- actions ------------------------------------------------------------------------------------------------------
 
@@ -263,6 +309,7 @@ class Supervisor:
                 members=action.members,
                 slots=action.slots,
                 scratch_dir=str(self._runtime.scratch),
+                host_copies_dir=self._host_copies_dir,
                 heartbeat_dir=str(self._runtime.path),
                 control=self._runtime.control_socket,
                 store_host=self._store.host,
@@ -277,6 +324,11 @@ class Supervisor:
     def _zmq_addresses(self) -> dict[str, str]:
         return {"input_address": self._runtime.zmq("input.sock"), "output_address": self._runtime.zmq("output.sock")}
 
+    @property
+    def _host_copies_dir(self) -> str | None:
+        wanted = self.settings.host_expert_copies is HostExpertCopies.AUTO
+        return str(self._runtime.experts) if wanted else None
+
     def _rank_exited(self, identity: p.Identity) -> None:
         self.tell(p.RankExited(*identity, "process ended"))
         self._peers.pop(identity, None)
@@ -289,12 +341,22 @@ class Supervisor:
         self._send_to_rank(action.rank, "fence", epoch=action.epoch)
 
     def _regroup(self, action: p.Regroup) -> None:
-        loads = [{"layer": load.layer, "slot": load.slot, "expert": load.expert} for load in action.loads]
+        loads = [
+            {"layer": load.layer, "slot": load.slot, "expert": load.expert, "source": load.source}
+            for load in action.loads
+        ]
         placement = action.placement.to_json()
         self._send_to_rank(action.rank, "regroup", epoch=action.epoch, placement=placement, loads=loads)
 
     def _resume(self, action: p.Resume) -> None:
         self._send_to_rank(action.rank, "resume", epoch=action.epoch)
+
+    def _respread(self, action: p.Respread) -> None:
+        placement = action.placement.to_json()
+        self._send_to_rank(action.rank, "respread", epoch=action.epoch, serial=action.serial, placement=placement)
+
+    def _store_experts(self, action: p.StoreExperts) -> None:
+        self._send_to_rank(action.rank, "store", epoch=action.epoch, experts=action.experts)
 
     def _send_to_rank(self, rank: int, type_: str, **fields: Any) -> None:
         newest = max((identity for identity in self._peers if identity[0] == rank), default=None)
@@ -322,6 +384,7 @@ class Supervisor:
             reason=snapshot.reason,
             hold=snapshot.hold,
             members=members,
+            draining=[incarnation for _, incarnation in snapshot.draining],
         )
 
     def _start_frontend(self, _: p.StartFrontend) -> None:
@@ -333,8 +396,7 @@ class Supervisor:
             http_socket=self._runtime.http_socket,
             listen_fd=self._listener.fileno(),
             hold_timeout_s=self.settings.hold_timeout,
-            api_keys=self.settings.api_key,
-            loopback=self.settings.access.loopback,
+            access=self.settings.access.to_message(),
             **self._zmq_addresses,
         )
 
@@ -358,6 +420,12 @@ class Supervisor:
             "recovery_done", {"epoch": report.epoch, "kind": report.kind, "ranks": report.ranks, "seconds": seconds}
         )
 
+    def _operation_changed(self, action: p.OperationChanged) -> None:
+        self.operations.changed(action.report)
+
+    def _store_target(self, action: p.StoreTarget) -> None:
+        self._tasks.spawn(self._targets.store(action.target))
+
     def _stop_all(self, _: p.StopAll) -> None:
         self._processes.kill_all()
 
@@ -367,11 +435,15 @@ class Supervisor:
         p.Fence: _fence,
         p.Regroup: _regroup,
         p.Resume: _resume,
+        p.Respread: _respread,
+        p.StoreExperts: _store_experts,
         p.Publish: _publish,
         p.StartFrontend: _start_frontend,
         p.KillFrontend: _kill_frontend,
         p.RecordEvent: _record,
         p.RecoveryDone: _recovery_done,
+        p.OperationChanged: _operation_changed,
+        p.StoreTarget: _store_target,
         p.StopAll: _stop_all,
         p.Exit: _finish,
     }
@@ -414,3 +486,8 @@ class Supervisor:
 
 def _column(message: Message) -> p.Column:
     return tuple(tuple(row) for row in message["column"])
+
+
+def _pairs(found: list[list[int]]) -> tuple[tuple[int, int], ...]:
+    """(layer, expert)"""
+    return tuple((layer, expert) for layer, expert in found)

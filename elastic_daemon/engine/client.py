@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import copy
 import itertools
 import weakref
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -23,13 +24,13 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_f
 from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError
 from vllm.utils.network_utils import make_zmq_socket
-from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
 from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources, _process_utility_output
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from elastic_daemon.engine.core import WAVES_PER_EPOCH
 from elastic_daemon.engine.resume import resuming_params
-from elastic_daemon.requests import Handover, Ledger
+from elastic_daemon.requests import Entry, Handover, Ledger
 
 log = structlog.get_logger(__name__)
 
@@ -56,6 +57,26 @@ class Membership:
     reason: str
     ranks: dict[int, int]  # incarnation -> rank
     ready: dict[int, str]  # incarnation -> vLLM's ready response, base64
+    draining: frozenset[int] = frozenset()  # incarnations whose requests go to the other members
+
+    @property
+    def takers(self) -> tuple[int, ...]:
+        """Who gets requests. Everybody, if all are draining: there is nobody else."""
+        return tuple(incarnation for incarnation in self.ranks if incarnation not in self.draining) or tuple(self.ranks)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What a change of membership has done to the requests in flight.
+
+    `handover`: once for each epoch, when it first serves. `moved`: how many were moved off each draining rank, now that
+    it has none left and gets none; None if nothing drains, or nobody could take them. `given_up`: their clients are to
+    be told.
+    """
+
+    handover: Handover | None = None
+    moved: dict[int, int] | None = None
+    given_up: tuple[str, ...] = ()
 
 
 class ElasticClient(AsyncMPClient):
@@ -91,6 +112,7 @@ class ElasticClient(AsyncMPClient):
         self._hold_timeout_s = hold_timeout_s
         self._membership = Membership(0, False, True, "starting", {}, {})
         self._serving = asyncio.Event()
+        self._served_epoch = 0
         self._handover = Handover(0, (), ())
         self._waiting = 0
         self.ledger: Ledger[EngineCoreRequest] = Ledger()
@@ -104,10 +126,10 @@ class ElasticClient(AsyncMPClient):
     def in_flight_by_rank(self) -> dict[int, int]:
         return {rank: self.ledger.load(incarnation) for incarnation, rank in self._membership.ranks.items()}
 
-    async def apply(self, membership: Membership) -> Handover | None:
-        """Follow a change of the group. Returns what became of the requests once the group serves again."""
+    async def apply(self, membership: Membership) -> Applied:
+        """Follow a change of the group, or of who drains in it."""
         if membership.epoch < self._membership.epoch:
-            return None
+            return Applied()
         gone = self._membership.ranks.keys() - membership.ranks.keys()
         for incarnation in membership.ranks.keys() - self._membership.ranks.keys():
             self._apply_ready_response(base64.b64decode(membership.ready[incarnation]))
@@ -115,20 +137,23 @@ class ElasticClient(AsyncMPClient):
         self.core_engines = [_identity(incarnation) for incarnation in membership.ranks]
         if self.core_engines:
             self.core_engine = self.core_engines[0]
-        if gone:
-            self._void(gone)
+        given_up = self._void(gone) if gone else ()
         if not membership.serving:
             self._serving.clear()
-            return None
-        self.current_wave = membership.epoch * WAVES_PER_EPOCH
-        self.engines_running = True
+            return Applied(given_up=given_up)
+        begins = membership.epoch != self._served_epoch
+        if begins:
+            self._served_epoch = membership.epoch
+            self.current_wave = membership.epoch * WAVES_PER_EPOCH
+            self.engines_running = True
+        moved = self._withdraw()
         for request_id in self.ledger.orphans():
             self._readmit(request_id)
-        handover, self._handover = self._handover, Handover(0, (), ())
         self._serving.set()
-        return Handover(len(self.ledger) - len(handover.moved), handover.replayed, handover.restarted)
+        return Applied(self._take_handover() if begins else None, moved, given_up)
 
-    def _void(self, gone: set[int]) -> None:
+    def _void(self, gone: set[int]) -> tuple[str, ...]:
+        """Returns the requests that are given up."""
         handover = self.ledger.void(gone)
         for incarnation in gone:
             for call_id in self._utilities_of.pop(incarnation, set()):
@@ -137,18 +162,30 @@ class ElasticClient(AsyncMPClient):
         self._handover = Handover(
             0, self._handover.replayed + handover.replayed, self._handover.restarted + handover.restarted
         )
+        return handover.given_up
+
+    def _take_handover(self) -> Handover:
+        handover, self._handover = self._handover, Handover(0, (), ())
+        return Handover(len(self.ledger) - len(handover.moved), handover.replayed, handover.restarted)
+
+    def _withdraw(self) -> dict[int, int] | None:
+        """Take the requests of draining ranks away, which stop computing them. Returns how many, by rank."""
+        membership = self._membership
+        if not membership.draining or membership.draining.issuperset(membership.ranks):
+            return None
+        moved = {}
+        for incarnation in membership.draining:
+            if attempts := self.ledger.withdraw(incarnation):
+                self._in_background(self._send(EngineCoreRequestType.ABORT, list(attempts), incarnation))
+            moved[membership.ranks[incarnation]] = len(attempts)
+        return moved
 
     def _readmit(self, request_id: str) -> None:
-        if request_id not in self.ledger:
-            return  # aborted by its client while others were re-admitted
-        owner = self.ledger.least_loaded(tuple(self._membership.ranks))
+        owner = self.ledger.least_loaded(self._membership.takers)
         entry = self.ledger.adopt(request_id, owner)
-        request = entry.request
-        if request.sampling_params is not None and entry.output:
-            request.sampling_params = resuming_params(request.sampling_params, entry.output)
         log.info("request_readmitted", request=request_id, rank=self._membership.ranks[owner], tokens=len(entry.output))
         # The next change of membership must not wait for an engine that is dying just now.
-        self._in_background(self._add(request, owner))
+        self._in_background(self._add(_attempt(entry), owner))
 
     async def until_serving(self) -> None:
         """Hold a new request while the group regroups or lacks capacity, for at most the hold timeout.
@@ -173,15 +210,15 @@ class ElasticClient(AsyncMPClient):
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         request.client_index = self.client_index
         await self.until_serving()
-        owner = self.ledger.least_loaded(tuple(self._membership.ranks))
+        owner = self.ledger.least_loaded(self._membership.takers)
         self.ledger.admit(request.request_id, request, owner)
         await self._add(request, owner)
 
     async def _add(self, request: EngineCoreRequest, owner: int) -> None:
-        if self.ledger.owner(request.request_id) != owner:
-            return  # aborted, or moved on, before its turn came
+        """Send one attempt, unless its request is aborted or moves on before its turn comes."""
+        attempt_id = request.request_id
         request.current_wave = self.current_wave
-        await self._send(EngineCoreRequestType.ADD, request, owner)
+        await self._send(EngineCoreRequestType.ADD, request, owner, lambda: self.ledger.is_under_way(attempt_id))
         if not self.engines_running:
             await self._start_wave(NOBODY)
 
@@ -198,8 +235,13 @@ class ElasticClient(AsyncMPClient):
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    async def _send(self, kind: EngineCoreRequestType, message: Any, incarnation: int) -> None:
-        """Send to one engine. One that cannot be reached and is no member any more is none of our business."""
+    async def _send(
+        self, kind: EngineCoreRequestType, message: Any, incarnation: int, wanted: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Send to one engine. One that cannot be reached and is no member any more is none of our business.
+
+        `wanted` is asked before each try: an ADD that had to wait must not follow its own ABORT.
+        """
         parts = (_identity(incarnation), kind.value, *self.encoder.encode(message))
         try:
             async for attempt in AsyncRetrying(
@@ -211,6 +253,8 @@ class ElasticClient(AsyncMPClient):
                 reraise=True,
             ):
                 with attempt:
+                    if not wanted():
+                        return
                     await self.input_socket.send_multipart(parts, copy=False)
         except zmq.ZMQError as error:
             if not self._unreachable(error):
@@ -232,12 +276,12 @@ class ElasticClient(AsyncMPClient):
             self._in_background(self._send(EngineCoreRequestType.ABORT, owned, owner))
 
     def _forget(self, request_ids: list[str]) -> dict[int, list[str]]:
-        """Strike them from the ledger. Returns them by the incarnation that computes them."""
+        """Strike them from the ledger. Returns the attempts under way by the incarnation that makes them."""
         by_owner: dict[int, list[str]] = {}
         for request_id in request_ids:
-            if (owner := self.ledger.owner(request_id)) is not None:
-                by_owner.setdefault(owner, []).append(request_id)
-            self.ledger.forget(request_id)
+            entry = self.ledger.forget(request_id)
+            if entry is not None and entry.owner is not None:
+                by_owner.setdefault(entry.owner, []).append(entry.attempt_id)
         return by_owner
 
     # --- outputs ----------------------------------------------------------------------------------------------------
@@ -274,13 +318,17 @@ class ElasticClient(AsyncMPClient):
             self.current_wave = outputs.wave_complete + 1
             self.engines_running = False
         outputs.engine_index = rank
-        outputs.outputs = [
-            output
-            for output in outputs.outputs
-            if self.ledger.deliver(output.request_id, incarnation, output.new_token_ids, output.finished)
-        ]
+        outputs.outputs = [output for output in outputs.outputs if self._deliver(output, incarnation)]
         if outputs.outputs or outputs.scheduler_stats:
             self.outputs_queue.put_nowait(outputs)
+
+    def _deliver(self, output: EngineCoreOutput, incarnation: int) -> bool:
+        """Whether it is for our clients. They know the request, not the attempt."""
+        request_id = self.ledger.deliver(output.request_id, incarnation, output.new_token_ids, output.finished)
+        if request_id is None:
+            return False
+        output.request_id = request_id
+        return True
 
     # --- utilities --------------------------------------------------------------------------------------------------
 
@@ -305,6 +353,15 @@ def _identity(incarnation: int) -> bytes:
     return incarnation.to_bytes(2, "little")
 
 
+def _attempt(entry: Entry[EngineCoreRequest]) -> EngineCoreRequest:
+    """The request as it goes to the owner of its current attempt, with the tokens it has as output."""
+    request = copy.copy(entry.request)
+    request.request_id = entry.attempt_id
+    if request.sampling_params is not None and entry.output:
+        request.sampling_params = resuming_params(request.sampling_params, entry.output)
+    return request
+
+
 def membership_from_message(message: dict[str, Any]) -> Membership:
     members: Sequence[dict[str, Any]] = message["members"]
     return Membership(
@@ -314,4 +371,5 @@ def membership_from_message(message: dict[str, Any]) -> Membership:
         message["reason"],
         {member["incarnation"]: member["rank"] for member in members},
         {member["incarnation"]: member["response"] for member in members},
+        frozenset(message["draining"]),
     )

@@ -30,6 +30,7 @@ from vllm.v1.engine.core import DPEngineCoreProc, EngineCoreProc
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.request import Request
 
+from elastic_daemon.engine.background import Background, open_copies
 from elastic_daemon.engine.experts import SlotContent
 from elastic_daemon.engine.faults import break_links
 from elastic_daemon.engine.gloo import AbortableProcessGroup
@@ -37,6 +38,7 @@ from elastic_daemon.engine.heartbeat import BeatingQueue, Page, Steps, get_beati
 from elastic_daemon.engine.plan import LocalExecutor, rank_plan
 from elastic_daemon.engine.resume import restore_output
 from elastic_daemon.engine.scheduler import ElasticScheduler
+from elastic_daemon.engine.tiers import Loaded, load_slots
 from elastic_daemon.engine.worker import executor_worker
 from elastic_daemon.errors import ControlClosed, Fenced, PeerLost
 from elastic_daemon.messages import ControlClient, Message
@@ -80,6 +82,7 @@ class ElasticEngineCore(DPEngineCoreProc):
         store: Store,
         page: Page,
         steps: Steps,
+        host_copies_dir: str | None,
     ) -> None:
         self._addresses = addresses
         self._control = control
@@ -104,6 +107,8 @@ class ElasticEngineCore(DPEngineCoreProc):
         self.ft_sentinel = Parking(self)
         self.worker = executor_worker(self.model_executor)
         self.model_executor.before_step = lambda scheduled: self._steps.begin(step_phase(scheduled))
+        self._copies = open_copies(host_copies_dir, self.worker)
+        self._background = Background(self.worker, self._copies, control.send, self._wake)
 
     @contextlib.contextmanager
     def _perform_handshakes(self, *_: Any, **__: Any) -> Iterator[EngineZmqAddresses]:
@@ -158,7 +163,20 @@ class ElasticEngineCore(DPEngineCoreProc):
         super()._handle_client_request(request_type, request)
         if request_type == EngineCoreRequestType.WAKEUP:
             self._raise_if_fenced()
-            self._answer_pending_calls()
+            self._follow_while_stepping()
+            self._background.stage()
+
+    def _has_global_unfinished_reqs(self, local_unfinished: bool) -> bool:
+        """Called on all ranks after each step, in lockstep. As vLLM's, with what the background has to agree on."""
+        self._background.advance()
+        self.step_counter += 1
+        if self.step_counter != 1 and self.step_counter % self.dp_sync_interval != 0:
+            return True
+        running, paused = self._background.sync(self.dp_group, local_unfinished, self.pending_pause)
+        if paused:
+            self.ignore_start_dp_wave = True
+            self.pending_pause = False
+        return running
 
     @contextlib.contextmanager
     def log_error_detail(self, scheduler_output: SchedulerOutput) -> Iterator[None]:
@@ -187,9 +205,13 @@ class ElasticEngineCore(DPEngineCoreProc):
                 # Before the message itself: its answer allows the next group, which this must not break.
                 self._fence(int(message["epoch"]))
             self._instructions.put(message)
-            self.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+            self._wake()
         log.warning("supervisor_gone", rank=self.plan.rank)
         os._exit(1)
+
+    def _wake(self) -> None:
+        """Have the main thread look at its instructions, from any thread."""
+        self.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
     def _fence(self, epoch: int) -> None:
         if epoch <= self._fence_epoch:
@@ -214,6 +236,7 @@ class ElasticEngineCore(DPEngineCoreProc):
         """End the current epoch here: nothing of its last step counts."""
         self._page.set_phase(Phase.PARKED)
         traceback.clear_frames(error.__traceback__)
+        self._background.void()
         self.worker.leave_group()
         kept = self.scheduler.void_step()
         self.dp_group, self.step_counter = None, 0
@@ -245,7 +268,7 @@ class ElasticEngineCore(DPEngineCoreProc):
         try:
             started = time.monotonic()
             placement = Placement.from_json(message["placement"])
-            self._load_slots(message["loads"])
+            loaded = self._load_slots(message["loads"])
             repaired = time.monotonic()
             self._page.set_phase(Phase.REGROUPING)
             position, members = placement.ranks.index(self.plan.rank), len(placement.ranks)
@@ -262,21 +285,22 @@ class ElasticEngineCore(DPEngineCoreProc):
             return False
         self._steps.begin_epoch(epoch)  # from here on it answers for its part in this group, also before it steps
         seconds = {"repair": repaired - started, "group": time.monotonic() - repaired}
-        self._control.send("regrouped", epoch=epoch, seconds=seconds)
+        tiers = {source: (tier.bytes, tier.seconds) for source, tier in loaded.tiers.items()}
+        self._control.send("regrouped", epoch=epoch, seconds=seconds, loaded=tiers, unusable=loaded.unusable)
         return True
 
-    def _load_slots(self, loads: list[Message]) -> None:
+    def _load_slots(self, loads: list[Message]) -> Loaded:
         if not loads:
-            return
+            return Loaded({}, [])
         self._page.set_phase(Phase.LOADING)
         with set_current_vllm_config(self.vllm_config):
-            written = self.worker.model_runner.expert_slots.load(
-                SlotContent(load["layer"], load["slot"], load["expert"]) for load in loads
-            )
-        log.info("experts_loaded", rank=self.plan.rank, slots=len(loads), bytes=written)
+            loaded = load_slots(self.plan.rank, self.worker.model_runner.expert_slots, self._copies, loads)
+        self.worker.loaded(SlotContent(load["layer"], load["slot"], load["expert"]) for load in loads)
+        return loaded
 
     def _start_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+        self._background.begin_epoch(epoch)
         self.current_wave = epoch * WAVES_PER_EPOCH
         self.step_counter = 0
         self.pending_pause = self.ignore_start_dp_wave = False
@@ -302,16 +326,16 @@ class ElasticEngineCore(DPEngineCoreProc):
             wrong = self.worker.model_runner.expert_slots.wrong_slots(self.worker.column())
         return [[content.layer, content.slot, content.expert] for content in wrong]
 
-    def _answer_pending_calls(self) -> None:
-        """Serve calls while stepping; instructions of a recovery stay queued for `park`."""
-        if self._instructions.empty():
-            return
+    def _follow_while_stepping(self) -> None:
+        """Serve what does not end the epoch; instructions of a recovery stay queued for `park`."""
         pending = [self._instructions.get() for _ in range(self._instructions.qsize())]
         for message in pending:
             if message["type"] == "call":
                 self._answer_call(message, Phase.DECODE if self.has_work() else Phase.IDLE)
-            else:
+            elif message["type"] not in ("respread", "store"):
                 self._instructions.put(message)
+            elif self._background.take(message):
+                self.engines_running = True  # the others do the same: each gets the message
 
 
 _CALLS: dict[str, Callable[[ElasticEngineCore], Any]] = {
@@ -364,6 +388,7 @@ def run_rank(config: VllmConfig, spec: Message) -> None:
             store,
             page,
             Steps(page, per_step),
+            spec.get("host_copies_dir"),
         )
         core.serve()
     except ControlClosed:

@@ -8,8 +8,9 @@ overwritten only after its transfer is complete, so at any moment a rank's colum
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+import numpy as np
 import structlog
 import torch
 from vllm.config import ModelConfig
@@ -19,6 +20,7 @@ from vllm.distributed.eplb.rebalance_execute import move_from_buffer, move_to_bu
 from vllm.distributed.parallel_state import get_ep_group, get_eplb_group
 from vllm.model_executor.models.interfaces import MixtureOfExperts
 
+from elastic_daemon.engine.experts import SlotContent
 from elastic_daemon.engine.groups import EpochTransfers
 from elastic_daemon.placement import IntArray
 
@@ -32,6 +34,10 @@ class ElasticEplbState(EplbState):
     """EPLB state that follows the membership and stays consistent when a rearrangement is cut short."""
 
     on_transfer: TransferHook | None = None
+    on_change: Callable[[], None] | None = None
+    """Called when balancing has changed what ranks hold."""
+    postponed = False
+    """Experts move for another reason, on all ranks alike: balancing waits for its next turn."""
 
     def adopt(self, model_config: ModelConfig, model: MixtureOfExperts, physical_to_logical: IntArray) -> None:
         """Start over with `physical_to_logical` [layers, N * S] and the group sizes of a new epoch.
@@ -52,9 +58,18 @@ class ElasticEplbState(EplbState):
             )
             assert state.num_unpadded_tokens_tensors is not None
             self._propagate_shared_tensors(model, state.num_unpadded_tokens_tensors)
-        state.expert_load_pass_buffer.zero_()
-        state.expert_load_window.zero_()
         vllm_eplb._commit_eplb_maps(state, torch.from_numpy(physical_to_logical.copy()))
+        self.postponed = False
+        self.forget_load()
+
+    def forget_load(self) -> None:
+        """Start the window anew: counts are by physical expert, and those stand for other experts now.
+
+        Whoever calls it does so at the same step on all ranks: the next rearrangement is a full interval away.
+        """
+        for state in self.model_states.values():
+            state.expert_load_pass_buffer.zero_()
+            state.expert_load_window.zero_()
         self.expert_load_window_step = 0
         self.expert_rearrangement_step = 0
         self._update_layer_should_record()
@@ -75,6 +90,35 @@ class ElasticEplbState(EplbState):
         table: IntArray = state.physical_to_logical_map[:, position * slots : (position + 1) * slots].cpu().numpy()
         return table.copy()
 
+    def loaded(self, position: int, slots: int, contents: Iterable[SlotContent]) -> None:
+        """Slots of the rank at dense `position` have been filled. The table says so at once: the regroup that they
+        were filled for may still fail, and the next plan starts from what is really there."""
+        (state,) = self.model_states.values()
+        for content in contents:
+            state.physical_to_logical_map[content.layer, position * slots + content.slot] = content.expert
+
+    def layers_unlike(self, table: IntArray) -> tuple[int, ...]:
+        """Layers in which ranks hold anything else than in `table` [layers, N * S]. The same answer on all ranks.
+
+        Raises ValueError for a table of another size than this group's.
+        """
+        (state,) = self.model_states.values()
+        current = state.physical_to_logical_map.cpu().numpy()
+        if current.shape != table.shape:
+            raise ValueError(f"a table of {list(table.shape)} for a group of {list(current.shape)}")
+        return tuple(int(layer) for layer in np.flatnonzero((current != table).any(axis=1)))
+
+    def move(self, layer: int, row: IntArray) -> int:
+        """Bring one layer to `row` [N * S], with all other ranks. Returns the bytes that this rank has received.
+
+        Raises PeerLost; the layer is as before then.
+        """
+        (state,) = self.model_states.values()
+        assert isinstance(state.communicator, EpochTransfers)
+        before = state.communicator.received_bytes
+        self._move_layer(state, layer, torch.from_numpy(row.copy()), get_ep_group().device_group)
+        return state.communicator.received_bytes - before
+
     def rearrange(
         self,
         is_profile: bool = False,
@@ -82,7 +126,7 @@ class ElasticEplbState(EplbState):
         use_last_expert_load: bool = False,
     ) -> None:
         """Balance experts by the load of the window, layer by layer, each layer whole or not at all."""
-        if is_profile:
+        if is_profile or self.postponed:
             return
         for state in self.model_states.values():
             model = state.model
@@ -105,6 +149,8 @@ class ElasticEplbState(EplbState):
                 self._move_layer(state, layer, new[layer], group)
             if group.rank() == 0:
                 log.info("experts_rearranged", moved=moved, seconds=round(time.monotonic() - started, 4))
+            if moved and self.on_change is not None:
+                self.on_change()
 
     def _move_layer(
         self, state: vllm_eplb.EplbModelState, layer: int, new: torch.Tensor, group: torch.distributed.ProcessGroup

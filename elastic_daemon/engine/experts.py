@@ -22,6 +22,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.interfaces import MixtureOfExperts, get_mixture_of_experts_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from elastic_daemon.engine.host_copies import HostCopies
 from elastic_daemon.errors import StartError
 from elastic_daemon.placement import IntArray
 
@@ -154,6 +155,21 @@ class ExpertSlots:
                     live.copy_(parameter[rows[content.expert]])
                     written += live.numel() * live.element_size()
         return written
+
+    def load_copy(self, content: SlotContent, copies: HostCopies) -> int:
+        """Fill one slot from host memory. Returns the bytes written. Raises HostCopyUnusable; the slot is as before."""
+        live = self._row(content.layer, content.slot)
+        copied = copies.read(content.layer, content.expert, live)
+        for name, weights in live.items():
+            weights.copy_(copied[name])
+        return sum(weights.nbytes for weights in live.values())
+
+    def snapshot(self, layer: int, slot: int) -> dict[str, torch.Tensor]:
+        """A copy in host memory of all weights of the expert in a slot, in kernel layout."""
+        return {name: weights.to("cpu", copy=True) for name, weights in self._row(layer, slot).items()}
+
+    def _row(self, layer: int, slot: int) -> dict[str, torch.Tensor]:
+        return {name: parameter.data[slot] for name, parameter in self._layers[layer].named_parameters()}
 
     def digests(self) -> list[list[str]]:
         """One digest per layer and slot over all weights of the expert in it, in kernel layout."""

@@ -1,7 +1,7 @@
 """Faults on request, for tests: what no signal from outside could hit, from the environment.
 
 - `ELASTIC_FAULT_TRANSFER={"rank": 2, "layer": 0, "point": "commit", "rearrangement": 2}` kills rank 2 at that boundary
-  of its second rearrangement.
+  the second time that this layer moves, be it by balancing or by a respread.
 - `ELASTIC_FAULT_LINKS={"rank": 1, "every_s": 0.2}` breaks rank 1's connections again and again: faults without a death.
   With `"after_steps": 20`, only once 20 steps of the epoch are done.
 

@@ -183,6 +183,7 @@ class EpochTransfers(EplbCommunicator):
 
     def __init__(self, group: EpochGroup) -> None:
         self._group = group
+        self.received_bytes = 0
         self._sends: dict[int, list[torch.Tensor]] = defaultdict(list)
         self._receives: dict[int, list[torch.Tensor]] = defaultdict(list)
 
@@ -209,6 +210,7 @@ class EpochTransfers(EplbCommunicator):
         for tensor in incoming:
             _bytes(tensor).copy_(received[start : start + tensor.nbytes])
             start += tensor.nbytes
+        self.received_bytes += received.nbytes
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from unittest import mock
 
 from fastapi import FastAPI
@@ -84,12 +84,21 @@ def _is_served(path: str) -> bool:
     return path in SERVED_ROUTES or path in ("/openapi.json", "/docs", "/docs/oauth2-redirect")
 
 
-def fail_in_flight(llm: AsyncLLM, client: ElasticClient, error: Exception) -> list[str]:
-    """End every request in flight with `error`, also in the engines. Returns their ids."""
-    failed = []
-    for request_id, state in list(llm.output_processor.request_states.items()):
-        if state.queue is not None:
-            state.queue.put(error)
-            failed.append(request_id)
-    client.give_up(list(llm.output_processor.request_states))
-    return failed
+def fail_in_flight(llm: AsyncLLM, client: ElasticClient, error: Exception) -> int:
+    """End every request in flight with `error`, also in the engines. Returns how many."""
+    return fail_requests(llm, client, tuple(llm.output_processor.request_states), error)
+
+
+def fail_requests(llm: AsyncLLM, client: ElasticClient, request_ids: Iterable[str], error: Exception) -> int:
+    """As above, these only, and the other choices that the client of one of them asked for. Returns how many."""
+    processor = llm.output_processor
+    whole = set()
+    for request_id in request_ids:
+        if (state := processor.request_states.get(request_id)) is not None:
+            if state.queue is not None:
+                state.queue.put(error)
+            whole.add(state.parent_req.request_id if state.parent_req is not None else request_id)
+    # AsyncLLM takes an error of this kind for a refusal: it would keep what it knows of the request for ever.
+    ended = processor.abort_requests(whole, internal=True)
+    client.give_up(ended)
+    return len(ended)

@@ -6,7 +6,7 @@ What is the same on every device; `cpu_worker` and `gpu_worker` derive from it a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,14 @@ from vllm.model_executor.models.interfaces import MixtureOfExperts
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from elastic_daemon.engine.eplb import ElasticEplbState
-from elastic_daemon.engine.experts import ExpertSlots, column_slots, loading_into, moe_model, routed_layers
+from elastic_daemon.engine.experts import (
+    ExpertSlots,
+    SlotContent,
+    column_slots,
+    loading_into,
+    moe_model,
+    routed_layers,
+)
 from elastic_daemon.engine.faults import transfer_fault
 from elastic_daemon.engine.groups import EpochConnections, EpochGroups
 from elastic_daemon.engine.heartbeat import Page
@@ -100,6 +107,11 @@ class ElasticWorker:
         plan = rank_plan(self.vllm_config)
         state: ElasticEplbState = self.model_runner.eplb_state
         return state.column(self.groups.dp.rank_in_group, plan.slots)
+
+    def loaded(self, contents: Iterable[SlotContent]) -> None:
+        """Slots have been filled, outside a group."""
+        state: ElasticEplbState = self.model_runner.eplb_state
+        state.loaded(self.groups.dp.rank_in_group, rank_plan(self.vllm_config).slots, contents)
 
     def leave_group(self) -> None:
         """After a fence: drop the broken connections and all state of the step that they broke."""

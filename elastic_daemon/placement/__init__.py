@@ -12,7 +12,7 @@ counted in distinct ranks: a second copy within one rank does not outlive that r
 `balance` what load has to do with it.
 """
 
-from elastic_daemon.placement.balance import balancedness, rebalance
+from elastic_daemon.placement.balance import balancedness
 from elastic_daemon.placement.model import (
     EMPTY,
     HostCopies,
@@ -32,7 +32,7 @@ from elastic_daemon.placement.model import (
     slots_per_rank,
     survivable_losses,
 )
-from elastic_daemon.placement.moves import evacuate, repair, respread
+from elastic_daemon.placement.moves import evacuate, rebalance, repair, respread
 from elastic_daemon.placement.start import initial
 
 __all__ = [

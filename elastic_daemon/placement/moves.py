@@ -1,4 +1,4 @@
-"""Changes to a placement that runs: repair after a loss, respread after a loss or a gain."""
+"""Changes to a placement that runs: repair after a loss, evacuation before one, respread after either, or a gain."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from elastic_daemon.placement.balance import balance, tokens_per_expert
 from elastic_daemon.placement.model import (
     EMPTY,
     HostCopies,
@@ -14,6 +15,7 @@ from elastic_daemon.placement.model import (
     IntArray,
     Load,
     Placement,
+    PlacementError,
     RepairPlan,
     SlotLoad,
     Source,
@@ -21,6 +23,9 @@ from elastic_daemon.placement.model import (
     require_slots,
     stacked,
 )
+from elastic_daemon.placement.order import plan_between
+from elastic_daemon.placement.spread import clear_duplicates, fill_empty, raise_copies, spread_over_hosts
+from elastic_daemon.placement.tables import Tables
 
 
 def repair(placement: Placement, survivors: Iterable[int], host_copies: HostCopies | None = None) -> RepairPlan:
@@ -35,7 +40,7 @@ def repair(placement: Placement, survivors: Iterable[int], host_copies: HostCopi
     require_slots(placement.experts, len(kept), placement.slots_per_rank)
     edit = _Edit(placement.restricted(kept), host_copies)
     for layer, expert in np.argwhere(edit.copies == 0).tolist():
-        edit.load(layer, edit.best_slot(edit.spare(layer, keep=1)), expert)
+        edit.load(layer, expert)
     _even_out(edit)
     return edit.plan()
 
@@ -46,14 +51,20 @@ def evacuate(placement: Placement, leaving: Iterable[int]) -> RepairPlan:
     As `repair`, but the source is PEER: a leaving rank, which still lives. CHECKPOINT only for what nobody holds.
     Raises NotEnoughSlots when the slots of those that stay are fewer than E.
     """
-    gone = set(leaving) & set(placement.ranks)
-    plan = repair(placement, set(placement.ranks) - gone)
-    sent = dict.fromkeys(sorted(gone), 0)
-    for number, want in enumerate(loads := list(plan.loads)):
-        if holders := [rank for rank in sent if want.expert in placement.columns[rank][want.layer]]:
-            peer = min(holders, key=sent.__getitem__)
+    gone = sorted(set(leaving) & set(placement.ranks))
+    plan = repair(placement, set(placement.ranks) - set(gone))
+    holders: dict[tuple[int, int], list[int]] = {}
+    for rank in gone:
+        for layer, row in enumerate(placement.columns[rank].tolist()):
+            for expert in row:
+                holders.setdefault((layer, expert), []).append(rank)
+    sent = dict.fromkeys(gone, 0)
+    loads = list(plan.loads)
+    for number, load in enumerate(loads):
+        if senders := holders.get((load.layer, load.expert)):
+            peer = min(senders, key=sent.__getitem__)
             sent[peer] += 1
-            loads[number] = replace(want, source=Source.PEER, peer=peer)
+            loads[number] = replace(load, source=Source.PEER, peer=peer)
     return RepairPlan(placement.with_columns(plan.placement.columns), tuple(loads))
 
 
@@ -66,21 +77,45 @@ def respread(
 ) -> RepairPlan:
     """Loads after which `expert_safety` on `ranks` is as high as slots allow: min(N, N * S // E) copies of everything.
 
-    Ranks that the placement does not know start empty; no slot stays empty. Few moves: a copy moves only where it
-    raises the minimum or fills a slot. Executed in order, no load overwrites the last live copy of an expert, so that
-    the group can serve in between. Source is PEER whenever a live rank has the expert at that point. Raises
-    NotEnoughSlots when N * S < E.
+    Ranks that the placement does not know start empty; no slot stays empty, or holds what its rank has already. Few
+    moves: a copy moves only where it raises the minimum, fills a slot, comes to a second host or is worth it for
+    balance.
+
+    `load` [layers, E]: tokens per expert; slots beyond the guaranteed copies go to the hottest experts, and the
+    hottest rank of each layer is relieved (`balance`). None: nothing is known, and nothing moves for balance.
+    `hosts`: the host of each rank, all on one without it; no expert with several copies has them all on one host, if
+    that is possible, so that with two copies of everything the loss of a whole host needs no disk read.
+
+    Executed in order, no load overwrites the last live copy of an expert, so that the group can serve in between; see
+    `plan_between` for what else holds of the order. Source is PEER for what a live rank has. Raises NotEnoughSlots
+    when N * S < E, PlacementError for a load of another shape.
     """
     members = set(ranks)
     require_slots(placement.experts, len(members), placement.slots_per_rank)
+    tokens = None if load is None else tokens_per_expert(load, placement.layers, placement.experts)
     new = members - set(placement.ranks)
     start = placement.with_columns({rank: placement.empty_column() for rank in new}).restricted(members)
-    edit = _Edit(start, host_copies)
+    tables = Tables(start, hosts)
     goal = min(len(members), len(members) * placement.slots_per_rank // placement.experts)
-    for layer in range(placement.layers):
-        _raise_copies(edit, layer, goal)
-        _fill_empty(edit, layer)
-    return edit.plan()
+    clear_duplicates(tables)
+    raise_copies(tables, goal)
+    fill_empty(tables, tokens)
+    spread_over_hosts(tables, goal)
+    target = tables.table if tokens is None else balance(tables, tokens, goal)
+    return plan_between(start, target, host_copies, hosts)
+
+
+def rebalance(load: Load, physical_to_logical: IntArray, ranks: int) -> IntArray:
+    """The table [layers, N * S] to change to, for `load` [layers, E]: `respread` over N dense ranks.
+
+    To be used as the policy of vLLM's expert load balancer. Raises PlacementError if the table cannot be split over
+    `ranks`.
+    """
+    tokens, table = np.asarray(load), np.asarray(physical_to_logical)
+    if table.ndim != 2 or tokens.ndim != 2 or ranks < 1 or table.shape[1] % ranks:
+        raise PlacementError(f"{list(table.shape)} slots and load {list(tokens.shape)} do not fit {ranks} ranks")
+    placement = Placement(tokens.shape[1], dict(enumerate(np.split(table, ranks, axis=1))))
+    return respread(placement, placement.ranks, load=tokens).placement.physical_to_logical()
 
 
 def _even_out(edit: _Edit) -> None:
@@ -108,90 +143,30 @@ def _even_out(edit: _Edit) -> None:
             moved = True
 
 
-def _raise_copies(edit: _Edit, layer: int, goal: int) -> None:
-    """Until every expert of the layer is on `goal` ranks: rarest first, then those with least choice of ranks."""
-    held, copies = edit.held[layer], edit.copies[layer]  # views: they follow every load
-    while len(needy := np.flatnonzero(copies < goal)):
-        spare = edit.spare(layer, keep=goal)  # never all zero here: N * S >= goal * E
-        openings = ((held[:, needy] == 0) & spare.any(axis=1, keepdims=True)).sum(axis=0)  # ranks that can take each
-        if openings.any():
-            key = np.where(openings > 0, copies[needy] * (len(held) + 1) + openings, np.iinfo(np.int64).max)
-            expert = int(needy[key.argmin()])
-            edit.load(layer, edit.best_slot(spare, avoid=edit.shared(layer, expert)), expert)
-        else:
-            # Only ranks that hold it already have a slot to spare. Move an expert there from a rank that does not
-            # hold it. One can move: that rank's S experts are distinct, the other has at most S - 1 besides its spare.
-            expert = int(needy[0])
-            index, slot = edit.best_slot(spare)
-            donor = int(np.where(held[:, expert] > 0, np.iinfo(np.int64).max, edit.received).argmin())
-            donated = int((held[index, edit.table[layer, donor]] == 0).argmax())
-            edit.load(layer, (index, slot), int(edit.table[layer, donor, donated]))
-            edit.load(layer, (donor, donated), expert)
-
-
-def _fill_empty(edit: _Edit, layer: int) -> None:
-    """Every empty slot gets the rarest expert that its rank lacks, from ranks it shares least with."""
-    held, present, copies = edit.held[layer], edit.present[layer], edit.copies[layer]
-    for index, slot in np.argwhere(edit.table[layer] == EMPTY).tolist():
-        shared = (present @ present[index] @ present).astype(np.int64)
-        key = (held[index] * (len(held) + 1) + copies) * (shared.max() + 1) + shared
-        edit.load(layer, (index, slot), int(key.argmin()))
-
-
 class _Edit:
-    """A placement under change, and the loads so far. Ranks are dense indices in here."""
+    """A placement under repair, and the loads so far. Ranks are dense indices in here."""
 
     def __init__(self, start: Placement, host_copies: HostCopies | None) -> None:
         self.start = start
         self.host_copies = frozenset(host_copies or ())
         self.table = stacked(start)  # [layers, N, S]
         self.held = held_slots(start)  # [layers, N, E]
-        self.present = (self.held > 0).astype(np.float32)  # [layers, N, E], 0 or 1; products are faster in float
         self.copies: IntArray = (self.held > 0).sum(axis=1)  # [layers, E]
         self.received = np.zeros(len(start.ranks), dtype=np.int64)  # loads per rank
-        self.sent = np.zeros(len(start.ranks), dtype=np.int64)  # loads that read from a rank
         self.loads: list[SlotLoad] = []
 
-    def spare(self, layer: int, keep: int) -> IntArray:
-        """How readily each slot [N, S] may be overwritten; 0 where its expert would be left less than `keep` copies."""
+    def load(self, layer: int, expert: int) -> None:
+        """Bring an expert that nobody has into the slot that is missed least; among equals, fewest loads so far."""
         table, held, copies = self.table[layer], self.held[layer], self.copies[layer]
-        spare = np.where(copies[table] > keep, copies[table], 0)
+        spare = np.where(copies[table] > 1, copies[table], 0)
         spare[np.take_along_axis(held, table, axis=1) > 1] = len(held) + 1  # a duplicate within its rank
         spare[table == EMPTY] = len(held) + 2
-        return spare
-
-    def shared(self, layer: int, expert: int) -> IntArray:
-        """How many experts each rank shares with those that hold `expert`, [N]; -1 for those themselves."""
-        present = self.present[layer]
-        holders = present[:, expert] > 0
-        shared: IntArray = (present @ present[holders].sum(axis=0)).astype(np.int64)
-        shared[holders] = -1
-        return shared
-
-    def best_slot(self, spare: IntArray, avoid: IntArray | None = None) -> tuple[int, int]:
-        """(index, slot) of the sparest slot; among equals, least of `avoid` [N] (never where -1), then fewest loads."""
-        rank_cost = self.received.copy()
-        key = np.where(spare > 0, spare, -1)
-        if avoid is not None:
-            rank_cost += avoid * (self.received.max() + 1)
-            key[avoid < 0] = -1
-        key = np.where(key > 0, key * (rank_cost.max() + 1) - rank_cost[:, None], 0)
+        key = np.where(spare > 0, spare * (self.received.max() + 1) - self.received[:, None], 0)
         index, slot = divmod(int(key.argmax()), spare.shape[1])
-        return index, slot
-
-    def load(self, layer: int, where: tuple[int, int], expert: int) -> None:
-        """Overwrite one slot. Source: this rank itself, else the live holder that sent least, else host, else disk."""
-        index, slot = where
-        evicts = self.put(layer, index, slot, EMPTY)
-        peer = None
         source = Source.HOST if (layer, expert) in self.host_copies else Source.CHECKPOINT
-        if len(holders := np.flatnonzero(self.held[layer, :, expert])):
-            sender = index if self.held[layer, index, expert] else int(holders[self.sent[holders].argmin()])
-            self.sent[sender] += 1
-            source, peer = Source.PEER, self.start.ranks[sender]
-        self.put(layer, index, slot, expert)
+        evicts = self.put(layer, index, slot, expert)
         self.received[index] += 1
-        self.loads.append(SlotLoad(self.start.ranks[index], layer, slot, expert, evicts, source, peer))
+        self.loads.append(SlotLoad(self.start.ranks[index], layer, slot, expert, evicts, source))
 
     def put(self, layer: int, index: int, slot: int, expert: int) -> int:
         """Change the tables alone; returns what the slot held."""
@@ -202,7 +177,6 @@ class _Edit:
                 had = self.held[layer, index, changed]
                 self.held[layer, index, changed] = had + by
                 if had == 0 or had + by == 0:
-                    self.present[layer, index, changed] = had == 0
                     self.copies[layer, changed] += by
         return before
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from elastic_daemon.placement.model import IntArray, Placement, PlacementError, require_positive, require_slots
+from elastic_daemon.placement.model import Hosts, IntArray, Placement, PlacementError, require_positive, require_slots
+from elastic_daemon.placement.moves import respread
 
 
-def initial(experts: int, layers: int, ranks: Sequence[int], slots: int) -> Placement:
+def initial(experts: int, layers: int, ranks: Sequence[int], slots: int, hosts: Hosts | None = None) -> Placement:
     """A fresh placement that fills every slot.
 
     Numbers of copies differ by at most one, copies of one expert are on distinct ranks (beyond one full set per rank,
     S > E, the rest are duplicates), and the experts of a rank have their other copies on many ranks, not on one
-    mirror. Raises NotEnoughSlots when N * S < E.
+    mirror. With `hosts` no expert has several copies on one host alone, if that is possible (see `respread`). Raises
+    NotEnoughSlots when N * S < E.
     """
     require_positive(experts=experts, layers=layers, slots=slots)
     members = sorted(set(ranks))
@@ -25,7 +28,19 @@ def initial(experts: int, layers: int, ranks: Sequence[int], slots: int) -> Plac
     # One pattern for all layers, turned by one rank and one expert per layer: what is uneven in it (the experts with
     # one copy more, the partners met once more) hits other experts and ranks in other layers.
     table = np.stack([np.sort((np.roll(pattern, layer, axis=0) + layer) % experts) for layer in range(layers)], axis=1)
-    return Placement(experts, dict(zip(members, table, strict=True)))
+    placement = Placement(experts, dict(zip(_across(members, hosts or {}), table, strict=True)))
+    return respread(placement, members, hosts=hosts).placement if hosts else placement
+
+
+def _across(members: Sequence[int], hosts: Hosts) -> list[int]:
+    """Ranks in turn from each host: neighbours, which share experts first, are on different ones."""
+    seen: Counter[str] = Counter()
+    order: list[tuple[int, int]] = []
+    for rank in members:
+        host = hosts.get(rank, "")
+        order.append((seen[host], rank))
+        seen[host] += 1
+    return [rank for _, rank in sorted(order)] if len(seen) > 1 else list(members)
 
 
 def _spread(experts: int, ranks: int, slots: int) -> IntArray:

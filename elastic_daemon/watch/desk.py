@@ -115,6 +115,7 @@ class WatchdogDesk:
         self._deployment = deployment
         self._runtime_dir = runtime_dir
         self._instance = secrets.token_hex(8)
+        self._released: dict[str, float] = {}
         self._taken: deque[str] = deque(maxlen=KEPT_IDS)
         self._released: dict[str, float] = {}
 
@@ -145,6 +146,8 @@ class WatchdogDesk:
         it with the next bindings, and again after its own restart; what it forgave already it does not forgive twice.
         """
         self._released[uuid] = time.time()
+        self._deployment.events.record("gpu_released", {"gpu": uuid})
+        self._deployment.tell(p.GpuReleased(uuid))
 
     def see_gpus(self, body: GpusBody) -> None:
         """Tell the controller which GPUs there are. Raises Refused."""

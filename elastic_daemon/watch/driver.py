@@ -14,7 +14,9 @@ from pathlib import Path
 
 from elastic_daemon.errors import StartError
 from elastic_daemon.watch.gpus import Gpus, visible
+from watchdog.errors import NotRunning
 from watchdog.simulator import SimulatorError, build_libraries, create
+from watchdog.status import read_status
 
 LIST_TIMEOUT_S = 30.0
 """Without persistence mode the driver takes seconds to wake GPUs up."""
@@ -53,3 +55,11 @@ async def ask_driver(ranks_per_gpu: int) -> Gpus:
         raise GpusUnknown(errors.decode(errors="replace").strip()[-300:] or f"exit status {process.returncode}")
     uuids = [gpu["uuid"] for gpu in sorted(json.loads(out), key=lambda gpu: gpu["index"])]
     return Gpus(visible(uuids, os.environ.get("CUDA_VISIBLE_DEVICES")), ranks_per_gpu)
+
+
+def known_gpus(runtime_dir: Path) -> frozenset[str]:
+    """UUIDs of all GPUs that the watchdog has seen, gone ones included; none while it has not begun to watch."""
+    try:
+        return frozenset(str(gpu["uuid"]) for gpu in read_status(runtime_dir)["gpus"])
+    except (NotRunning, KeyError, TypeError):
+        return frozenset()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 
@@ -13,13 +12,14 @@ from starlette.types import ASGIApp
 from elastic_daemon.config import Device, Settings
 from elastic_daemon.health import WatchdogView
 from elastic_daemon.watch.desk import Deployment, WatchdogDesk
-from elastic_daemon.watch.driver import GpusUnknown, ask_driver, simulate
+from elastic_daemon.watch.driver import GpusUnknown, ask_driver, known_gpus, simulate
 from elastic_daemon.watch.gpus import Gpus
 from elastic_daemon.watch.process import WatchdogProcess
 from elastic_daemon.watch.routes import with_watchdog_routes
 from elastic_daemon.watch.upkeep import WatchMode
 from watchdog.heartbeat.layout import DIRECTORY_NAME
 from watchdog.heartbeat.page import page_path
+from watchdog.state import FILE_NAME as STATE_FILE_NAME
 
 
 class WatchdogSide:
@@ -81,7 +81,12 @@ class WatchdogSide:
             (self._runtime_dir / DIRECTORY_NAME).rmdir()
 
     def release_gpu(self, uuid: str) -> None:
-        """Out of the watchdog's quarantine."""
+        """Out of quarantine. Raises LookupError, with the reason, where nobody knows this GPU."""
+        if not self._on:
+            raise LookupError("this daemon was started with --watchdog off: no GPU is in quarantine")
+        known = {*self._desk.gpus.uuids, *known_gpus(self._runtime_dir)}
+        if uuid not in known:
+            raise LookupError(f"no GPU {uuid} is known; known are {', '.join(sorted(known)) or 'none'}")
         self._desk.release_gpu(uuid)
 
     def remove_page(self, incarnation: int) -> None:
@@ -91,7 +96,7 @@ class WatchdogSide:
     def _forget_simulated(self) -> None:
         """Simulated GPUs are healthy after a start; what was remembered of them goes, unless it is kept elsewhere."""
         if self._settings.state_dir is None:
-            shutil.rmtree(self._settings.simulated_state_dir, ignore_errors=True)
+            (self._settings.simulated_state_dir / STATE_FILE_NAME).unlink(missing_ok=True)
 
     def _remove_pages(self) -> None:
         for page in Path(self._runtime_dir, DIRECTORY_NAME).glob("rank-*"):

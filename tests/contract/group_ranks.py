@@ -52,7 +52,7 @@ class Answer:
         return self.ended - self.started
 
 
-class _Rank:
+class GroupRank:
     """Lives in the process."""
 
     def __init__(self, store: tuple[str, int]) -> None:
@@ -125,7 +125,7 @@ class _Rank:
         return {"fds": len(os.listdir("/proc/self/fd")), "threads": len(os.listdir("/proc/self/task"))}
 
 
-def _run(rank: _Rank, connection: Connection, lock: threading.Lock, name: str, arguments: tuple[Any, ...]) -> None:
+def _run(rank: GroupRank, connection: Connection, lock: threading.Lock, name: str, arguments: tuple[Any, ...]) -> None:
     started = time.monotonic()
     result, error, peer_lost = None, None, False
     try:
@@ -137,9 +137,9 @@ def _run(rank: _Rank, connection: Connection, lock: threading.Lock, name: str, a
         connection.send(answer)
 
 
-def _main(connection: Connection, store: tuple[str, int]) -> None:
+def _main(connection: Connection, store: tuple[str, int], body: type[GroupRank]) -> None:
     torch.set_num_threads(1)
-    rank, lock = _Rank(store), threading.Lock()
+    rank, lock = body(store), threading.Lock()
     work: queue.SimpleQueue[tuple[str, tuple[Any, ...]]] = queue.SimpleQueue()
 
     def control() -> None:
@@ -161,9 +161,9 @@ def _main(connection: Connection, store: tuple[str, int]) -> None:
 class RankProcess:
     """The test's handle on one process."""
 
-    def __init__(self, store: RendezvousStore) -> None:
+    def __init__(self, store: RendezvousStore, body: type[GroupRank]) -> None:
         self._connection, theirs = SPAWN.Pipe()
-        self.process = SPAWN.Process(target=_main, args=(theirs, (store.host, store.port)), daemon=True)
+        self.process = SPAWN.Process(target=_main, args=(theirs, (store.host, store.port), body), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -207,8 +207,8 @@ class Ranks:
         self.store = RendezvousStore()
         self._all: list[RankProcess] = []
 
-    def spawn(self, count: int) -> list[RankProcess]:
-        self._all += (new := [RankProcess(self.store) for _ in range(count)])
+    def spawn(self, count: int, body: type[GroupRank] = GroupRank) -> list[RankProcess]:
+        self._all += (new := [RankProcess(self.store, body) for _ in range(count)])
         return new
 
     def close(self) -> None:

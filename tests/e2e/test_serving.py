@@ -89,13 +89,14 @@ def test_start_reads_as_a_story(cluster: Cluster) -> None:
 def test_only_listed_routes_are_mounted(cluster: Cluster) -> None:
     for path in (
         "/invocations",
-        "/scale_elastic_ep",
         "/pause",
         "/collective_rpc",
         "/v1/load_lora_adapter",
         "/server_info",
     ):
         assert httpx.post(cluster.url + path, json={}).status_code == 404, path
+    ours = httpx.post(f"{cluster.url}/scale_elastic_ep", json={"new_data_parallel_size": 99})
+    assert "see --max-ranks" in ours.json()["error"]["message"], "not vLLM's route of that name"
     routes = httpx.get(f"{cluster.url}/openapi.json").json()["paths"]
     assert "/v1/chat/completions" in routes
     assert not {path for path in routes if not path.startswith(("/v1/", "/tokenize", "/detokenize"))}

@@ -9,8 +9,9 @@ from typing import Any
 from elastic_daemon import protocol as p
 from elastic_daemon.control_state import Phase
 from elastic_daemon.controller import Controller
+from elastic_daemon.gpu_pool import GpuPool
 from elastic_daemon.membership import Status
-from elastic_daemon.placement import Placement
+from elastic_daemon.placement import Placement, Source
 from elastic_daemon.policy import Policy
 from tests.unit.poison import Poison
 
@@ -31,6 +32,7 @@ class Process:
     hung: bool = False  # answers nothing until it is killed
     loads: tuple[Any, ...] = ()
     requests: set[int] = field(default_factory=set)
+    move: p.Respread | None = None  # to be made
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -48,10 +50,15 @@ class Process:
 class Books:
     """Who is dead, parked or regrouped, by what was really said; never by asking the controller."""
 
-    def __init__(self, policy: Policy, sloppy: float, poison: Poison) -> None:
+    def __init__(self, policy: Policy, gpus: GpuPool, sloppy: float, poison: Poison) -> None:
         self.now = 0.0
         self.policy = policy
-        self.controller = Controller(policy, 0.0)
+        self.controller = Controller(policy, 0.0, gpus)
+        self.orders = 0  # of operators
+        self.running: set[str] = set()  # operations
+        self.ended: set[str] = set()
+        self.target = policy.target  # as the last order that was done wants it
+        self.stored: set[tuple[int, int]] = set()  # (layer, expert) in host memory
         self.sloppy = sloppy  # how often an answer goes wrong
         self.poison = poison
         self.processes: dict[int, Process] = {}  # the current one of each rank
@@ -125,8 +132,9 @@ class Books:
                 assert not set(view.active) & self.dead, "publishes an excluded rank as active"
                 assert set(view.active) <= self.regrouped[epoch], "publishes a rank that has not regrouped"
             case p.RecordEvent("rank_left_out", fields):
-                assert self.policy.restore
                 self.left_out.add(fields["rank"])
+            case p.OperationChanged(report):
+                self.check_operation(report)
             case p.RecordEvent("recovery_started"):
                 assert not self.recovering, "two recoveries at once"
                 self.recovering = True
@@ -134,9 +142,8 @@ class Books:
                 # Where everybody who can answer does, only the dead, the hung, the accused and who fails to
                 # join may be given up.
                 process = self.processes[action.rank]
-                excused = process.identity in self.accused or (
-                    self.policy.restore and process.identity not in self.served
-                )
+                ordered = self.orders and ("operator" in action.reason or action.reason == "not wanted any more")
+                excused = ordered or process.identity in self.accused or process.identity not in self.served
                 assert excused or not process.works, f"gives up a healthy rank: {action}"
             case p.RecoveryDone(report):
                 assert report.requests is None or report.epoch in self.synced, "counts requests of another epoch"
@@ -149,6 +156,20 @@ class Books:
             case p.Exit(code):
                 allowed = {0: self.stop_requested, 3: self.epoch == 0, 4: self.frontend_exits > 5}
                 assert allowed[code], f"exits for no reason: {action}"
+
+    def check_operation(self, report: p.OperationReport) -> None:
+        name = report.operation
+        assert name not in self.ended, f"{name} changes after its end"
+        if not report.state.ended:
+            self.running.add(name)
+            assert self.running == {name}, "two operations at once"
+            return
+        self.running.discard(name)
+        self.ended.add(name)
+        if report.state is p.OperationState.DONE and report.kind is p.OperationKind.SCALE:
+            self.target = report.target
+            assert len(self.members[self.epoch]) == report.target, "done, with another number of ranks"
+        assert self.running or self.controller.target == self.target, f"{report} leaves {self.controller.target} wanted"
 
     def check_regroup(self, action: p.Regroup) -> None:
         epoch, placement = action.epoch, action.placement
@@ -168,6 +189,7 @@ class Books:
             assert load.rank == action.rank, "somebody else's load"
             held = {expert for process in processes for expert in process.column[load.layer]}
             assert load.expert not in held, "loads an expert that is in memory"
+            assert load.source is not Source.HOST or (load.layer, load.expert) in self.stored, "not in host memory"
             assert column[load.layer][load.slot] == load.evicts
             column[load.layer][load.slot] = load.expert
         assert column == placement.columns[action.rank].tolist(), "placement differs from what the rank holds"
@@ -184,7 +206,7 @@ class Books:
             left = len(self.ready - self.dead)
             enough = left * policy.slots >= policy.experts
             deadline = controller.next_deadline()
-            joins = policy.restore and deadline is not None and deadline <= self.now + policy.join_delay_s
+            joins = deadline is not None and deadline <= self.now + policy.join_delay_s
             assert enough != unavailable or joins, f"{left} ranks left, but {controller.status}"
         held = [r for process in self.processes.values() if process.identity not in self.dead for r in process.requests]
         assert len(held) == len(set(held)), f"a request has two owners: {held}"
@@ -201,9 +223,12 @@ class Books:
             assert self.controller.handle(p.Tick(), self.now) == (), "acts after its exit"
             return
         assert phase in (Phase.SERVING, Phase.UNAVAILABLE), f"at rest while {phase}"
-        if self.policy.restore:
+        assert len(self.ended) <= self.orders and not self.running, f"never ends: {self.running}"
+        assert not view_draining(self.published), "somebody drains for ever"
+        if self.policy.restore and self.controller.automatic:
             back = {process.rank for process in self.processes.values() if process.identity not in self.dead}
-            assert back | self.left_out >= set(range(self.policy.target)), "a rank did not come back"
+            absent = self.controller._wanted - back - self.left_out
+            assert absent <= self.controller._no_gpu | self.controller._left_out.keys(), f"{absent} did not come back"
         if phase is Phase.SERVING:
             assert not self.recovering, "serves, but the recovery was never reported done"
             assert self.controller.status in SERVING
@@ -211,3 +236,7 @@ class Books:
             for process in map(self.process_of, members):
                 assert process and process.works and process.mode == "stepping" and process.epoch == self.epoch, process
             assert all(q.identity in members or q.identity in self.dead for q in self.processes.values())
+
+
+def view_draining(view: p.Snapshot | None) -> bool:
+    return view is not None and bool(view.draining)

@@ -16,6 +16,8 @@ from functools import cache
 from typing import Any
 
 from elastic_daemon import protocol as p
+from elastic_daemon.control_state import Phase
+from elastic_daemon.gpu_pool import GpuPool
 from elastic_daemon.membership import Status
 from elastic_daemon.placement import EMPTY, Placement, initial, slots_per_rank
 from elastic_daemon.policy import Policy
@@ -44,14 +46,15 @@ def run(seed: int, *, trace: bool = False) -> World:
 
 
 @cache
-def first_placement(experts: int, layers: int, ranks: int, slots: int) -> Placement:
-    return initial(experts, layers, range(ranks), slots)
+def first_placement(experts: int, layers: int, ranks: tuple[int, ...], slots: int) -> Placement:
+    return initial(experts, layers, ranks, slots)
 
 
 @dataclass(eq=False)
 class SimulatedFrontend:
     ready: bool = False
     view: p.Snapshot | None = None
+    in_step: int = 0  # the epoch
     owner: dict[int, p.Identity] = field(default_factory=dict)
 
 
@@ -67,8 +70,13 @@ class World(Books):
             ranks, experts, slots, start_timeout_s=3.0, restart_backoff_s=0.1, max_backoff_s=1.0, fault_grace_s=0.2,
             fence_timeout_s=1.0, regroup_timeout_s=1.0, sync_timeout_s=1.0, hold_timeout_s=5.0,
             frontend_start_timeout_s=3.0, max_vain_faults=4, restore=rng.random() < 0.5,
+            max_ranks=ranks + 2, respread=rng.random() < 0.7, host_copies=rng.random() < 0.7, spread_timeout_s=2.0,
+            drain_timeout_s=2.0,
         )  # fmt: skip
-        super().__init__(policy, sloppy=rng.choice((0.0, 0.0, 0.01, 0.04)), poison=Poison(rng))
+        uuids = [f"GPU-{index}" for index in range(ranks + rng.randint(0, 2))] if rng.random() < 0.5 else []
+        self.gpus = dict.fromkeys(uuids, True)  # whether it is fit
+        pool = GpuPool(uuids, 1, 0.3)
+        super().__init__(policy, pool, sloppy=rng.choice((0.0, 0.0, 0.01, 0.04)), poison=Poison(rng))
         self.traps = {rng.choice(("StartRank", "Fence", "Regroup", "Resume")): rng.randint(1, 8) for _ in range(2)}
 
         self.queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -101,7 +109,18 @@ class World(Books):
 
     def quiet(self) -> bool:
         idle = len(self.queue) == self.background and self.controller.next_deadline() is None
-        return idle and not self.poison_acts()
+        return (idle and not self.poison_acts()) or self.poison_stays()
+
+    def poison_stays(self) -> bool:
+        """A rank that spoils every step cannot be spared: nothing more will come of it."""
+        if self.now < HORIZON + SETTLE / 2:
+            return False
+        members = self.members.get(self.epoch, ())
+        serves = self.controller.phase is Phase.SERVING and not self.recovering
+        group = [self.process_of(identity) for identity in members]
+        steps = all(peer and peer.works and peer.mode == "stepping" for peer in group)
+        starting = any(q.identity not in members and q.identity not in self.dead for q in self.processes.values())
+        return serves and steps and not starting and self.poison.rank in members
 
     def poison_acts(self) -> bool:
         """Whether there is poison in the group that the controller can get rid of."""
@@ -161,7 +180,7 @@ class World(Books):
                     self.dead.add((action.rank, action.incarnation))
                     delay = self.rng.uniform(0.5, 3.0) if self.happens(5) else self.soon()
                     self.later(delay, self.kill, self.processes[action.rank], "killed", self.rng.random() < 0.8)
-                case p.Fence() | p.Regroup() | p.Resume():
+                case p.Fence() | p.Regroup() | p.Resume() | p.Respread() | p.StoreExperts():
                     process = self.processes[action.rank]
                     self.spring_trap(type(action).__name__, process)
                     self.later(self.soon(), self.receive, process, action)
@@ -184,7 +203,8 @@ class World(Books):
         assert old is None or old.identity in self.dead, "starts a rank twice"
         assert action.incarnation > self.last_incarnation, "an incarnation is used again"
         self.last_incarnation = action.incarnation
-        plan = first_placement(self.policy.experts, self.layers, len(action.members), action.slots)
+        assert action.gpu is None or self.gpus[action.gpu], f"starts on {action.gpu}, which is not fit"
+        plan = first_placement(self.policy.experts, self.layers, action.members, action.slots)
         process = Process(action.rank, action.incarnation, plan.columns[action.rank].tolist())
         self.processes[action.rank] = process
         self.spring_trap("StartRank", process)
@@ -197,7 +217,7 @@ class World(Books):
             process.mode = "parked"
             self.say(process, p.RankReady(*process.identity, self.layers, process.frozen_column))
 
-    def receive(self, process: Process, action: p.Fence | p.Regroup | p.Resume) -> None:
+    def receive(self, process: Process, action: p.Fence | p.Regroup | p.Resume | p.Respread | p.StoreExperts) -> None:
         match action:
             case p.Fence():
                 self.on_fence(process, action)
@@ -205,6 +225,18 @@ class World(Books):
                 self.on_regroup(process, action)
             case p.Resume():
                 self.on_resume(process, action)
+            case p.Respread():
+                if process.works and process.mode == "stepping" and process.epoch == action.epoch:
+                    process.move = action
+            case p.StoreExperts():
+                self.on_store(process, action)
+
+    def on_store(self, process: Process, action: p.StoreExperts) -> None:
+        """What a slot does not hold any more is passed over."""
+        held = [(la, e) for la, slot, e in action.experts if process.column[la][slot] == e]
+        if process.works and process.mode == "stepping" and process.epoch == action.epoch and held:
+            self.stored |= set(held)
+            self.say(process, p.RankStored(*process.identity, action.epoch, tuple(held), 0.01, 1))
 
     def on_fence(self, process: Process, action: p.Fence) -> None:
         if not process.works or action.epoch <= process.epoch:
@@ -216,7 +248,7 @@ class World(Books):
                 process.column[load.layer][load.slot] = load.expert
             torn = process.loads[done]
             process.column[torn.layer][torn.slot] = EMPTY
-        process.mode, process.epoch, process.loads = "parked", action.epoch, ()
+        process.mode, process.epoch, process.loads, process.move = "parked", action.epoch, (), None
         self.say(process, p.RankFenced(*process.identity, action.epoch, process.frozen_column))
 
     def on_regroup(self, process: Process, action: p.Regroup) -> None:
@@ -283,7 +315,7 @@ class World(Books):
     def schedule_faults(self) -> None:
         kinds = (
             self.break_rank, self.break_rank, self.fault_only, self.zombie, self.zombie, self.frontend_dies,
-            self.verdict, self.verdict,
+            self.verdict, self.verdict, self.order, self.order, self.gpus_change,
         )  # fmt: skip
         at = 0.0
         for _ in range(self.rng.randint(0, 6)):
@@ -336,6 +368,38 @@ class World(Books):
         if rng.random() < 0.3:
             self.later(rng.uniform(0.0, 1.0), self.verdict)
 
+    def order(self) -> None:
+        """An operator wants something, sensible or not."""
+        rng, policy = self.rng, self.policy
+        self.orders += 1
+        timeout_s = rng.choice((0.5, 3.0, 10.0))
+        if rng.random() < 0.1:
+            return self.tell(p.AutomationSwitched(rng.random() < 0.7))
+        if rng.random() < 0.5:
+            retire = tuple(rng.sample(range(policy.target), rng.randint(0, 2))) if rng.random() < 0.2 else None
+            target = rng.randint(1, policy.max_ranks + 1)
+            self.tell(p.ScaleOrder(f"order-{self.orders}", target, retire, timeout_s))
+        else:
+            deed = rng.choice(list(p.RankDeed))
+            self.tell(p.RankOrder(f"order-{self.orders}", rng.randrange(policy.target + 1), deed, timeout_s))
+        if rng.random() < 0.4:
+            self.later(rng.uniform(0.0, 1.0), self.order)
+
+    def gpus_change(self) -> None:
+        """A GPU goes, comes back, or a new one appears; the watchdog says so."""
+        if not self.gpus:
+            return
+        kind = self.rng.choice(("unfit", "fit", "gone", "new"))
+        uuid = self.rng.choice(list(self.gpus))
+        if kind == "new":
+            self.gpus[f"GPU-{len(self.gpus) + 10}"] = True
+        else:
+            self.gpus[uuid] = kind == "fit"
+        seen = (p.GpuSeen(uuid, fit, "" if fit else "bad") for uuid, fit in self.gpus.items())
+        self.tell(p.GpusSeen(tuple(gpu for gpu in seen if kind != "gone" or gpu.uuid != uuid)))
+        if self.rng.random() < 0.5:
+            self.later(self.rng.uniform(0.0, 2.0), self.gpus_change)
+
     def poison_links(self) -> None:
         """From now on one rank breaks every step that it is in."""
         self.poison.rank = self.rng.choice(self.processes).identity
@@ -374,10 +438,16 @@ class World(Books):
             return
         frontend.view = view
         if view.status in SERVING:
-            moved = [request for request, owner in frontend.owner.items() if owner not in view.active]
+            moved = [request for request, owner in frontend.owner.items() if owner not in self.takers(view)]
             for request in moved:
+                if process := self.process_of(frontend.owner[request]):
+                    process.requests.discard(request)
                 self.assign(frontend, request)
-            if not self.happens(2):
+            if view.draining and not self.happens(5):
+                gone = tuple(incarnation for _, incarnation in view.draining)
+                self.later(self.soon(), self.tell, p.FrontendMoved(view.epoch, gone))
+            if view.epoch != frontend.in_step and not self.happens(2):
+                frontend.in_step = view.epoch
                 synced = p.FrontendSynced(view.epoch, len(frontend.owner) - len(moved), len(moved), 0, 0, self.tokens)
                 self.later(self.rng.uniform(0.5, 2.0) if self.happens(2) else self.soon(), self.tell, synced)
             if self.happens(5):
@@ -389,9 +459,14 @@ class World(Books):
             for process in self.processes.values():
                 process.requests.clear()
 
+    @staticmethod
+    def takers(view: p.Snapshot) -> tuple[p.Identity, ...]:
+        """Who takes requests."""
+        return tuple(identity for identity in view.active if identity not in view.draining) or view.active
+
     def assign(self, frontend: SimulatedFrontend, request: int) -> None:
         assert frontend.view is not None
-        owner = self.rng.choice(frontend.view.active)
+        owner = self.rng.choice(self.takers(frontend.view))
         frontend.owner[request] = owner
         if process := self.process_of(owner):
             process.requests.add(request)
@@ -412,17 +487,35 @@ class World(Books):
                         self.fault(peer, "poison")
                     continue
                 self.move_experts(group)
+                self.respread(group)
                 for peer in group:
                     if peer.requests:
                         self.later(self.soon(), self.on_output, peer, epoch, tuple(peer.requests))
                         self.background += 1
 
     def move_experts(self, group: list[Process]) -> None:
-        """The load balancer of the engine swaps two experts; the controller is not told."""
+        """The load balancer of the engine swaps two experts; the controller may not be told."""
         one, other = self.rng.choice(group), self.rng.choice(group)
         layer, slot, place = self.rng.randrange(self.layers), *(self.rng.randrange(self.policy.slots) for _ in "ab")
         row, column = one.column[layer], other.column[layer]
         row[slot], column[place] = column[place], row[slot]
+        if self.rng.random() < 0.5:
+            for peer in {one, other}:
+                self.say(peer, p.ColumnChanged(*peer.identity, peer.epoch, peer.frozen_column))
+
+    def respread(self, group: list[Process]) -> None:
+        """Once all know of a move, it is made; some layers only, when a fence comes between."""
+        moves = [peer.move for peer in group]
+        if any(move is None or move.serial != moves[0].serial for move in moves):
+            return
+        layers = self.rng.randint(0, self.layers) if self.happens(5) else self.layers
+        for peer, move in zip(group, moves, strict=True):
+            for layer in range(layers):
+                peer.column[layer] = move.placement.columns[peer.rank][layer].tolist()
+            if layers == self.layers:
+                peer.move = None
+                done = (move.serial, peer.frozen_column, 0.01, 1)
+                self.say(peer, p.RankRespread(*peer.identity, peer.epoch, *done))
 
     def on_output(self, process: Process, epoch: int, requests: tuple[int, ...]) -> None:
         self.background -= 1

@@ -15,13 +15,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.routing import Route
 
 from elastic_daemon.app import make_control_app
-from elastic_daemon.control_routes import CONTROL_PATHS, is_control_path
+from elastic_daemon.control_routes import CONTROL_PATHS, CONTROL_TEMPLATES, is_control_path, is_order
 from elastic_daemon.errors import ControlClosed
-from elastic_daemon.events import KEPT, EventLog
+from elastic_daemon.events import KEPT
 from elastic_daemon.health import HealthView
 from elastic_daemon.membership import RankState, Status
-from elastic_daemon.metrics import Metrics
 from elastic_daemon.protocol import HealthSnapshot, RankHealth, RecoveryKind, RecoveryReport, RequestCounts
+from tests.unit.operator_plane import OperatorPlane
 
 SNAPSHOT = HealthSnapshot(
     status=Status.OK,
@@ -39,13 +39,11 @@ SNAPSHOT = HealthSnapshot(
 )
 
 
-class Plane:
+class Plane(OperatorPlane):
     """A supervisor whose state the test sets."""
 
     def __init__(self) -> None:
-        self.events = EventLog()
-        self.metrics = Metrics()
-        self.is_turning = True
+        super().__init__()
         self.snapshot: HealthSnapshot | None = SNAPSHOT
         self.answers: dict[str, dict[int, Any] | Exception] = {}
 
@@ -296,17 +294,79 @@ async def test_probes_with_head(plane: Plane, client: httpx.AsyncClient, path: s
     assert (await client.head(path)).status_code == (200 if path == "/metrics" else 503)
 
 
-@pytest.mark.parametrize("path", sorted(CONTROL_PATHS))
-async def test_other_methods_on_control_paths(client: httpx.AsyncClient, path: str) -> None:
+ALLOWED = {
+    **dict.fromkeys(CONTROL_PATHS | CONTROL_TEMPLATES, "GET"),
+    **dict.fromkeys(("/health", "/livez", "/readyz", "/metrics"), "GET, HEAD"),
+    "/automation": "GET, POST",
+    "/scale_elastic_ep": "POST",
+    "/is_scaling_elastic_ep": "POST",
+    "/ranks/{rank}/exclude": "POST",
+    "/ranks/{rank}/drain": "POST",
+    "/ranks/{rank}/release": "POST",
+    "/gpus/{uuid}/release": "POST",
+}
+
+
+@pytest.mark.parametrize("template", sorted(ALLOWED))
+async def test_other_methods_on_control_paths(client: httpx.AsyncClient, template: str) -> None:
+    path = template.replace("{", "").replace("}", "")
+    for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"):
+        if method in ALLOWED[template].split(", "):
+            continue
+        answer = await client.request(method, path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, ALLOWED[template]), method
+
+
+@pytest.mark.parametrize("path", ["/ranks/1/restart", "/gpus/GPU-1/exclude"])
+async def test_what_looks_like_a_control_path_but_is_none(client: httpx.AsyncClient, path: str) -> None:
     answer = await client.post(path)
-    assert (answer.status_code, answer.headers["allow"]) == (405, "GET")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, 404)
 
 
 def test_all_routes_are_known_as_control_paths(plane: Plane) -> None:
     paths = {route.path for route in make_control_app(plane).routes if isinstance(route, Route)}
-    assert paths - {"/{path:path}"} == CONTROL_PATHS
-    assert all(is_control_path(path) for path in CONTROL_PATHS)
-    assert not is_control_path("/v1/models")
+    assert paths - {"/{path:path}"} == CONTROL_PATHS | CONTROL_TEMPLATES
+    assert all(is_control_path(path.replace("{", "").replace("}", "")) for path in CONTROL_PATHS | CONTROL_TEMPLATES)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/models",
+        "/",
+        "/operations/",
+        "/operations/a/b",
+        "/operations/../scale_elastic_ep",
+        "/operations/..",
+        "/operations/.",
+        "/ranks/1",
+        "/ranks/../drain",
+        "/ranks/1/..",
+        "/ranks/1/drain/",
+        "/gpus/a b/release",
+        "/gpus/a\n/release",
+        "/gpus/a\n",
+        "/operations/a?b",
+        "/operations/a#b",
+        "/operations/a%2fb",
+        "/scale_elastic_ep/",
+        "//scale_elastic_ep",
+    ],
+)
+def test_other_paths_are_none(path: str) -> None:
+    assert not is_control_path(path)
+
+
+def test_whatever_may_change_something_is_an_order() -> None:
+    read = {"/health", "/livez", "/readyz", "/metrics", "/events", "/experts", "/experts/verify", "/operations"}
+    for path in CONTROL_PATHS | CONTROL_TEMPLATES:
+        for method in ("POST", "PUT", "DELETE", "PATCH", "TRACE", "MADE-UP"):
+            assert is_order(method, path.replace("{", "").replace("}", "")) is (
+                path not in read | {"/is_scaling_elastic_ep"}
+            )
+        for method in ("GET", "HEAD", "OPTIONS"):
+            assert not is_order(method, path)
+    assert not is_order("POST", "/v1/completions")
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"])

@@ -11,6 +11,7 @@ from elastic_daemon.config import (
     BUNDLED_NAME,
     CONFIG_VARIABLE,
     Device,
+    admin_header,
     default_runtime_dir,
     load_settings,
 )
@@ -152,3 +153,46 @@ def test_keys_and_engine_flags_from_the_environment(monkeypatch: pytest.MonkeyPa
     assert settings.api_key == ("one", "two")
     assert settings.engine_flags == ("--max-model-len", "512", "--served-model-name", "my model")
     assert load_settings({"api_key": ["three"]}).api_key == ("three",)
+
+
+def test_most_ranks_are_no_fewer_than_those_to_start_with() -> None:
+    assert load_settings({"max_ranks": 4}).max_ranks == 4
+    with pytest.raises(ConfigError, match=r"^--max-ranks: .*fewer than the 5 ranks"):
+        load_settings({"data_parallel_size": 5, "max_ranks": 4})
+
+
+def test_the_admin_key_reaches_the_rules_and_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELASTIC_ADMIN_KEY", "top-secret")
+    monkeypatch.setenv("ELASTIC_API_KEY", "less-secret")
+    settings = load_settings({})
+    assert (settings.access.admin_key, settings.access.keys) == ("top-secret", ("less-secret",))
+    for text in (repr(settings), str(settings), settings.model_dump_json()):
+        assert "top-secret" not in text
+    assert "less-secret" not in repr(settings)
+
+
+@pytest.mark.parametrize("key", ["", "two words", "ключ", "tab\t", 17])
+def test_a_bad_admin_key_is_not_shown(key: object) -> None:
+    with pytest.raises(ConfigError, match="--admin-key: ") as error:
+        load_settings({"admin_key": key})
+    assert not str(key) or str(key) not in str(error.value)
+
+
+def test_an_empty_admin_key_does_not_open_what_it_should_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELASTIC_ADMIN_KEY", "")
+    with pytest.raises(ConfigError, match="--admin-key: "):
+        load_settings({})
+
+
+def test_an_api_key_cannot_be_the_admin_key_too() -> None:
+    with pytest.raises(ConfigError, match="must not be an API key") as error:
+        load_settings({"admin_key": "the-same", "api_key": ["the-same"]})
+    assert "the-same" not in str(error.value)
+
+
+def test_what_our_commands_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert admin_header() == {}
+    monkeypatch.setenv("ELASTIC_API_KEY", "one,two")
+    assert admin_header() == {"Authorization": "Bearer one"}
+    monkeypatch.setenv("ELASTIC_ADMIN_KEY", "admin")
+    assert admin_header() == {"Authorization": "Bearer admin"}

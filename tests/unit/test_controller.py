@@ -5,11 +5,13 @@ Losses are in test_controller_recovery.py, what many rules do together in test_s
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from elastic_daemon import protocol as p
 from elastic_daemon.membership import RankState, Status
-from tests.unit.driver import LAYERS, SYNCED, Shell, of, published, too_few
+from tests.unit.driver import LAYERS, POLICY, SYNCED, Shell, of, published, too_few
 
 # --- starting --------------------------------------------------------------------------------------------------------
 
@@ -75,24 +77,43 @@ def test_a_rank_that_dies_on_standby_is_started_again_and_waited_for() -> None:
     assert len(of(p.Regroup, shell.ready(0))) == 4
 
 
-def test_start_up_gives_up_after_three_attempts_of_one_rank() -> None:
-    shell = Shell()
+def never_start(shell: Shell, *ranks: int) -> list[p.Action]:
     for _ in range(2):
-        shell.exited(2)
+        shell.exited(*ranks)
         shell.tick()
-    *_, stop, end = shell.exited(2)
-    assert stop == p.StopAll()
-    assert end == p.Exit(3, "rank 2 did not start in 3 attempts, the last: signal 9")
+    return shell.exited(*ranks)
+
+
+def test_start_up_does_without_a_rank_after_three_attempts() -> None:
+    shell = Shell()
+    shell.send(p.FrontendReady())
+    never_start(shell, 2)
+    assert len(of(p.Regroup, shell.ready(0, 1, 3))) == 3
+    shell.regrouped(0, 1, 3)
+    shell.synced()
+    assert shell.controller.status is Status.DEGRADED
+    assert shell.controller.reason == "rank 2: did not start in 3 attempts, the last: signal 9"
     assert shell.controller.next_deadline() is None
-    assert shell.ready(0, 1, 3) == [], "nothing is heard after the end"
+
+
+def test_start_up_gives_up_when_too_few_are_left() -> None:
+    shell = Shell()
+    shell.ready(0)
+    *_, stop, end = never_start(shell, 1, 2, 3)
+    assert stop == p.StopAll()
+    assert isinstance(end, p.Exit) and end.code == 3
+    assert end.reason.startswith("rank 1 did not start in 3 attempts, the last: signal 9; rank 2 ")
+    assert shell.controller.next_deadline() is None
+    assert shell.send(p.FrontendReady()) == [], "nothing is heard after the end"
 
 
 def test_a_rank_that_is_not_ready_in_time_is_killed_and_started_again() -> None:
-    shell = Shell()
+    shell = Shell(replace(POLICY, restore=True))
     shell.ready(0, 1, 2)
     assert of(p.KillRank, shell.tick()) == [p.KillRank(3, 4, "not ready 100 s after its start")]
     assert shell.now == 100.0
-    assert of(p.StartRank, shell.tick())
+    assert len(of(p.Regroup, shell.actions)) == 3, "the others are enough, and have waited long enough"
+    assert [start.rank for start in of(p.StartRank, shell.recover(0, 1, 2).tick())] == [3]
     assert shell.send(p.RankExited(3, 4, "signal 9")) == [], "the corpse of the old one does not count"
 
 
@@ -244,7 +265,9 @@ def test_the_snapshot_before_during_and_after_a_loss() -> None:
 
 def test_it_says_what_it_does_and_what_it_waits_for() -> None:
     shell = Shell()
-    assert shell.controller.describe() == "starting; waiting for ranks to start: 0, 1, 2, 3 (100.0 s left)"
+    assert shell.controller.describe() == (
+        "starting; waiting for all ranks to start (100.0 s left); ranks to start: 0, 1, 2, 3 (100.0 s left)"
+    )
     shell.serve()
     assert shell.controller.describe() == "serving epoch 1 with 4 of 4 ranks"
     shell.exited(1)

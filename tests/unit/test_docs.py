@@ -219,7 +219,7 @@ def test_events_are_described() -> None:
 
 
 def test_runtime_files_are_described() -> None:
-    assert {*SOCKET_NAMES, "daemon.lock", "scratch/"} <= set(spans(API))
+    assert {*SOCKET_NAMES, "daemon.lock", "scratch/", "experts/"} <= set(spans(API))
 
 
 def test_messages_are_described() -> None:

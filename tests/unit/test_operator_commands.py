@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
 import json
 import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from rich.console import Console
 
 from elastic_daemon import operator_commands
-from elastic_daemon.app import make_control_app
-from elastic_daemon.cli import main, make_parser
+from elastic_daemon.cli import make_parser
 from elastic_daemon.errors import DaemonUnreachable
-from elastic_daemon.events import EventLog
 from elastic_daemon.health import HealthView
 from elastic_daemon.membership import RankState, Status
-from elastic_daemon.metrics import Metrics
 from elastic_daemon.operator_commands import Target, age, describe_recovery, follow, format_event, status_view
 from elastic_daemon.protocol import HealthSnapshot, RankHealth, RecoveryKind, RecoveryReport, RequestCounts
-from elastic_daemon.runtime_dir import http_socket
+from tests.unit.command_line import Server, run, serving
+from tests.unit.operator_plane import OperatorPlane
 
 SHRINK = RecoveryReport(
     epoch=7,
@@ -39,14 +33,12 @@ SHRINK = RecoveryReport(
 )
 
 
-class Plane:
+class Plane(OperatorPlane):
     """A control plane with a fixed status."""
 
     def __init__(self, status: Status | None = Status.DEGRADED) -> None:
+        super().__init__()
         self.status = status
-        self.events = EventLog()
-        self.metrics = Metrics()
-        self.is_turning = True
 
     def health(self) -> HealthView:
         return HealthView(
@@ -77,55 +69,6 @@ class Plane:
             last_shrink=SHRINK,
             last_grow=None,
         )
-
-    async def ask_ranks(self, question: str) -> dict[int, Any]:
-        return {}
-
-
-class Server:
-    """Serves a plane's control routes on a runtime directory's socket, in a thread."""
-
-    def __init__(self, plane: Plane, runtime_dir: Path) -> None:
-        config = uvicorn.Config(
-            make_control_app(plane), uds=http_socket(runtime_dir), log_level="warning", timeout_graceful_shutdown=1
-        )
-        self._plane, self._server = plane, uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-        while not self._server.started:
-            time.sleep(0.005)
-
-    def _run(self) -> None:
-        async def serve() -> None:
-            self._loop = asyncio.get_running_loop()
-            await self._server.serve()
-
-        asyncio.run(serve())
-
-    def record(self, name: str, **fields: Any) -> None:
-        self._loop.call_soon_threadsafe(self._plane.events.record, name, fields)
-
-    def stop(self) -> None:
-        self._server.should_exit = True
-        self._server.force_exit = True
-        self._thread.join(10)
-        assert not self._thread.is_alive()
-
-
-@contextlib.contextmanager
-def serving(plane: Plane, runtime_dir: Path) -> Iterator[Server]:
-    server = Server(plane, runtime_dir)
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
-def run(*command_line: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(command_line)
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
 
 
 @pytest.mark.parametrize(
@@ -318,7 +261,9 @@ def test_describe_recovery_without_requests() -> None:
     assert describe_recovery(report) == "start to epoch 1 (start): total 57.0 ms"
 
 
-@pytest.mark.parametrize("command", ["serve", "status", "events", "drill"])
+@pytest.mark.parametrize(
+    "command", ["serve", "status", "scale", "drain", "exclude", "release", "automation", "events", "drill"]
+)
 def test_every_command_has_help_with_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help") == 0
     assert f"examples:\n  elastic-daemon {command}" in capsys.readouterr().out

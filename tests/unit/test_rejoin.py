@@ -105,7 +105,7 @@ def test_processes_that_fail_before_they_serve_are_tried_a_few_times() -> None:
     assert shell.controller.next_deadline() is None
     assert [action.name for action in of(p.RecordEvent, shell.actions)].count("rank_left_out") == 1
     assert shell.controller.status is Status.DEGRADED
-    assert shell.controller.reason == "rank 2: signal 9"
+    assert shell.controller.reason == "rank 2: did not start in 3 attempts, the last: signal 9"
 
 
 def test_frequent_losses_delay_the_next_start() -> None:

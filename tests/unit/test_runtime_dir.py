@@ -25,8 +25,9 @@ def test_private_also_when_it_was_not(tmp_path: Path) -> None:
     path.mkdir(parents=True, mode=0o755)
     path.chmod(0o755)
     directory = RuntimeDir(path)
-    assert (mode(path), mode(directory.scratch)) == (0o700, 0o700)
+    assert {mode(private) for private in (path, directory.scratch, directory.experts)} == {0o700}
     directory.close()
+    assert not directory.scratch.exists() and not directory.experts.exists()
 
 
 def test_paths_lie_in_it(tmp_path: Path) -> None:
@@ -52,15 +53,16 @@ def test_what_a_killed_daemon_left_is_cleared(tmp_path: Path) -> None:
     leave = (
         "import os, sys, pathlib, signal; from elastic_daemon.runtime_dir import RuntimeDir\n"
         "d = RuntimeDir(pathlib.Path(sys.argv[1])); (d.scratch / 'torch-1').touch()\n"
+        "(d.experts / '0-1.expert').touch(); "
         "(d.path / 'control.sock').touch(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     ended = subprocess.run([sys.executable, "-c", leave, str(tmp_path)], check=False)
     assert ended.returncode == -9
-    assert (tmp_path / "scratch" / "torch-1").exists()
+    assert (tmp_path / "scratch" / "torch-1").exists() and (tmp_path / "experts" / "0-1.expert").exists()
     (tmp_path / "keep.txt").touch()
     directory = RuntimeDir(tmp_path)
-    assert list(directory.scratch.iterdir()) == []
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["daemon.lock", "keep.txt", "scratch"]
+    assert list(directory.scratch.iterdir()) == list(directory.experts.iterdir()) == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["daemon.lock", "experts", "keep.txt", "scratch"]
     assert (tmp_path / "daemon.lock").read_text() == f"{os.getpid()}\n"
     directory.close()
 

@@ -93,6 +93,17 @@ async def test_bindings_before_the_engine_is_configured(client: httpx.AsyncClien
     assert (bindings.epoch, bindings.ranks) == (0, ())
 
 
+async def test_a_release_reaches_the_watchdog_with_its_time(plane: Plane, tmp_path: Path) -> None:
+    desk = WatchdogDesk(plane, tmp_path)
+    before = time.time()
+    desk.release("GPU-b")
+    assert before <= parse_bindings(desk.bindings()).released["GPU-b"] <= time.time()
+    assert [event["gpu"] for event in plane.events.since(0)] == ["GPU-b"]
+    first = desk.bindings()["released"]["GPU-b"]
+    desk.release("GPU-b")
+    assert desk.bindings()["released"]["GPU-b"] > first, "what has happened since is forgiven too"
+
+
 async def test_a_verdict_on_a_gpu_reaches_the_controller_once(client: httpx.AsyncClient, plane: Plane) -> None:
     for _ in range(2):
         assert (await put(client)).status_code == 204

@@ -111,6 +111,15 @@ ENGINE_CLIENT = (
         "requests in flight are ended with an error",
         attributes=("request_states",),
     ),
-    ReliedOn("vllm.v1.engine.output_processor.RequestState", "its queue takes the error", attributes=("queue",)),
+    ReliedOn(
+        "vllm.v1.engine.output_processor.OutputProcessor.abort_requests",
+        "forgets requests that were ended with an error, and says which",
+        ("self", "request_ids", "internal"),
+    ),
+    ReliedOn(
+        "vllm.v1.engine.output_processor.RequestState",
+        "its queue takes the error; choices of one client share a parent",
+        attributes=("queue", "parent_req"),
+    ),
     ReliedOn("vllm.v1.engine.async_llm.AsyncLLM", "the front end", attributes=("engine_core", "output_processor")),
 )

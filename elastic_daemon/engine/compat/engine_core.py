@@ -30,6 +30,7 @@ ENGINE_CORE = (
             "dp_group",
             "dp_rank",
             "dp_size",
+            "dp_sync_interval",
             "eep_scaling_state",
             "enable_fault_tolerance",
             "engines_running",
@@ -99,8 +100,13 @@ ENGINE_CORE = (
     ReliedOn(f"{_CORE}.DPEngineCoreProc._make_ready_response", "what the front end learns of a rank", ("self",)),
     ReliedOn(
         f"{_CORE}.DPEngineCoreProc._has_global_unfinished_reqs",
-        "syncs when step_counter is 1 or a multiple of dp_sync_interval: all members start an epoch at 0",
+        "replaced: called on all ranks after each step; syncs when step_counter is 1 or a multiple of dp_sync_interval",
         ("self", "local_unfinished"),
+    ),
+    ReliedOn(
+        "vllm.config.parallel.ParallelConfig.sync_dp_state",
+        "answered alike by respread.sync, which asks for one thing more",
+        ("dp_group", "has_unfinished", "pending_pause"),
     ),
     ReliedOn(
         "vllm.v1.fault_tolerance.fault_tolerant_wrapper",
