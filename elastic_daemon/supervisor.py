@@ -227,7 +227,7 @@ class Supervisor:
         self.tell(p.AutomationSwitched(enabled))
 
     def release_gpu(self, uuid: str) -> None:
-        self._watch.release(uuid)
+        self._watch.release_gpu(uuid)
 
     def _on_hello(self, peer: Peer) -> None:
         if peer.role == "rank":

@@ -117,7 +117,6 @@ class WatchdogDesk:
         self._instance = secrets.token_hex(8)
         self._released: dict[str, float] = {}
         self._taken: deque[str] = deque(maxlen=KEPT_IDS)
-        self._released: dict[str, float] = {}
 
     def bindings(self) -> dict[str, Any]:
         """The body of `GET /watchdog/bindings`."""
