@@ -125,7 +125,7 @@ def test_the_checkpoint_is_read_instead_of_a_bad_copy_and_where_it_was_asked_for
     loads = [load(0, 0, 4, Source.HOST), load(0, 1, 1, Source.HOST), load(0, 2, 2, Source.CHECKPOINT)]
     loads.append(load(1, 0, 3, Source.HOST))
     loaded = load_slots(0, slots := Slots(COLUMN), rank.copies, loads)
-    assert slots.from_checkpoint == [SlotContent(0, 1, 1), SlotContent(0, 2, 2), SlotContent(1, 0, 3)]
+    assert slots.from_checkpoint == [SlotContent(0, 2, 2), SlotContent(0, 1, 1), SlotContent(1, 0, 3)]
     assert loaded.unusable == [(0, 1), (1, 3)]
     assert loaded.tiers.keys() == {Source.HOST, Source.CHECKPOINT}
     assert loaded.tiers[Source.CHECKPOINT].bytes == 1000
