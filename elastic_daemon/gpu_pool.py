@@ -101,6 +101,11 @@ class GpuPool:
         gpu = self._gpus.get(uuid, _Gpu(None, NOT_THERE))
         return gpu.barred or ("" if gpu.fit_since is not None else gpu.reason)
 
+    @property
+    def troubles(self) -> tuple[str, ...]:
+        """What keeps GPUs from being used."""
+        return tuple(f"{uuid}: {why}" for uuid in self._gpus if (why := self.trouble(uuid)))
+
     def next_usable(self, now: float) -> float | None:
         """When the next probation is over."""
         ends = (gpu.fit_since + self._probation_s for gpu in self._gpus.values() if gpu.fit_since is not None)

@@ -63,9 +63,13 @@ class Processes:
         if identity in self._doomed:
             child.kill()
 
-    def kill_rank(self, identity: Identity) -> None:
+    def kill_rank(self, identity: Identity, doubtful: bool) -> None:
+        """`doubtful`: ask for its stacks first."""
         self._doomed.add(identity)  # its fork may still be under way
-        if child := self._ranks.get(identity):
+        child = self._ranks.get(identity)
+        if child is not None and not doubtful:
+            child.kill()
+        elif child is not None:
             child.signal(signal.SIGUSR1)  # its stacks, for the log: what was it doing?
             asyncio.get_running_loop().call_later(STACKS_DELAY_S, child.kill)
 

@@ -291,11 +291,12 @@ class StartRank:
 
 @dataclass(frozen=True)
 class KillRank:
-    """Kill without waiting: the controller already counts it as dead."""
+    """Kill without waiting: the controller already counts it as dead. `doubtful`: its stacks are worth a look first."""
 
     rank: int
     incarnation: int
     reason: str
+    doubtful: bool = True
 
 
 @dataclass(frozen=True)

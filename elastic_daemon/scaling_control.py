@@ -81,7 +81,7 @@ class ScalingControl(CapacityControl):
         for row in rows:
             self._ranks.move(row.rank, departure.after, self._now, departure.cause)
             self._record("rank_left", rank=row.rank, incarnation=row.incarnation, reason=departure.cause)
-            self._emit(p.KillRank(row.rank, row.incarnation, departure.cause))
+            self._emit(p.KillRank(row.rank, row.incarnation, departure.cause, doubtful=False))
             if departure.after is RankState.RETIRED:
                 self._gpus.forget(row.rank)
         self._new_epoch()
@@ -255,7 +255,8 @@ class ScalingControl(CapacityControl):
         wanted = (self._wanted - leaving) | set(lowest_free(frozenset(self._wanted), max(change, 0)))
         absent = {rank for rank in wanted if not self._is_alive(rank)}
         if self._gpus.is_known and (room := self._gpus.room_for(absent)) < len(absent):
-            return f"{len(absent)} more ranks need a GPU, and {room} can have one"
+            why = "".join(f"; {trouble}" for trouble in self._gpus.troubles)
+            return f"{len(absent)} more ranks need a GPU, and {room} can have one{why}"
         operation.ranks = tuple(sorted(absent | leaving))
         self._wanted = wanted
         for rank in absent:
@@ -296,7 +297,7 @@ class ScalingControl(CapacityControl):
             if row.state not in IN_GROUP and row.state is not RankState.RETIRED:
                 if self._is_alive(row.rank):
                     self._deadlines.disarm(Wait.RANK_START, row.rank)
-                    self._emit(p.KillRank(row.rank, row.incarnation, "not wanted any more"))
+                    self._emit(p.KillRank(row.rank, row.incarnation, "not wanted any more", doubtful=False))
                 self._columns.pop(row.rank, None)
                 self._ranks.move(row.rank, RankState.RETIRED, self._now)
                 self._gpus.forget(row.rank)

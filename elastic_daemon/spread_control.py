@@ -31,7 +31,8 @@ class SpreadControl(GroupControl):
             self._deadlines.disarm(Wait.SPREAD)
             seconds, moved = round(self._now - spread.began, 4), spread.bytes
             self._record("experts_spread", epoch=self.epoch, purpose=spread.purpose, bytes=moved, seconds=seconds)
-            self._store_single_copies()
+            if spread.purpose is Purpose.SAFETY:
+                self._store_single_copies()
 
     def _on_column(self, event: p.ColumnChanged, row: Rank) -> None:
         """vLLM's balancing has moved experts."""

@@ -328,7 +328,7 @@ class Supervisor:
         self._watch.remove_page(identity[1])
 
     def _kill_rank(self, action: p.KillRank) -> None:
-        self._processes.kill_rank((action.rank, action.incarnation))
+        self._processes.kill_rank((action.rank, action.incarnation), action.doubtful)
 
     def _tell_rank(self, action: RankAction) -> None:
         newest = max((identity for identity in self._peers if identity[0] == action.rank), default=None)

@@ -155,6 +155,8 @@ def for_rank(config: VllmConfig, plan: RankPlan) -> VllmConfig:
     own.parallel_config.data_parallel_index = plan.position
     own.parallel_config.data_parallel_rank_local = plan.gpu
     own.parallel_config.data_parallel_size = len(plan.members)
+    physical = plan.slots * len(plan.members)
+    own.parallel_config.eplb_config.num_redundant_experts = physical - own.model_config.get_num_experts()
     return own
 
 
