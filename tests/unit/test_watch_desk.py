@@ -14,10 +14,10 @@ from fastapi import FastAPI
 
 from elastic_daemon import protocol as p
 from elastic_daemon.events import EventLog
-from elastic_daemon.membership import RankState, Status
+from elastic_daemon.membership import RankState
 from elastic_daemon.metrics import Metrics
 from elastic_daemon.watch.desk import WatchdogDesk
-from elastic_daemon.watch.gpus import Gpus, visible
+from elastic_daemon.watch.gpus import visible
 from elastic_daemon.watch.routes import with_watchdog_routes
 from tests.unit.test_health import SNAPSHOT, view
 from watchdog.bindings import Binding, parse_bindings
@@ -29,9 +29,9 @@ class Plane:
     def __init__(self) -> None:
         self.events, self.metrics = EventLog(), Metrics()
         ranks = (
-            p.RankHealth(0, RankState.ACTIVE, 0.0, None, 1),
-            p.RankHealth(1, RankState.SUSPECT, 0.0, "slow", 5),
-            p.RankHealth(2, RankState.EXCLUDED, 0.0, "gone", 3),
+            p.RankHealth(0, RankState.ACTIVE, 0.0, None, 1, "GPU-a"),
+            p.RankHealth(1, RankState.SUSPECT, 0.0, "slow", 5, "GPU-b"),
+            p.RankHealth(2, RankState.EXCLUDED, 0.0, "gone", 3, "GPU-c"),
         )
         self.now: p.HealthSnapshot | None = dataclasses.replace(SNAPSHOT, ranks=ranks)
         self.rank_pids = {(0, 1): 4711, (1, 5): 4712}
@@ -53,7 +53,6 @@ def plane() -> Plane:
 @pytest.fixture
 async def client(plane: Plane, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     desk = WatchdogDesk(plane, tmp_path)
-    desk.gpus = Gpus(("GPU-a", "GPU-b", "GPU-c"))
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(with_watchdog_routes(FastAPI(), desk)), base_url="http://daemon"
     ) as client:
@@ -188,12 +187,11 @@ async def test_other_ids_and_bodies_are_refused(client: httpx.AsyncClient, plane
     assert not plane.told
 
 
-async def test_nothing_is_acted_on_before_the_group_serves(client: httpx.AsyncClient, plane: Plane) -> None:
+async def test_nothing_is_acted_on_before_there_is_anything(client: httpx.AsyncClient, plane: Plane) -> None:
     """503: the watchdog tries again. What only informs is taken in."""
-    assert plane.now is not None
-    plane.now = dataclasses.replace(plane.now, status=Status.STARTING)
-    assert (await put(client)).status_code == 503
-    assert (await put(client, verdict="suspect", act=False, id="5f0c-2")).status_code == 204
+    plane.now = None
+    assert (await put(client, epoch=0)).status_code == 503
+    assert (await put(client, epoch=0, verdict="suspect", act=False, id="5f0c-2")).status_code == 204
     assert len(plane.told) == 1
 
 
@@ -249,11 +247,6 @@ async def test_off_means_off() -> None:
         assert (await client.get("/watchdog/bindings")).status_code == 404
         assert "--watchdog off" in (await client.put("/watchdog/verdicts/1", json=body())).text
         assert "--watchdog off" in (await client.put("/watchdog/gpus", json={"gpus": GPUS})).text
-
-
-def test_ranks_share_gpus() -> None:
-    gpus = Gpus(("GPU-a", "GPU-b"), 2)
-    assert [gpus.of(rank) for rank in range(5)] == ["GPU-a", "GPU-a", "GPU-b", "GPU-b", None]
 
 
 @pytest.mark.parametrize(
