@@ -114,7 +114,7 @@ class WatchdogDesk:
         self._runtime_dir = runtime_dir
         self._instance = secrets.token_hex(8)
         self._taken: deque[str] = deque(maxlen=KEPT_IDS)
-        self._released: dict[str, float] = {}
+        self._released: dict[str, float] = {}  # when, in seconds since 1970
 
     def bindings(self) -> dict[str, Any]:
         """The body of `GET /watchdog/bindings`."""

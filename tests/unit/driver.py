@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 from elastic_daemon import protocol as p
 from elastic_daemon.control_state import Phase
 from elastic_daemon.controller import Controller
+from elastic_daemon.gpu_pool import GpuPool
 from elastic_daemon.membership import RankState, Status
 from elastic_daemon.placement import Placement, initial
 from elastic_daemon.policy import Policy
@@ -22,21 +23,29 @@ SYNCED = (3, 1, 0, 0)
 class Shell:
     """Drives a controller by hand: what a rank holds, which incarnation it is, and all actions so far."""
 
-    def __init__(self, policy: Policy = POLICY) -> None:
+    def __init__(self, policy: Policy = POLICY, gpus: GpuPool | None = None) -> None:
         self.policy = policy
         self.now = 0.0
-        self.controller = Controller(policy, self.now)
+        self.controller = Controller(policy, self.now, gpus)
         self.actions = list(self.controller.start(self.now))
         self.columns = dict(self.first_placement().columns)
+        self.orders = 0
 
     def first_placement(self) -> Placement:
         return initial(self.policy.experts, LAYERS, range(self.policy.target), self.policy.slots)
+
+    def start_of(self, rank: int) -> p.StartRank:
+        """Its newest one."""
+        return [action for action in of(p.StartRank, self.actions) if action.rank == rank][-1]
 
     def column(self, rank: int) -> p.Column:
         return tuple(map(tuple, self.columns[rank].tolist()))
 
     def incarnation(self, rank: int) -> int:
-        return [action.incarnation for action in of(p.StartRank, self.actions) if action.rank == rank][-1]
+        return self.start_of(rank).incarnation
+
+    def identity(self, rank: int) -> p.Identity:
+        return rank, self.incarnation(rank)
 
     def send(self, *events: p.Event, after: float = 0.0) -> list[p.Action]:
         """What these events lead to; the first comes `after` seconds from now."""
@@ -54,6 +63,10 @@ class Shell:
     # What ranks say:
 
     def ready(self, *ranks: int) -> list[p.Action]:
+        """Each holds the experts that it was started for."""
+        for rank in ranks:
+            members = self.start_of(rank).members
+            self.columns[rank] = initial(self.policy.experts, LAYERS, members, self.policy.slots).columns[rank]
         return self.send(*(p.RankReady(r, self.incarnation(r), LAYERS, self.column(r)) for r in ranks))
 
     def exited(self, *ranks: int) -> list[p.Action]:
@@ -69,6 +82,9 @@ class Shell:
     def regrouped(self, *ranks: int, epoch: int | None = None, repair: float = 0.0) -> list[p.Action]:
         epoch = self.controller.epoch if epoch is None else epoch
         seconds = {"group": 0.0, "repair": repair}
+        for regroup in of(p.Regroup, self.actions):
+            if regroup.epoch == epoch and regroup.rank in ranks:
+                self.columns[regroup.rank] = regroup.placement.columns[regroup.rank]
         return self.send(*(p.RankRegrouped(r, self.incarnation(r), epoch, seconds) for r in ranks))
 
     def regroup_failed(self, rank: int) -> list[p.Action]:
@@ -76,6 +92,41 @@ class Shell:
 
     def synced(self, delivered: int = 0) -> list[p.Action]:
         return self.send(p.FrontendSynced(self.controller.epoch, *SYNCED, delivered))
+
+    def moved(self) -> list[p.Action]:
+        """No request is on the draining ranks any more."""
+        view = published(self.actions)
+        return self.send(p.FrontendMoved(view.epoch, tuple(incarnation for _, incarnation in view.draining)))
+
+    def respread(self, *ranks: int) -> list[p.Action]:
+        """Their parts of the newest move are done."""
+        actions = []
+        for rank in ranks:
+            move = of(p.Respread, self.actions)[-1]
+            self.columns[rank] = move.placement.columns[rank]
+            done = (move.serial, self.column(rank), 0.1, 10)
+            actions += self.send(p.RankRespread(*self.identity(rank), move.epoch, *done))
+        return actions
+
+    def stored(self, store: p.StoreExperts) -> list[p.Action]:
+        experts = tuple((layer, expert) for layer, _, expert in store.experts)
+        return self.send(p.RankStored(*self.identity(store.rank), store.epoch, experts, 0.1, 10))
+
+    # What operators and the watchdog say:
+
+    def scale(self, target: int, retire: tuple[int, ...] | None = None, timeout_s: float = 60.0) -> list[p.Action]:
+        self.orders += 1
+        return self.send(p.ScaleOrder(f"op-{self.orders}", target, retire, timeout_s))
+
+    def order(self, deed: p.RankDeed, rank: int, timeout_s: float = 60.0) -> list[p.Action]:
+        self.orders += 1
+        return self.send(p.RankOrder(f"op-{self.orders}", rank, deed, timeout_s))
+
+    def see(self, *uuids: str, **unfit: str) -> list[p.Action]:
+        """All GPUs there are: fit ones, and others with the reason; '_' in a keyword stands for '-'."""
+        gpus = [p.GpuSeen(uuid, True) for uuid in uuids]
+        gpus += [p.GpuSeen(uuid.replace("_", "-"), False, why) for uuid, why in unfit.items()]
+        return self.send(p.GpusSeen(tuple(gpus)))
 
     # Ways to somewhere:
 
@@ -94,6 +145,18 @@ class Shell:
         assert self.controller.phase is Phase.SERVING
         return self
 
+    def join(self, *members: int) -> Shell:
+        """The pause before a join is over, and the group with the newcomers serves."""
+        self.tick()
+        return self.recover(*members)
+
+    def state(self, rank: int) -> RankState:
+        return {row.rank: row.state for row in self.controller.snapshot(self.now).ranks}[rank]
+
+    def report(self) -> p.OperationReport:
+        """The newest word on the newest operation."""
+        return [a.report for a in of(p.OperationChanged, self.actions) if a.report.operation == f"op-{self.orders}"][-1]
+
     def states(self) -> list[RankState]:
         return [rank.state for rank in self.controller.snapshot(self.now).ranks]
 
@@ -104,6 +167,11 @@ def of(kind: type[A], actions: Iterable[object]) -> list[A]:
 
 def published(actions: Iterable[p.Action]) -> p.Snapshot:
     return of(p.Publish, actions)[-1].membership
+
+
+def events(name: str, actions: Iterable[p.Action]) -> list[Mapping[str, Any]]:
+    """Fields of the events of this name."""
+    return [event.fields for event in of(p.RecordEvent, actions) if event.name == name]
 
 
 def too_few() -> Shell:

@@ -11,7 +11,6 @@ import pytest
 from elastic_daemon.health import HealthView, WatchdogView, url_of
 from elastic_daemon.membership import RankState, Status
 from elastic_daemon.protocol import HealthSnapshot, RankHealth, RecoveryKind, RecoveryReport, RequestCounts
-from elastic_daemon.watch.gpus import Gpus
 
 REPORT = RecoveryReport(
     epoch=7,
@@ -100,7 +99,10 @@ def test_body() -> None:
 
 def test_gpus_and_a_watchdog_that_is_gone() -> None:
     watchdog = WatchdogView("spawn", "down", None, "the watchdog was killed by SIGKILL; it is started again")
-    seen = dataclasses.replace(view(), gpus=Gpus(("GPU-a", "GPU-b"), 2), watchdog=watchdog)
+    ranks = tuple(
+        dataclasses.replace(rank, gpu=gpu) for rank, gpu in zip(SNAPSHOT.ranks, ("GPU-a", "GPU-b"), strict=True)
+    )
+    seen = dataclasses.replace(view(dataclasses.replace(SNAPSHOT, ranks=ranks)), watchdog=watchdog)
     body = seen.to_json()
     assert [rank["gpu"] for rank in body["ranks"]] == ["GPU-a", "GPU-b"]
     assert body["reason"] == "rank 2: process ended; the watchdog was killed by SIGKILL; it is started again"

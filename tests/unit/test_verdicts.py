@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,10 +13,11 @@ from elastic_daemon.control_state import Phase
 from elastic_daemon.membership import RankState, Status
 from elastic_daemon.policy import Policy
 from elastic_daemon.verdicts import Measure, Situation, decide
-from tests.unit.driver import Shell, of, published, too_few
+from tests.unit.driver import POLICY, Shell, events, of, published, too_few
 
 GPU, XID = "GPU-2", "xid 79: GPU has fallen off the bus"
 Kind = p.VerdictKind
+SINGLE = replace(POLICY, slots=6)  # some experts have a single copy, and any three ranks have room for all
 ACTING = (Kind.EXCLUDE, Kind.DRAIN, Kind.RESTART_RANK)
 
 
@@ -30,8 +33,8 @@ def rank(shell: Shell, number: int) -> p.RankHealth:
     return shell.controller.snapshot(shell.now).ranks[number]
 
 
-@pytest.mark.parametrize("kind", ACTING)
-def test_a_verdict_that_acts_excludes_the_rank_with_its_cause(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [Kind.EXCLUDE, Kind.RESTART_RANK])
+def test_a_rank_that_cannot_go_on_is_excluded_with_its_cause(kind: Kind) -> None:
     shell = Shell().serve()
     shell.now += 5
     actions = say(shell, kind, 2, ago=0.25)
@@ -44,6 +47,84 @@ def test_a_verdict_that_acts_excludes_the_rank_with_its_cause(kind: Kind) -> Non
     assert report.seconds["detect"] == pytest.approx(0.25)
     assert shell.controller.status is Status.DEGRADED
     assert shell.controller.reason == f"rank 2: {XID}"
+
+
+def test_a_rank_on_a_gpu_that_goes_bad_leaves_in_order() -> None:
+    """Requests first, then what experts only it holds, then the group closes up without it."""
+    shell = Shell(SINGLE).serve()
+    shell.synced()
+    shell.now += 5
+    identity = (2, shell.incarnation(2))
+    actions = say(shell, Kind.DRAIN, 2, ago=0.25)
+    assert not of(p.KillRank, actions) and not of(p.Fence, actions)
+    assert (published(actions).draining, published(actions).status) == ((identity,), Status.DEGRADED)
+    assert (rank(shell, 2).state, rank(shell, 2).reason) == (RankState.DRAINING, XID)
+    assert shell.controller.reason == f"rank 2: draining: {XID}"
+
+    (move, *_) = of(p.Respread, shell.moved())
+    others = {expert for number in (0, 1, 3) for expert in move.placement.columns[number][0].tolist()}
+    assert others == set(range(16)), "who stays comes to hold every expert"
+    assert not of(p.Fence, shell.respread(0, 1, 2))
+    actions = shell.respread(3)
+    assert of(p.KillRank, actions) == [p.KillRank(*identity, XID, doubtful=False)]
+    assert [fence.rank for fence in of(p.Fence, actions)] == [0, 1, 3]
+    shell.fenced(0, 1, 3)
+    assert [regroup.loads for regroup in of(p.Regroup, shell.actions)[-3:]] == [(), (), ()], "nothing has to be read"
+    shell.regrouped(0, 1, 3)
+    shell.synced()
+    report = shell.controller.snapshot(shell.now).last_shrink
+    assert report is not None
+    assert (report.ranks, report.cause) == ((2,), XID)
+    assert report.seconds["detect"] == pytest.approx(0.25)
+    assert (shell.state(2), shell.controller.reason) == (RankState.EXCLUDED, f"rank 2: {XID}")
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_it_leaves_in_any_case_when_its_time_is_over(moved: bool) -> None:
+    shell = Shell(SINGLE).serve()
+    shell.synced()
+    say(shell, Kind.DRAIN, 2)
+    if moved:
+        shell.moved()
+        shell.respread(0, 1, 2)  # and rank 3 does not get on
+    actions = shell.tick()
+    assert shell.now == SINGLE.drain_timeout_s
+    assert [kill.rank for kill in of(p.KillRank, actions)] == [2]
+    shell.recover(0, 1, 3)
+    assert shell.controller.status is Status.DEGRADED
+
+
+def test_a_rank_on_standby_has_nothing_to_move() -> None:
+    shell = Shell(replace(POLICY, restore=True)).serve()
+    shell.exited(2)
+    shell.recover(0, 1, 3)
+    shell.tick()
+    shell.ready(2)
+    actions = say(shell, Kind.DRAIN, 2)
+    assert [kill.rank for kill in of(p.KillRank, actions)] == [2]
+    assert not of(p.Fence, actions)
+
+
+def test_who_cannot_leave_in_order_is_excluded() -> None:
+    """In the middle of a recovery, and while somebody else leaves."""
+    shell = Shell().serve()
+    shell.exited(0)
+    assert [kill.rank for kill in of(p.KillRank, say(shell, Kind.DRAIN, 2))] == [2]
+    shell = Shell().serve()
+    shell.synced()
+    say(shell, Kind.DRAIN, 1)
+    assert [kill.rank for kill in of(p.KillRank, say(shell, Kind.DRAIN, 2))] == [2]
+
+
+def test_a_rank_that_cannot_be_spared_any_more_stays() -> None:
+    shell = Shell().serve()
+    shell.synced()
+    say(shell, Kind.DRAIN, 2)
+    shell.exited(0, 1)
+    shell.recover(2, 3)
+    assert shell.state(2) is RankState.ACTIVE
+    assert events("rank_stays", shell.actions) == [{"rank": 2, "incarnation": 3}]
+    assert published(shell.actions).draining == ()
 
 
 def test_ranks_that_share_a_gpu_go_together() -> None:

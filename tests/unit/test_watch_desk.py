@@ -29,9 +29,9 @@ class Plane:
     def __init__(self) -> None:
         self.events, self.metrics = EventLog(), Metrics()
         ranks = (
-            p.RankHealth(0, RankState.ACTIVE, 0.0, None, 1),
-            p.RankHealth(1, RankState.SUSPECT, 0.0, "slow", 5),
-            p.RankHealth(2, RankState.EXCLUDED, 0.0, "gone", 3),
+            p.RankHealth(0, RankState.ACTIVE, 0.0, None, 1, "GPU-a"),
+            p.RankHealth(1, RankState.SUSPECT, 0.0, "slow", 5, "GPU-b"),
+            p.RankHealth(2, RankState.EXCLUDED, 0.0, "gone", 3, "GPU-c"),
         )
         self.now: p.HealthSnapshot | None = dataclasses.replace(SNAPSHOT, ranks=ranks)
         self.rank_pids = {(0, 1): 4711, (1, 5): 4712}
@@ -53,7 +53,6 @@ def plane() -> Plane:
 @pytest.fixture
 async def client(plane: Plane, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     desk = WatchdogDesk(plane, tmp_path)
-    desk.gpus = Gpus(("GPU-a", "GPU-b", "GPU-c"))
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(with_watchdog_routes(FastAPI(), desk)), base_url="http://daemon"
     ) as client:
@@ -188,13 +187,23 @@ async def test_other_ids_and_bodies_are_refused(client: httpx.AsyncClient, plane
     assert not plane.told
 
 
-async def test_nothing_is_acted_on_before_the_group_serves(client: httpx.AsyncClient, plane: Plane) -> None:
-    """503: the watchdog tries again. What only informs is taken in."""
+async def test_verdicts_are_acted_on_while_ranks_start(client: httpx.AsyncClient, plane: Plane) -> None:
     assert plane.now is not None
     plane.now = dataclasses.replace(plane.now, status=Status.STARTING)
-    assert (await put(client)).status_code == 503
-    assert (await put(client, verdict="suspect", act=False, id="5f0c-2")).status_code == 204
+    assert (await put(client)).status_code == 204
+    (told,) = plane.told
+    assert isinstance(told, p.TelemetryVerdict)
+    assert (told.ranks, told.act) == (((1, 5),), True)
+
+
+async def test_nothing_is_acted_on_before_the_engine_is_configured(client: httpx.AsyncClient, plane: Plane) -> None:
+    """503: the watchdog tries again. What only informs is taken in."""
+    plane.now = None
+    assert (await put(client, epoch=0)).status_code == 503
+    assert not plane.told
+    assert (await put(client, epoch=0, verdict="suspect", act=False, id="5f0c-2")).status_code == 204
     assert len(plane.told) == 1
+    assert (await put(client, epoch=0)).status_code == 503, "it was not taken in: the same id may come again"
 
 
 GPUS = [
@@ -251,9 +260,20 @@ async def test_off_means_off() -> None:
         assert "--watchdog off" in (await client.put("/watchdog/gpus", json={"gpus": GPUS})).text
 
 
-def test_ranks_share_gpus() -> None:
-    gpus = Gpus(("GPU-a", "GPU-b"), 2)
-    assert [gpus.of(rank) for rank in range(5)] == ["GPU-a", "GPU-a", "GPU-b", "GPU-b", None]
+async def test_gpus_are_those_of_the_snapshot(client: httpx.AsyncClient, plane: Plane) -> None:
+    """A rank that has moved to another GPU is meant by verdicts on that one."""
+    assert plane.now is not None
+    ranks = (dataclasses.replace(plane.now.ranks[0], gpu="GPU-b"), *plane.now.ranks[1:])
+    plane.now = dataclasses.replace(plane.now, ranks=ranks)
+    await put(client)
+    (told,) = plane.told
+    assert isinstance(told, p.TelemetryVerdict)
+    assert told.ranks == ((0, 1), (1, 5))
+
+
+def test_index_of_a_gpu() -> None:
+    gpus = Gpus(("GPU-a", "GPU-b"))
+    assert [gpus.index(uuid) for uuid in ("GPU-b", "GPU-new", None)] == [1, None, None]
 
 
 @pytest.mark.parametrize(
