@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from elastic_daemon.engine import storing
+from elastic_daemon.engine import storing, tiers
 from elastic_daemon.engine.experts import ExpertSlots, SlotContent
 from elastic_daemon.engine.host_copies import HostCopies
 from elastic_daemon.engine.storing import Storing
@@ -125,17 +125,23 @@ def test_what_cannot_be_written_is_not_told_and_ends_the_order(rank: Rank, monke
     assert rank.sent.get(timeout=WAIT_S)["experts"] == [(0, 1)]
 
 
-def test_the_checkpoint_is_read_instead_of_a_bad_copy_and_where_it_was_asked_for(rank: Rank) -> None:
+@pytest.mark.parametrize("few_bytes", [0, 1 << 30], ids=["in parallel", "one by one"])
+def test_the_checkpoint_is_read_instead_of_a_bad_copy_and_where_it_was_asked_for(
+    rank: Rank, few_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiers, "FEW_BYTES", few_bytes)
+    monkeypatch.setattr(tiers, "READERS", 2)
     wish(rank, [(0, 4), (0, 1), (0, 2)])
     rank.sent.get(timeout=WAIT_S)
     rank.copies.path(0, 1).write_bytes(b"torn")
     loads = [load(0, 0, 4, Source.HOST), load(0, 1, 1, Source.HOST), load(0, 2, 2, Source.CHECKPOINT)]
     loads.append(load(1, 0, 3, Source.HOST))
-    loaded = load_slots(0, slots := Slots(COLUMN), rank.copies, loads)
+    loaded = load_slots(0, slots := Slots(np.full_like(COLUMN, 9)), rank.copies, loads)
     assert slots.from_checkpoint == [SlotContent(0, 2, 2), SlotContent(0, 1, 1), SlotContent(1, 0, 3)]
     assert loaded.unusable == [(0, 1), (1, 3)]
     assert loaded.tiers.keys() == {Source.HOST, Source.CHECKPOINT}
     assert loaded.tiers[Source.CHECKPOINT].bytes == 1000
+    assert slots.held(0, 0) == {4.0}
 
 
 def test_without_host_copies_all_comes_from_the_checkpoint() -> None:
