@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from bench.watched import until_watched
 from elastic_daemon.drill_daemon import Daemon
 from elastic_daemon.drill_load import prompts_for, run_streams, scheduling_probe
 from elastic_daemon.drill_report import StreamResult, compare
 from watchdog.simulator import Simulator
-from watchdog.status import read_status
 
 RANKS, SURVIVE = 6, 4
 """Four trials in one life of a daemon: lost capacity does not come back."""
@@ -97,11 +97,10 @@ class Bench:
         """The undisturbed run, and a watchdog that sees everything."""
         async with asyncio.timeout(RUN_TIMEOUT_S):
             self._reference = await run_streams(self._daemon.url, self._prompts, TOKENS)
-            await self._until_watching()
+        await until_watched(self._daemon, RUN_TIMEOUT_S)
 
     async def suffer(self, kind: Kind) -> Trial:
-        async with asyncio.timeout(RUN_TIMEOUT_S):
-            health = await self._until_watching()
+        health = await until_watched(self._daemon, RUN_TIMEOUT_S)
         row = max((row for row in health["ranks"] if row["state"] == "active"), key=lambda row: int(row["rank"]))
         since = max(event["id"] for event in await self._daemon.events())
         await asyncio.sleep(REST_S)
@@ -120,20 +119,6 @@ class Bench:
         if kind in (Kind.STOPPED_DECODE, Kind.STOPPED_IDLE) and result.excluded_s is None:
             os.kill(row["pids"][0], signal.SIGCONT)
         return result
-
-    async def _until_watching(self) -> dict[str, Any]:
-        """Until the watchdog knows all ranks and waits for events of all their GPUs: the driver keeps none for later.
-
-        Returns `/health`.
-        """
-        while True:
-            health = await self._daemon.health()
-            if health["watchdog"]["state"] == "alive":
-                status = read_status(self._daemon.control.runtime_dir)
-                bound = {row["gpu"] for row in health["ranks"] if row["state"] in ("active", "suspect")}
-                if status["epoch"] == health["epoch"] and bound <= set(status["driver"]["listening"]):
-                    return health
-            await asyncio.sleep(POLL_S)
 
     def _striker(self, kind: Kind, row: dict[str, Any]) -> _Striker:
         pid, gpu = row["pids"][0], row["gpu"]

@@ -1,4 +1,4 @@
-"""Command line: `elastic-daemon serve | status | scale | drain | exclude | release | automation | events | drill`."""
+"""Command line of `elastic-daemon`: serve, status, scale, drain, exclude, release, automation, events, drill, plan."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from elastic_daemon.config import Device, HostExpertCopies, Respread, Restore, d
 from elastic_daemon.errors import ElasticError, wrong_watchdog
 from elastic_daemon.logs import configure_logging
 from elastic_daemon.order_arguments import add_command, add_order_commands, add_target
+from elastic_daemon.plan_arguments import add_plan_command
 from elastic_daemon.watch.upkeep import WatchMode
 
 SERVE_EXAMPLES = """\
@@ -155,6 +156,7 @@ def make_parser() -> argparse.ArgumentParser:
     drill.add_argument("--ranks", type=int, metavar="N", help="ranks of a daemon that the drill starts (default: 4)")
     drill.add_argument("--seed", type=int, metavar="N", help="of the random choice (default: a new one, shown)")
     drill.add_argument("--json", action="store_true", help="print one JSON object with all numbers")
+    add_plan_command(commands)
     return parser
 
 

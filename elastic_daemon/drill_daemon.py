@@ -185,10 +185,11 @@ class Fault:
 
 
 class Daemon:
-    """The daemon under test: `control` is where it is asked, `url` where it serves."""
+    """The daemon under test: `control` is where it is asked, `url` where it serves, `log` its log if it is ours."""
 
     def __init__(self, control: Target, url: str, process: subprocess.Popen[bytes] | None = None) -> None:
         self.control, self.url, self.process = control, url, process
+        self.log: Path | None = None
         self.keep_log = False
         self._client = control.async_client()
 
@@ -273,6 +274,7 @@ async def own_daemon(ranks: int | None, display: Display, options: Sequence[str]
     display.phase("starting a daemon for the drill")
     process = _start(runtime_dir, log, ranks, options)
     daemon = Daemon(Target(runtime_dir), "", process)
+    daemon.log = log
     try:
         await daemon.until_ready(display, READY_TIMEOUT_S)
         daemon.url = await daemon.find_url()

@@ -1,4 +1,4 @@
-"""The commands that talk to a running daemon: `status`, `events` and `drill`.
+"""The commands that talk to a running daemon: `status`, `events` and `drill`; and `plan`, which needs none.
 
 They ask the daemon over the Unix socket in its runtime directory, or over HTTP with `--url`.
 """
@@ -286,4 +286,19 @@ def drill(arguments: argparse.Namespace) -> int:
     return run(arguments)
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"status": status, "events": events, "drill": drill}
+# --- plan -------------------------------------------------------------------------------------------------------------
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Say which redundancy buys what. Asks no daemon. Returns 0 if something can be recommended, else 1."""
+    from elastic_daemon.plan_command import plan as run
+
+    return run(arguments)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "status": status,
+    "events": events,
+    "drill": drill,
+    "plan": plan,
+}

@@ -12,6 +12,7 @@ from watchdog.heartbeat.culprit import HeartbeatJudge
 from watchdog.heartbeat.errors import HeartbeatError
 from watchdog.heartbeat.findings import Finding, FindingKind
 from watchdog.heartbeat.layout import ProcessState, Snapshot
+from watchdog.heartbeat.nccl import describe
 from watchdog.heartbeat.reader import PageReader
 from watchdog.logs import log
 from watchdog.verdict import RankView
@@ -37,6 +38,7 @@ class RankState:
     step: int | None = None
     silent_s: float | None = None
     reason: str | None = None
+    nccl_error: str | None = None
 
 
 class Heartbeats:
@@ -64,7 +66,7 @@ class Heartbeats:
         self._note_standstill(findings)
         self.states = []
         for binding in bindings.ranks:
-            self._tell(binding, pages.get(binding.incarnation), findings, docket, now)
+            self._tell(binding, pages.get(binding.incarnation), findings, docket, bindings.epoch, now)
 
     def close(self) -> None:
         for reader in self._readers.values():
@@ -99,7 +101,13 @@ class Heartbeats:
         return page
 
     def _tell(
-        self, binding: Binding, page: Snapshot | None, findings: Sequence[Finding], docket: Docket, now: float
+        self,
+        binding: Binding,
+        page: Snapshot | None,
+        findings: Sequence[Finding],
+        docket: Docket,
+        epoch: int,
+        now: float,
     ) -> None:
         mine = [one for one in findings if one.incarnation == binding.incarnation]
         hung = next((one for one in mine if one.kind is FindingKind.HUNG and one.confirmed), None)
@@ -107,6 +115,8 @@ class Heartbeats:
         for signal, finding in (("hung", hung), ("straggler", slow)):
             detail = _detail(finding) if finding is not None else {}
             docket.see_rank(binding, signal, finding is not None, now, **detail)
+        error = self._nccl_error(page, epoch)
+        docket.see_rank(binding, "nccl_async_error", error is not None, now, error=error)
         silent = self._silent_s(page, now) if page is not None else None
         docket.views[binding.incarnation] = RankView(binding.rank, binding.incarnation, binding.gpu, silent)
         worst = mine[0] if mine else None
@@ -120,8 +130,15 @@ class Heartbeats:
                 page.step if page else None,
                 silent,
                 worst.reason.value if worst else None,
+                error,
             )
         )
+
+    def _nccl_error(self, page: Snapshot | None, epoch: int) -> str | None:
+        """Of the group that the rank is in now: what an older one has left on the page is over."""
+        if page is None or not page.async_error or page.epoch != epoch or not page.phase.serving:
+            return None
+        return describe(page.async_error)
 
     def _silent_s(self, page: Snapshot, now: float) -> float | None:
         """For how long nothing on the page has changed; None when its process is gone, which others see to."""
@@ -151,4 +168,6 @@ def _detail(finding: Finding) -> dict[str, Any]:
         detail["slowdown"] = round(finding.slowdown, 2)
     else:
         detail |= {"seconds": round(finding.seconds, 2), "limit_s": round(finding.limit_s, 2)}
+        if witnesses := finding.evidence.get("nccl_witnesses"):
+            detail["nccl_errors_at_ranks"] = witnesses
     return detail

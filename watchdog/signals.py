@@ -28,6 +28,7 @@ class SignalClass(StrEnum):
     SUSPECT = "suspect"
     COMPANIONS = "companions"
     RE_READ = "re-read"
+    WITNESS = "witness"
     IGNORE = "ignore"
 
 

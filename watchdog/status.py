@@ -98,6 +98,8 @@ def _rank_line(rank: dict[str, Any]) -> str:
     silent = "-" if rank["silent_s"] is None else f"{rank['silent_s']:.1f} s"
     step = "-" if rank["step"] is None else rank["step"]
     verdict = rank["verdict"] + (f": {rank['reason']}" if rank["reason"] else "")
+    if rank["nccl_error"]:
+        verdict += f" [its NCCL: {rank['nccl_error']}]"
     return (
         f"{rank['rank']:>4}  {rank['incarnation']:>4}  {rank['finding']:<12}  {rank['phase'] or '-':<10}  {step:>9}  "
         f"{silent:>8}  {verdict}"

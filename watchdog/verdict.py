@@ -176,7 +176,7 @@ def _weigh(
         cls = SignalClass.EXCLUDE if companion else rule.alone
         if companion and now - one.last(now) <= max(rule.window_s, policy.probation_s):
             return _Weight(Verdict.EXCLUDE, f"{_describe(rule, one, now)}, with {companion}", one, one.signal)
-    if cls is SignalClass.IGNORE:
+    if cls not in _VERDICTS:
         return None
     wanted = _VERDICTS[cls]
     reason = _describe(rule, one, now)
@@ -246,7 +246,7 @@ def _weigh_history(history: GpuHistory, table: SignalTable, policy: Policy, wall
 
 def _history_weight(signal: str, table: SignalTable, reason: str) -> _Weight | None:
     rule = table.rule(signal)
-    if rule.cls is SignalClass.IGNORE:
+    if rule.cls not in _VERDICTS:
         return None
     return _Weight(_VERDICTS[rule.cls], f"{rule.name}: {reason}", None, signal)
 

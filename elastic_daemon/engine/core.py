@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 import structlog
+import torch
 from torch.distributed import PrefixStore, Store, TCPStore
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.logging_utils.dump_input import dump_engine_exception
@@ -36,6 +37,7 @@ from elastic_daemon.engine.faults import break_links
 from elastic_daemon.engine.gloo import AbortableProcessGroup
 from elastic_daemon.engine.heartbeat import BeatingQueue, Page, Steps, get_beating, open_page, step_phase
 from elastic_daemon.engine.plan import LocalExecutor, rank_plan
+from elastic_daemon.engine.probe import probe
 from elastic_daemon.engine.resume import restore_output
 from elastic_daemon.engine.scheduler import ElasticScheduler
 from elastic_daemon.engine.tiers import Loaded, load_slots
@@ -379,6 +381,8 @@ def run_rank(config: VllmConfig, spec: Message) -> None:
     page.set_phase(Phase.LOADING)
     try:
         control.send("hello", role="rank", rank=spec["rank"], incarnation=spec["incarnation"])
+        device = config.device_config.device_type
+        probe(torch.device(device) if device == "cpu" else torch.device(device, rank_plan(config).gpu))
         store = PrefixStore(spec["store_prefix"], connect_store(spec["store_host"], spec["store_port"]))
         core = ElasticEngineCore(
             config,

@@ -22,7 +22,7 @@ from vllm.model_executor.models.interfaces import MixtureOfExperts
 
 from elastic_daemon.engine.experts import SlotContent
 from elastic_daemon.engine.groups import EpochTransfers
-from elastic_daemon.placement import IntArray
+from elastic_daemon.placement import IntArray, rebalance
 
 log = structlog.get_logger(__name__)
 
@@ -35,7 +35,7 @@ class ElasticEplbState(EplbState):
 
     on_transfer: TransferHook | None = None
     on_change: Callable[[], None] | None = None
-    """Called when balancing has changed what ranks hold."""
+    """Called on all ranks when balancing has changed what they hold."""
     postponed = False
     """Experts move for another reason, on all ranks alike: balancing waits for its next turn."""
 
@@ -125,7 +125,10 @@ class ElasticEplbState(EplbState):
         rank_mapping: dict[int, int] | None = None,
         use_last_expert_load: bool = False,
     ) -> None:
-        """Balance experts by the load of the window, layer by layer, each layer whole or not at all."""
+        """Balance experts by the load of the window, layer by layer, each layer whole or not at all.
+
+        By our own policy: vLLM's knows no ranks, and takes the last copy but one from experts that few tokens want.
+        """
         if is_profile or self.postponed:
             return
         for state in self.model_states.values():
@@ -135,22 +138,18 @@ class ElasticEplbState(EplbState):
             (load,) = self._allreduce_list([load])
             state.last_expert_load = load
             group = get_ep_group().device_group
-            new = self.policy.rebalance_experts(
-                load.cpu(),
-                model.num_physical_experts,
-                model.num_expert_groups,
-                1,
-                group.size(),
-                state.physical_to_logical_map.cpu(),
-            )
             started = time.monotonic()
-            moved = int((new != state.physical_to_logical_map.cpu()).sum())
+            old = state.physical_to_logical_map.cpu().numpy()
+            new = torch.from_numpy(rebalance(load.cpu().numpy(), old, group.size()))
+            moved = int((new.numpy() != old).sum())
             for layer in range(model.num_moe_layers):
                 self._move_layer(state, layer, new[layer], group)
             if group.rank() == 0:
                 log.info("experts_rearranged", moved=moved, seconds=round(time.monotonic() - started, 4))
-            if moved and self.on_change is not None:
-                self.on_change()
+            if moved:
+                self.forget_load()
+                if self.on_change is not None:
+                    self.on_change()
 
     def _move_layer(
         self, state: vllm_eplb.EplbModelState, layer: int, new: torch.Tensor, group: torch.distributed.ProcessGroup

@@ -156,13 +156,16 @@ class ExpertSlots:
                     written += live.numel() * live.element_size()
         return written
 
-    def load_copy(self, content: SlotContent, copies: HostCopies) -> int:
-        """Fill one slot from host memory. Returns the bytes written. Raises HostCopyUnusable; the slot is as before."""
+    def read_copy(self, content: SlotContent, copies: HostCopies) -> dict[str, torch.Tensor]:
+        """The weights that belong into a slot, from host memory. For any thread. Raises HostCopyUnusable."""
+        return copies.read(content.layer, content.expert, self._row(content.layer, content.slot))
+
+    def fill(self, content: SlotContent, weights: Mapping[str, torch.Tensor]) -> int:
+        """Put weights in kernel layout into a slot. Returns the bytes written."""
         live = self._row(content.layer, content.slot)
-        copied = copies.read(content.layer, content.expert, live)
-        for name, weights in live.items():
-            weights.copy_(copied[name])
-        return sum(weights.nbytes for weights in live.values())
+        for name, parameter in live.items():
+            parameter.copy_(weights[name])
+        return sum(parameter.nbytes for parameter in live.values())
 
     def snapshot(self, layer: int, slot: int) -> dict[str, torch.Tensor]:
         """A copy in host memory of all weights of the expert in a slot, in kernel layout."""

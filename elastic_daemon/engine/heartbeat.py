@@ -1,7 +1,7 @@
 """What a rank says about itself on its heartbeat page, for the watchdog. `docs/heartbeat.md` describes the page.
 
-All of it comes from the main thread, the one that starts the collectives: an idle rank beats between two looks into
-its queue, a waiting one between two looks at its collective, a parked one between two instructions.
+All of it but NCCL's error comes from the main thread, the one that starts the collectives: an idle rank beats between
+two looks into its queue, a waiting one between two looks at its collective, a parked one between two instructions.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Page(Protocol):
     def start_step(self, step: int, phase: Phase) -> None: ...
     def enter(self, kind: int) -> None: ...
     def complete(self, kind: int) -> None: ...
+    def report_async_error(self, code: int) -> None: ...
     def close(self) -> None: ...
 
 
@@ -58,6 +59,9 @@ class NoPage:
         pass
 
     def complete(self, kind: int) -> None:
+        pass
+
+    def report_async_error(self, code: int) -> None:
         pass
 
     def close(self) -> None:

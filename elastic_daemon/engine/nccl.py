@@ -19,6 +19,7 @@ from torch.distributed import PrefixStore, ProcessGroupNCCL, Store
 
 from elastic_daemon.engine.gloo import COLLECTIVE_TIMEOUT, GlooGroup, never
 from elastic_daemon.engine.heartbeat import Page
+from elastic_daemon.engine.nccl_errors import ErrorPoll, async_error_of
 from elastic_daemon.errors import PeerLost
 
 log = structlog.get_logger(__name__)
@@ -70,6 +71,7 @@ class NcclProcessGroup:
             torch.cuda.current_stream(device).synchronize()
         except RuntimeError as error:
             raise PeerLost(f"NCCL group of {members} was not complete: {error}") from error
+        self._async_error = async_error_of(self._group)
 
     def size(self) -> int:
         return self._members
@@ -89,6 +91,19 @@ class NcclProcessGroup:
             if first:
                 self._group.abort()
         return first
+
+    def async_error(self) -> int | None:
+        """What NCCL has found by itself, 0 for nothing; None when the group is over, or NCCL cannot be asked.
+
+        From any thread. An abort frees the communicator: it waits until this call is through, which takes microseconds,
+        and this call never waits for an abort.
+        """
+        if self._async_error is None or not self._abort_lock.acquire(blocking=False):
+            return None
+        try:
+            return None if self._void or self._aborted else self._async_error.read()
+        finally:
+            self._abort_lock.release()
 
     def synchronize(self) -> None:
         """Wait until all that was started is complete. Raises PeerLost if it was not completed but aborted."""
@@ -137,8 +152,9 @@ class NcclGroup:
     ) -> None:
         """Meet the other members at `store` under `prefix`, first over gloo: NCCL has no patience of its own.
 
-        `page`: heartbeat of this rank. What the hosts agree on is counted in it. Collectives on the device are not:
-        when one is put on the stream says nothing about when it runs, so the engine core counts whole steps.
+        `page`: heartbeat of this rank. What the hosts agree on is counted in it, and NCCL's asynchronous error is
+        reported there. Collectives on the device are not counted: when one is put on the stream says nothing about when
+        it runs, so the engine core counts whole steps.
 
         Raises:
             PeerLost: a member did not show up in time.
@@ -151,6 +167,7 @@ class NcclGroup:
         except PeerLost:
             self._gloo.close()
             raise
+        self._poll = ErrorPoll(self.device.async_error, page) if page is not None else None
         log.info("nccl_connected", position=position, members=members, seconds=round(time.monotonic() - started, 3))
 
     def abort(self) -> int:
@@ -165,4 +182,6 @@ class NcclGroup:
 
     def close(self) -> None:
         self.device.close()
+        if self._poll is not None:
+            self._poll.close()
         self._gloo.close()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import structlog
+import torch
 
 from elastic_daemon.engine.experts import ExpertSlots, SlotContent
 from elastic_daemon.engine.host_copies import HostCopies
@@ -18,12 +20,16 @@ from elastic_daemon.placement import Source
 log = structlog.get_logger(__name__)
 
 
-@dataclass
+READERS = 4
+"""Copies that are read and checked at once: a digest keeps a core busy. As many experts are in memory twice."""
+
+
+@dataclass(frozen=True)
 class TierLoad:
     """What has come from one tier, and the time that it took."""
 
-    bytes: int = 0
-    seconds: float = 0.0
+    bytes: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -36,37 +42,49 @@ class Loaded:
 
 def load_slots(rank: int, slots: ExpertSlots, copies: HostCopies | None, loads: Iterable[Message]) -> Loaded:
     """Carry out the loads of a `regroup` message. Needs the current vLLM config to be set."""
-    tiers = {Source.HOST: TierLoad(), Source.CHECKPOINT: TierLoad()}
-    left, unusable, count = [], [], 0
+    hosted: list[SlotContent] = []
+    rest: list[SlotContent] = []
     for load in loads:
-        content = SlotContent(load["layer"], load["slot"], load["expert"])
-        count += 1
-        if copies is None or load["source"] != Source.HOST:
-            left.append(content)
-        elif not _load_copy(rank, slots, copies, content, tiers[Source.HOST]):
-            left.append(content)
-            unusable.append((content.layer, content.expert))
-    if left:
+        from_host = copies is not None and load["source"] == Source.HOST
+        (hosted if from_host else rest).append(SlotContent(load["layer"], load["slot"], load["expert"]))
+    tiers: dict[Source, TierLoad] = {}
+    unusable: list[SlotContent] = []
+    if copies is not None and hosted:
+        tiers[Source.HOST], unusable = _load_copies(rank, slots, copies, hosted)
+    if left := [*rest, *unusable]:
         started = time.monotonic()
         tiers[Source.CHECKPOINT] = TierLoad(slots.load(left), time.monotonic() - started)
-    used = {source: tier for source, tier in tiers.items() if tier.bytes}
     log.info(
         "experts_loaded",
         rank=rank,
-        slots=count,
-        bytes=sum(tier.bytes for tier in used.values()),
-        seconds={source: round(tier.seconds, 4) for source, tier in used.items()},
-        gb_per_s={source: gb_per_s(tier.bytes, tier.seconds) for source, tier in used.items()},
+        slots=len(hosted) + len(rest),
+        bytes=sum(tier.bytes for tier in tiers.values()),
+        seconds={source: round(tier.seconds, 4) for source, tier in tiers.items()},
+        gb_per_s={source: gb_per_s(tier.bytes, tier.seconds) for source, tier in tiers.items()},
     )
-    return Loaded(used, unusable)
+    return Loaded(tiers, [(content.layer, content.expert) for content in unusable])
 
 
-def _load_copy(rank: int, slots: ExpertSlots, copies: HostCopies, content: SlotContent, tier: TierLoad) -> bool:
-    started = time.monotonic()
-    try:
-        tier.bytes += slots.load_copy(content, copies)
-    except HostCopyUnusable as error:
-        log.warning("host_copy_unusable", rank=rank, layer=content.layer, expert=content.expert, because=str(error))
-        return False
-    tier.seconds += time.monotonic() - started
-    return True
+def _load_copies(
+    rank: int, slots: ExpertSlots, copies: HostCopies, contents: list[SlotContent]
+) -> tuple[TierLoad, list[SlotContent]]:
+    """Fill slots from host memory. Returns also those whose copy was not usable."""
+    started, written, unusable = time.monotonic(), 0, []
+
+    def read(content: SlotContent) -> dict[str, torch.Tensor] | HostCopyUnusable:
+        try:
+            return slots.read_copy(content, copies)
+        except HostCopyUnusable as error:
+            return error
+
+    with ThreadPoolExecutor(READERS, "host-copies") as readers:
+        for first in range(0, len(contents), READERS):
+            batch = contents[first : first + READERS]
+            for content, found in zip(batch, readers.map(read, batch), strict=True):
+                if isinstance(found, HostCopyUnusable):
+                    unusable.append(content)
+                    because, where = str(found), {"layer": content.layer, "expert": content.expert}
+                    log.warning("host_copy_unusable", rank=rank, **where, because=because)
+                else:
+                    written += slots.fill(content, found)
+    return TierLoad(written, time.monotonic() - started), unusable

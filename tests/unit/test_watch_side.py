@@ -9,7 +9,6 @@ import pytest
 from elastic_daemon.config import load_settings
 from elastic_daemon.target_store import load_target, store_target
 from elastic_daemon.watch.driver import known_gpus
-from elastic_daemon.watch.gpus import Gpus
 from elastic_daemon.watch.side import WatchdogSide
 from tests.unit.test_watch_desk import Plane
 from watchdog.state import FILE_NAME
@@ -34,18 +33,18 @@ def test_gpus_that_the_watchdog_has_seen(tmp_path: Path) -> None:
 def test_only_a_known_gpu_is_released(tmp_path: Path) -> None:
     plane = Plane()
     watched = side(tmp_path, plane)
-    watched._desk.gpus = Gpus(("GPU-a",))
+    write_status(tmp_path, {"gpus": [{"uuid": "GPU-a"}]})
     with pytest.raises(LookupError, match="no GPU GPU-spare is known; known are GPU-a"):
-        watched.release("GPU-spare")
-    write_status(tmp_path, {"gpus": [{"uuid": "GPU-spare"}]})
-    watched.release("GPU-a")
-    watched.release("GPU-spare")
+        watched.release_gpu("GPU-spare")
+    write_status(tmp_path, {"gpus": [{"uuid": "GPU-a"}, {"uuid": "GPU-spare"}]})
+    watched.release_gpu("GPU-a")
+    watched.release_gpu("GPU-spare")
     assert set(watched._desk.bindings()["released"]) == {"GPU-a", "GPU-spare"}
 
 
 def test_without_a_watchdog_nothing_is_in_quarantine(tmp_path: Path) -> None:
     with pytest.raises(LookupError, match="--watchdog off"):
-        side(tmp_path, Plane(), watchdog="off").release("GPU-a")
+        side(tmp_path, Plane(), watchdog="off").release_gpu("GPU-a")
 
 
 def test_a_start_forgets_simulated_gpus_and_not_the_target(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from watchdog.heartbeat.findings import Finding, FindingKind, Reason
 from watchdog.heartbeat.intervals import IntervalPolicy, SilenceLimits
 from watchdog.heartbeat.layout import Collective, Phase, ProcessState, Snapshot, ahead
+from watchdog.heartbeat.nccl import WITNESS_CODES
 from watchdog.heartbeat.progress import Progress, ReaderClock, Track
 from watchdog.heartbeat.straggler import StragglerPolicy, StragglerWatch
 
@@ -46,6 +47,8 @@ class HeartbeatJudge:
         self._limits = SilenceLimits(self._policy.intervals)
         self._progress = Progress(self._limits)
         self._stragglers = StragglerWatch(self._policy.straggler)
+        self._witnesses: frozenset[int] = frozenset()
+        """Members whose NCCL says that something is wrong with a peer. Nobody while one is dead: that explains it."""
 
     def observe(self, now_s: float, snapshots: Sequence[Snapshot], epoch: int | None = None) -> list[Finding]:
         """Findings that hold now.
@@ -62,6 +65,11 @@ class HeartbeatJudge:
         if epoch is None:
             epoch = max((track.page.epoch for track in serving), default=0)
         members = [track for track in serving if track.page.epoch == epoch]
+        self._witnesses = frozenset(
+            track.page.rank
+            for track in members
+            if track.page.async_error in WITNESS_CODES and not any(one.page.epoch == epoch for one in dead)
+        )
         group = _Group(members, self._limits, self._progress.looked_up, self._policy.intervals.confirm_s)
 
         findings = [self._dead(track) for track in dead]
@@ -127,7 +135,8 @@ class HeartbeatJudge:
     ) -> Finding:
         page = track.page
         if confirmed is None:
-            second_source = track.halted and track.halted_s >= limit_s
+            witnesses = self._witnesses - {page.rank} if page.phase.serving else frozenset()
+            second_source = bool(witnesses) or (track.halted and track.halted_s >= limit_s)
             confirmed = second_source or seconds >= limit_s + self._policy.intervals.confirm_s
         collective = page.collective
         evidence: dict[str, object] = {
@@ -141,6 +150,7 @@ class HeartbeatJudge:
             "stuck_s": round(track.stuck_s, 3),
             "phi": self._limits.phi(page.phase, seconds),
             "async_error": page.async_error,
+            "nccl_witnesses": sorted(self._witnesses - {page.rank}),
             "torn": page.torn,
         }
         return Finding(

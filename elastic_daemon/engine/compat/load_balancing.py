@@ -17,7 +17,6 @@ LOAD_BALANCING = (
             "expert_rearrangement_step",
             "model_states",
             "parallel_config",
-            "policy",
         ),
     ),
     ReliedOn(f"{_EPLB}.eplb_state.EplbState.__init__", "called", ("self", "parallel_config", "device")),
@@ -88,10 +87,5 @@ LOAD_BALANCING = (
         f"{_EPLB}.rebalance_execute.move_from_buffer",
         "second half: no communication, so it cannot be cut short by a peer",
         ("expert_weights", "expert_weights_buffers", "transfer_metadata", "new_indices", "ep_rank"),
-    ),
-    ReliedOn(
-        f"{_EPLB}.policy.AbstractEplbPolicy.rebalance_experts",
-        "called by position",
-        ("cls", "weight", "num_replicas", "num_groups", "num_nodes", "num_ranks", "old_global_expert_indices"),
     ),
 )
