@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from bench.load import Traffic, Window
+from elastic_daemon.config import Settings
 from elastic_daemon.drill_report import Delay
 
 BEFORE_S, AFTER_S = 0.05, 0.25
@@ -15,6 +16,9 @@ BEFORE_S, AFTER_S = 0.05, 0.25
 
 SETTLED_S = 1.5
 """After a regroup in which experts are spread anew, while the group serves."""
+
+PROBATION_S = float(Settings.model_fields["gpu_probation"].default)
+"""The daemons measured here have the default."""
 
 QUIET_S = 2.0
 """Undisturbed, before each change."""
@@ -167,8 +171,8 @@ def phases(change: Change) -> dict[str, float]:
     """How long it took until the first process was started, until all were on standby, and until they served."""
     if change.starting is None:
         return {}
-    return {
-        "until a start": change.starting.since - change.at,
-        "start to standby": change.starting.seconds,
-        "join": change.full_at - change.starting.until,
-    }
+    waited = change.starting.since - change.at
+    first = {"until a start": waited}
+    if change.kind is Kind.REPLACEMENT:
+        first = {"until the GPU is known": waited - PROBATION_S, "probation": PROBATION_S}
+    return first | {"start to standby": change.starting.seconds, "join": change.full_at - change.starting.until}

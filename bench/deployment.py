@@ -168,14 +168,8 @@ class Deployment:
         return await self._change(kind, act, f"scale to {sizes}", lambda _: True)
 
     async def _order(self, size: int) -> None:
-        control = self.daemon.control
         body = {"new_data_parallel_size": size, "drain_timeout": CHANGE_TIMEOUT_S}
-        try:
-            async with control.async_client() as client:
-                url = f"{control.base_url}/scale_elastic_ep"
-                answer = await client.post(url, json=body, timeout=CHANGE_TIMEOUT_S + TIMEOUT_S)
-        except httpx.HTTPError as error:
-            raise control.unreachable(error) from error
+        answer = await self.daemon.post("/scale_elastic_ep", body, CHANGE_TIMEOUT_S + TIMEOUT_S)
         if answer.status_code != 200:
             raise ElasticError(f"scale to {size}: {answer.status_code}: {answer.text}")
         self.ranks = size

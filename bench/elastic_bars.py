@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from bench.changes import Kind
 from bench.elastic_run import RANKS, Results
-from bench.footprint import COUNTS, LASTING, growth
+from bench.footprint import COUNTS, LASTING, lasting_growth, memory_growth, rank_growth
 from elastic_daemon.drill_report import Spread
 
 GAP_S, GAP_P99_S = 0.2, 0.5
@@ -116,15 +116,13 @@ def bars(results: Results) -> list[Bar]:
 
 def _growth_bars(results: Results) -> list[Bar]:
     taken = list(results.footprints.values())
-    grown = growth(taken[0], taken[-1]) if len(taken) > 1 else {}
-    counts = max((grown[name] for name in COUNTS), default=None) if grown else None
-    memory = max((grown[f"{role}, KiB"] for role in LASTING), default=None) if grown else None
+    ends = (taken[0], taken[-1]) if len(taken) > 1 else None
+    lasting = max(lasting_growth(*ends).values()) if ends else None
+    ranks = max(rank_growth(*ends).values()) if ends else None
+    memory = max(memory_growth(*ends).values()) / 1024 if ends else None
+    counted = ", ".join(COUNTS)
     return [
-        Bar(f"growth in {', '.join(COUNTS)}: the largest", counts, 0, ""),
-        Bar(
-            f"growth of memory of {', '.join(LASTING)}: the largest",
-            None if memory is None else memory / 1024,
-            GROWTH_MIB,
-            "MiB",
-        ),
+        Bar(f"growth in {counted} of lasting processes: the largest", lasting, 0, ""),
+        Bar("growth in the same of ranks, beyond abandoned groups: the largest", ranks, 0, ""),
+        Bar(f"growth of memory of {', '.join(LASTING)}: the largest", memory, GROWTH_MIB, "MiB"),
     ]

@@ -14,6 +14,7 @@ from bench.changes import Kind
 from bench.elastic_bars import Bar, Throughput, bars, shares
 from bench.elastic_run import CALM_WINDOW_S, MOST, RANKS, SPARES, Results
 from bench.footprint import COUNTS, LASTING
+from bench.footprint import RANKS as RANK_ROLE
 from bench.machine import Machine
 from elastic_daemon.drill_report import Spread
 
@@ -181,7 +182,11 @@ def _footprints(report: Report) -> Table:
     taken = report.results.footprints
     table = _table("what the daemon's processes hold, at rest", *taken)
     for name in COUNTS:
-        table.add_row(name, *(str(getattr(one, name)) for one in taken.values()))
+        cells = (
+            f"{one.total(name) - one.counts[RANK_ROLE][name]} + {one.counts[RANK_ROLE][name]}" for one in taken.values()
+        )
+        table.add_row(f"{name}: all others + ranks", *cells)
+    table.add_row("groups that ranks could not let go of (gloo)", *(str(one.abandoned) for one in taken.values()))
     for role in LASTING:
         table.add_row(
             f"{role}: RSS / PSS, MiB", *(f"{_mib(o.rss[role])} / {_mib(o.pss[role])}" for o in taken.values())

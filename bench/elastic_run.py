@@ -202,8 +202,9 @@ class Run:
 
     async def _footprint(self, name: str, daemon: Daemon) -> None:
         await asyncio.sleep(REST_S)
-        assert daemon.process is not None
-        self.results.footprints[name] = Footprint.of(daemon.process.pid)
+        assert daemon.process is not None and daemon.log is not None
+        log = daemon.log.read_text(encoding="utf-8", errors="replace")
+        self.results.footprints[name] = Footprint.of(daemon.process.pid, log)
 
     async def _compared(self, daemon: Daemon) -> float:
         """One batch of streams. Returns tokens per second."""

@@ -13,14 +13,24 @@ from typing import Any
 PROC = Path("/proc")
 LISTENING = "0A"
 
+RANKS = "ranks"
 LASTING = ("supervisor", "front end", "zygote", "watchdog")
 """Processes that live as long as the daemon. Ranks come and go."""
+
+COUNTS = ("processes", "descriptors", "sockets", "ports", "threads")
+
+ABANDONED = {"descriptors": 16, "sockets": 16, "ports": 1, "threads": 4}
+"""What a group of ranks that gloo never lets go of may hold in a rank, until gloo's own timeout. As in
+tests/chaos/test_leaks.py."""
+
+ABANDONED_LINE = re.compile(r'"pid": (\d+), "position": \d+, "abandoned": (\d+), "event": "group_abandoned"')
 
 
 @dataclass(frozen=True)
 class Process:
     """Sizes in KiB: `rss` is resident, `pss` the proportional share of it. `sockets` holds inodes."""
 
+    pid: int
     role: str
     rss: int
     pss: int
@@ -37,6 +47,7 @@ class Process:
         sockets = {int(found[1]) for target in targets if (found := re.fullmatch(r"socket:\[(\d+)\]", target))}
         title = (home / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         return cls(
+            pid=pid,
             role=role_of(title),
             rss=int(sizes.get("Rss", 0)),
             pss=int(sizes.get("Pss", 0)),
@@ -47,12 +58,14 @@ class Process:
 
 
 def role_of(title: str) -> str:
-    """What a process of the daemon is, from its command line."""
-    if found := re.match(r"elastic-daemon: (front end|zygote|rank)\b", title):
+    """What a process of the daemon is, from its command line. Empty for none of those that are known."""
+    if found := re.match(r"elastic-daemon: (front end|zygote)\b", title):
         return found[1]
+    if title.startswith("elastic-daemon: rank "):
+        return RANKS
     if "elastic_daemon.cli serve" in title or "elastic-daemon serve" in title:
         return "supervisor"
-    return "watchdog" if "watchdog" in title else "other"
+    return "watchdog" if "watchdog" in title else ""
 
 
 def _targets(folder: Path) -> Iterator[str]:
@@ -73,51 +86,74 @@ def descendants(pid: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Of a daemon at rest. Counts are of all its processes; `rss` and `pss` by role, in KiB."""
+    """Of a daemon at rest. `counts`: by role, then by what is counted; `rss` and `pss`: by role, in KiB.
 
-    processes: int
-    descriptors: int
-    sockets: int
-    ports: int
-    threads: int
+    `abandoned`: groups that its living ranks could not let go of.
+    """
+
+    counts: Mapping[str, Mapping[str, int]]
     rss: Mapping[str, int]
     pss: Mapping[str, int]
+    abandoned: int = 0
 
     @classmethod
-    def of(cls, pid: int) -> Footprint:
-        """`pid`: of the supervisor."""
+    def of(cls, pid: int, log: str) -> Footprint:
+        """`pid`: of the supervisor; `log`: all that the daemon has logged."""
         processes = []
         for one in descendants(pid):
             with contextlib.suppress(OSError):
                 processes.append(Process.of(one))
-        return cls.of_processes(processes, _listeners())
+        return cls.of_processes(processes, _listeners(), log)
 
     @classmethod
-    def of_processes(cls, processes: Iterable[Process], listeners: frozenset[int]) -> Footprint:
+    def of_processes(cls, processes: Iterable[Process], listeners: frozenset[int], log: str = "") -> Footprint:
         processes = list(processes)
-        sockets = frozenset[int]().union(*(one.sockets for one in processes))
-        lasting = [one for one in processes if one.role in LASTING]
+        roles = {role: [one for one in processes if one.role == role] for role in (*LASTING, RANKS, "")}
+        abandoned = {int(pid): int(count) for pid, count in ABANDONED_LINE.findall(log)}
         return cls(
-            processes=len(processes),
-            descriptors=sum(one.descriptors for one in processes),
-            sockets=len(sockets),
-            ports=len(sockets & listeners),
-            threads=sum(one.threads for one in processes),
-            rss={role: sum(one.rss for one in lasting if one.role == role) for role in LASTING},
-            pss={role: sum(one.pss for one in lasting if one.role == role) for role in LASTING},
+            counts={role: _counts(some, listeners) for role, some in roles.items()},
+            rss={role: sum(one.rss for one in some) for role, some in roles.items()},
+            pss={role: sum(one.pss for one in some) for role, some in roles.items()},
+            abandoned=sum(abandoned.get(one.pid, 0) for one in processes),
         )
+
+    def total(self, name: str) -> int:
+        return sum(counts[name] for counts in self.counts.values())
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-COUNTS = ("processes", "descriptors", "sockets", "ports", "threads")
+def _counts(processes: Iterable[Process], listeners: frozenset[int]) -> dict[str, int]:
+    """A socket that several of them hold counts once."""
+    processes = list(processes)
+    sockets = frozenset[int]().union(*(one.sockets for one in processes))
+    return {
+        "processes": len(processes),
+        "descriptors": sum(one.descriptors for one in processes),
+        "sockets": len(sockets),
+        "ports": len(sockets & listeners),
+        "threads": sum(one.threads for one in processes),
+    }
 
 
-def growth(before: Footprint, after: Footprint) -> dict[str, int]:
-    """Of each count, and in KiB of each role's resident memory."""
-    counts = {name: getattr(after, name) - getattr(before, name) for name in COUNTS}
-    return counts | {f"{role}, KiB": after.rss[role] - before.rss[role] for role in LASTING}
+def lasting_growth(before: Footprint, after: Footprint) -> dict[str, int]:
+    """Of each count, in processes that live as long as the daemon."""
+    return {name: sum(after.counts[role][name] - before.counts[role][name] for role in LASTING) for name in COUNTS}
+
+
+def rank_growth(before: Footprint, after: Footprint) -> dict[str, int]:
+    """Of each count, in ranks and whatever else there is, less what abandoned groups explain; may be below 0."""
+    grown = {}
+    for name in COUNTS:
+        change = sum(after.counts[role][name] - before.counts[role][name] for role in (RANKS, ""))
+        grown[name] = change - max(0, after.abandoned - before.abandoned) * ABANDONED.get(name, 0)
+    return grown
+
+
+def memory_growth(before: Footprint, after: Footprint) -> dict[str, int]:
+    """Of the resident memory of each process that lives as long as the daemon, in KiB."""
+    return {role: after.rss[role] - before.rss[role] for role in LASTING}
 
 
 def _listeners() -> frozenset[int]:

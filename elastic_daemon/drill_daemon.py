@@ -203,6 +203,13 @@ class Daemon:
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             raise self.control.unreachable(error) from error
 
+    async def post(self, path: str, body: dict[str, Any], timeout_s: float) -> httpx.Response:
+        """The answer to an order. Raises DaemonUnreachable."""
+        try:
+            return await self._client.post(self.control.base_url + path, json=body, timeout=timeout_s)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise self.control.unreachable(error) from error
+
     async def health(self) -> dict[str, Any]:
         return self.control.as_health(await self.get("/health"))
 

@@ -16,7 +16,7 @@ from bench.deployment import excluded, rejoined
 from bench.elastic_bars import Bar, Throughput, bars
 from bench.elastic_report import Report, render
 from bench.elastic_run import Plan, Results
-from bench.footprint import COUNTS, Footprint, Process, descendants, growth, role_of
+from bench.footprint import RANKS, Footprint, Process, descendants, lasting_growth, memory_growth, rank_growth, role_of
 from bench.load import Outcome, Traffic, Window
 from bench.machine import Machine
 from elastic_daemon.drill_report import Delay, StreamResult
@@ -111,6 +111,10 @@ def test_change_from_the_daemons_events() -> None:
     assert change.delays == pytest.approx((0.004, 0.03))
     assert change.delay == 0.4
     assert phases(change) == pytest.approx({"until a start": 0.6, "start to standby": 2.5, "join": 0.1})
+    replaced = phases(rejoin(kind=Kind.REPLACEMENT, at=48.0))
+    assert replaced == pytest.approx(
+        {"until the GPU is known": 0.6, "probation": 2.0, "start to standby": 2.5, "join": 0.1}
+    )
     ((window, _),) = change.of_kind("grow")
     assert (window.since, window.until) == pytest.approx((53.15, 53.2))
 
@@ -165,23 +169,39 @@ def test_ends_of_changes_in_the_events() -> None:
 # --- footprints -----------------------------------------------------------------------------------------------------
 
 
-def process(role: str, rss: int, sockets: frozenset[int] = frozenset()) -> Process:
-    return Process(role, rss, rss // 2, 10, 3, sockets)
+def process(role: str, rss: int, sockets: frozenset[int] = frozenset(), **fields: Any) -> Process:
+    return replace(Process(1, role, rss, rss // 2, 10, 3, sockets), **fields)
 
 
-def test_footprint_counts_shared_sockets_once() -> None:
-    processes = [process("supervisor", 100, frozenset({1, 2})), process("rank", 900, frozenset({2, 3}))]
-    one = Footprint.of_processes(processes, listeners=frozenset({2, 7}))
-    assert (one.processes, one.descriptors, one.threads, one.sockets, one.ports) == (2, 20, 6, 3, 1)
-    assert one.rss["supervisor"] == 100
-    assert "rank" not in one.rss
+def abandoned_line(pid: int, count: int) -> str:
+    return f'{{"pid": {pid}, "position": 0, "abandoned": {count}, "event": "group_abandoned", "level": "warning"}}'
+
+
+def test_footprint_counts_by_role() -> None:
+    processes = [process("supervisor", 100, frozenset({1, 2})), process(RANKS, 900, frozenset({2, 3}))]
+    processes.append(process(RANKS, 800, frozenset({3, 4})))
+    one = Footprint.of_processes(processes, listeners=frozenset({2, 4, 7}))
+    assert one.counts[RANKS] == {"processes": 2, "descriptors": 20, "sockets": 3, "ports": 2, "threads": 6}
+    assert (one.total("processes"), one.total("descriptors")) == (3, 30)
+    assert (one.rss["supervisor"], one.pss["supervisor"]) == (100, 50)
 
 
 def test_growth() -> None:
-    before = Footprint.of_processes([process("zygote", 100)], frozenset())
-    after = Footprint.of_processes([process("zygote", 350), process("rank", 1)], frozenset())
-    grown = growth(before, after)
-    assert (grown["processes"], grown["descriptors"], grown["zygote, KiB"]) == (1, 10, 250)
+    before = Footprint.of_processes([process("zygote", 100), process(RANKS, 1)], frozenset())
+    processes = [process("zygote", 350, threads=4), process(RANKS, 9, pid=8), process("", 1)]
+    after = Footprint.of_processes(processes, frozenset())
+    assert lasting_growth(before, after) == {"processes": 0, "descriptors": 0, "sockets": 0, "ports": 0, "threads": 1}
+    assert rank_growth(before, after) == {"processes": 1, "descriptors": 10, "sockets": 0, "ports": 0, "threads": 3}
+    assert memory_growth(before, after)["zygote"] == 250
+
+
+def test_groups_that_living_ranks_have_abandoned_explain_growth() -> None:
+    """The last line of each counts; one that has ended has taken its groups with it."""
+    before = Footprint.of_processes([process(RANKS, 1, pid=7)], frozenset())
+    log = "\n".join([abandoned_line(7, 2), abandoned_line(9, 4), abandoned_line(7, 1)])
+    after = Footprint.of_processes([process(RANKS, 1, pid=7, descriptors=27, threads=6)], frozenset(), log)
+    assert after.abandoned == 1
+    assert rank_growth(before, after) == {"processes": 0, "descriptors": 1, "sockets": -16, "ports": -1, "threads": -1}
 
 
 @pytest.mark.parametrize(
@@ -190,9 +210,9 @@ def test_growth() -> None:
         ("python -m elastic_daemon.cli serve --port 0", "supervisor"),
         ("elastic-daemon: front end ", "front end"),
         ("elastic-daemon: zygote", "zygote"),
-        ("elastic-daemon: rank 3", "rank"),
+        ("elastic-daemon: rank 3", RANKS),
         ("python -m watchdog.cli run --runtime-dir /x", "watchdog"),
-        ("sleep 5", "other"),
+        ("sleep 5", ""),
     ],
 )
 def test_role_from_the_command_line(title: str, role: str) -> None:
@@ -260,11 +280,14 @@ def test_what_was_not_measured_is_not_met() -> None:
 
 def test_growth_is_a_bar() -> None:
     small, large = (Footprint.of_processes([process("zygote", rss)], frozenset()) for rss in (100, 100 + 17 * 1024))
-    more = replace(small, threads=small.threads + 1)
+    more = Footprint.of_processes([process("zygote", 100, threads=4)], frozenset())
     missed = [bar.what for bar in bars(results(footprints={"a": small, "b": large})) if not bar.met]
     assert len(missed) == 1 and missed[0].startswith("growth of memory")
     missed = [bar.what for bar in bars(results(footprints={"a": small, "b": more})) if not bar.met]
-    assert len(missed) == 1 and missed[0].startswith(f"growth in {COUNTS[0]}")
+    assert len(missed) == 1 and "lasting processes" in missed[0]
+    one, other = (Footprint.of_processes([process(RANKS, 1)] * number, frozenset()) for number in (4, 5))
+    missed = [bar.what for bar in bars(results(footprints={"a": one, "b": other})) if not bar.met]
+    assert len(missed) == 1 and "of ranks" in missed[0]
 
 
 def test_throughput_of_pairs() -> None:
