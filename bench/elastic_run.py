@@ -59,7 +59,7 @@ class Plan:
             spares=1 if quick else SPARES,
             steps=cycles,
             rounds=cycles,
-            pairs=cycles if quick else max(cycles, 12),
+            pairs=cycles,
             replacements=max(1, cycles // 2),
             calm_s=QUICK_CALM_S if quick else CALM_S,
         )
