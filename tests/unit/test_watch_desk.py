@@ -14,10 +14,10 @@ from fastapi import FastAPI
 
 from elastic_daemon import protocol as p
 from elastic_daemon.events import EventLog
-from elastic_daemon.membership import RankState
+from elastic_daemon.membership import RankState, Status
 from elastic_daemon.metrics import Metrics
 from elastic_daemon.watch.desk import WatchdogDesk
-from elastic_daemon.watch.gpus import visible
+from elastic_daemon.watch.gpus import Gpus, visible
 from elastic_daemon.watch.routes import with_watchdog_routes
 from tests.unit.test_health import SNAPSHOT, view
 from watchdog.bindings import Binding, parse_bindings
