@@ -24,6 +24,7 @@ from elastic_daemon.control_server import ControlServer, Peer
 from elastic_daemon.controller import Controller
 from elastic_daemon.errors import ElasticError
 from elastic_daemon.events import EventLog
+from elastic_daemon.frontend_link import FrontendLink
 from elastic_daemon.gpu_pool import GpuPool
 from elastic_daemon.health import HealthView, url_of
 from elastic_daemon.launcher import Zygote, adopt_orphans, reap_orphans
@@ -53,8 +54,6 @@ SETTLE_TIMEOUT_S = 3.0
 REGROUP_TIMEOUT_S = {Device.CPU: 3.0, Device.CUDA: 15.0}
 """NCCL connects in a third of a second when it is warm, and in seconds when ranks share a GPU and have just started."""
 
-NO_STATS: Message = {"in_flight": 0, "by_rank": {}}
-
 
 class Supervisor:
     def __init__(self, settings: Settings) -> None:
@@ -71,10 +70,7 @@ class Supervisor:
         self._last_turn = time.monotonic()
         self._controller: Controller | None = None
         self._peers: dict[p.Identity, Peer] = {}
-        self._frontend_peer: Peer | None = None
-        self._ready: dict[int, str] = {}
-        self._published: p.Snapshot | None = None
-        self._stats = NO_STATS
+        self._frontend = FrontendLink(self.events, self.metrics, self.tell, settings.shutdown_timeout)
         self._exit: asyncio.Future[p.Exit]
         self._tasks = Tasks(lambda error: self._finish(p.Exit(1, error)))
         self._wake = asyncio.Event()
@@ -224,6 +220,8 @@ class Supervisor:
     # --- events -------------------------------------------------------------------------------------------------------
 
     def tell(self, event: p.Event) -> None:
+        if isinstance(event, p.FrontendReady):
+            self._answering.close_public()
         if self._controller is not None and not self._exit.done():
             self._carry_out(self._controller.handle(event, time.monotonic()))
             self._wake.set()
@@ -239,16 +237,13 @@ class Supervisor:
         if peer.role == "rank":
             self._peers[peer.rank, peer.incarnation] = peer
         else:
-            self._frontend_peer = peer
-            self._send_membership()
+            self._frontend.connected(peer)
 
     def _on_message(self, peer: Peer, message: Message) -> None:
         if peer.role == "frontend":
-            if peer is self._frontend_peer:
-                self._on_frontend_message(message)
-            return
+            return self._frontend.hear(peer, message)
         if message["type"] == "ready":
-            self._ready[peer.incarnation] = message["response"]
+            self._frontend.introduce(peer.incarnation, message["response"])
         event = rank_event((peer.rank, peer.incarnation), message)
         if event is None:
             return log.warning("message_unknown", rank=peer.rank, type=message["type"])
@@ -261,28 +256,6 @@ class Supervisor:
                 self.metrics.loaded(source, size, seconds)
         elif isinstance(event, p.RankRespread):
             self.metrics.loaded(Source.PEER, event.bytes, event.seconds)
-
-    def _on_frontend_message(self, message: Message) -> None:
-        match message["type"]:
-            case "ready":
-                self._answering.close_public()
-                self.tell(p.FrontendReady())
-            case "synced":
-                fields = ("epoch", "kept", "replayed", "restarted", "lost", "delivered")
-                self.tell(p.FrontendSynced(*(message[field] for field in fields)))
-            case "moved":
-                self._note_moves(message["requests"])
-                self.tell(p.FrontendMoved(message["epoch"], tuple(message["draining"])))
-            case "stats":
-                self._stats = message
-            case "drained":
-                self.tell(p.DrainComplete())
-
-    def _note_moves(self, requests: list[Message]) -> None:
-        for moved in requests:
-            if moved["count"]:
-                self.metrics.moved(moved["count"])
-                self.events.record("requests_moved", {"rank": moved["rank"], "count": moved["count"]})
 
     # --- actions ------------------------------------------------------------------------------------------------------
 
@@ -325,6 +298,7 @@ class Supervisor:
     def _rank_exited(self, identity: p.Identity) -> None:
         self.tell(p.RankExited(*identity, "process ended"))
         self._peers.pop(identity, None)
+        self._frontend.forget(identity[1])
         self._watch.remove_page(identity[1])
 
     def _kill_rank(self, action: p.KillRank) -> None:
@@ -337,28 +311,7 @@ class Supervisor:
             self._peers[newest].send(type_, **fields)
 
     def _publish(self, action: p.Publish) -> None:
-        self._published = action.membership
-        self._send_membership()
-        if action.membership.status == "stopping" and self._frontend_peer is not None:
-            self._frontend_peer.send("drain", timeout_s=self.settings.shutdown_timeout)
-
-    def _send_membership(self) -> None:
-        snapshot = self._published
-        if snapshot is None or self._frontend_peer is None:
-            return
-        members = [
-            {"rank": rank, "incarnation": incarnation, "response": self._ready[incarnation]}
-            for rank, incarnation in snapshot.active
-        ]
-        self._frontend_peer.send(
-            "membership",
-            epoch=snapshot.epoch,
-            status=snapshot.status,
-            reason=snapshot.reason,
-            hold=snapshot.hold,
-            members=members,
-            draining=[incarnation for _, incarnation in snapshot.draining],
-        )
+        self._frontend.publish(action.membership)
 
     def _start_frontend(self, _: p.StartFrontend) -> None:
         self._tasks.spawn(self._fork_frontend())
@@ -374,8 +327,7 @@ class Supervisor:
         )
 
     def _frontend_gone(self) -> None:
-        self._frontend_peer = None
-        self._stats = NO_STATS
+        self._frontend.gone()
         if not self._exit.done():
             self._answering.open_public()
 
@@ -439,8 +391,8 @@ class Supervisor:
             snapshot=self.snapshot(),
             model=self.model,
             target=self.settings.data_parallel_size,
-            in_flight=self._stats["in_flight"],
-            in_flight_by_rank={int(rank): count for rank, count in self._stats["by_rank"].items()},
+            in_flight=self._frontend.in_flight,
+            in_flight_by_rank=self._frontend.in_flight_by_rank,
             pids=self.rank_pids,
             epoch_start=datetime.now(UTC).timestamp() - time.monotonic(),
             url=url_of(self.settings.host, self.port),
@@ -449,8 +401,9 @@ class Supervisor:
 
     async def ask_ranks(self, question: str) -> dict[int, Any]:
         """The answer of each active rank to one of the engine core's calls."""
-        if self._published is None:
+        if self._frontend.published is None:
             return {}
-        members = [self._peers[identity] for identity in self._published.active if identity in self._peers]
+        active = self._frontend.published.active
+        members = [self._peers[identity] for identity in active if identity in self._peers]
         answers = await asyncio.gather(*(peer.call(question) for peer in members))
         return {peer.rank: answer for peer, answer in zip(members, answers, strict=True)}

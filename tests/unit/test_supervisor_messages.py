@@ -27,7 +27,8 @@ class Heard(Supervisor):
     def __init__(self) -> None:
         super().__init__(Settings())
         self.told: asyncio.Queue[p.Event] = asyncio.Queue()
-        self._ready = {11: "response of 11", 12: "response of 12"}
+        self._frontend.introduce(11, "response of 11")
+        self._frontend.introduce(12, "response of 12")
 
     def tell(self, event: p.Event) -> None:
         self.told.put_nowait(event)

@@ -1,0 +1,92 @@
+"""The supervisor's end of the front end: what it is told of the membership, and what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from elastic_daemon import protocol as p
+from elastic_daemon.control_server import Peer
+from elastic_daemon.events import EventLog
+from elastic_daemon.messages import Message
+from elastic_daemon.metrics import Metrics
+
+SYNCED_FIELDS = ("epoch", "kept", "replayed", "restarted", "lost", "delivered")
+
+
+class FrontendLink:
+    """Whoever connects as a front end is the only one there is, and is told at once how things are."""
+
+    def __init__(self, events: EventLog, metrics: Metrics, tell: Callable[[p.Event], None], stop_timeout_s: float):
+        """`stop_timeout_s`: how long its requests may take to finish when the daemon stops."""
+        self.published: p.Snapshot | None = None
+        self.in_flight = 0
+        self.in_flight_by_rank: dict[int, int] = {}
+        self._events = events
+        self._metrics = metrics
+        self._tell = tell
+        self._stop_timeout_s = stop_timeout_s
+        self._peer: Peer | None = None
+        self._ready: dict[int, str] = {}  # by incarnation: how vLLM's client gets to know a rank
+
+    def connected(self, peer: Peer) -> None:
+        self._peer = peer
+        self._send_membership()
+
+    def gone(self) -> None:
+        self._peer = None
+        self.in_flight, self.in_flight_by_rank = 0, {}
+
+    def introduce(self, incarnation: int, response: str) -> None:
+        """What a rank has to say to it, once it is a member."""
+        self._ready[incarnation] = response
+
+    def forget(self, incarnation: int) -> None:
+        self._ready.pop(incarnation, None)
+
+    def publish(self, snapshot: p.Snapshot) -> None:
+        self.published = snapshot
+        self._send_membership()
+        if snapshot.status == "stopping" and self._peer is not None:
+            self._peer.send("drain", timeout_s=self._stop_timeout_s)
+
+    def hear(self, peer: Peer, message: Message) -> None:
+        if peer is not self._peer:
+            return  # a predecessor
+        match message["type"]:
+            case "ready":
+                self._tell(p.FrontendReady())
+            case "synced":
+                self._tell(p.FrontendSynced(*(message[field] for field in SYNCED_FIELDS)))
+            case "moved":
+                self._note_moves(message["requests"])
+                self._tell(p.FrontendMoved(message["epoch"], tuple(message["draining"])))
+            case "stats":
+                self.in_flight = message["in_flight"]
+                self.in_flight_by_rank = {int(rank): count for rank, count in message["by_rank"].items()}
+            case "drained":
+                self._tell(p.DrainComplete())
+
+    def _note_moves(self, requests: list[Message]) -> None:
+        for moved in requests:
+            if moved["count"]:
+                self._metrics.moved(moved["count"])
+                self._events.record("requests_moved", {"rank": moved["rank"], "count": moved["count"]})
+
+    def _send_membership(self) -> None:
+        snapshot = self.published
+        if snapshot is None or self._peer is None:
+            return
+        members = [
+            {"rank": rank, "incarnation": incarnation, "response": self._ready[incarnation]}
+            for rank, incarnation in snapshot.active
+            if incarnation in self._ready  # else it has just ended, and the next membership says so
+        ]
+        self._peer.send(
+            "membership",
+            epoch=snapshot.epoch,
+            status=snapshot.status,
+            reason=snapshot.reason,
+            hold=snapshot.hold,
+            members=members,
+            draining=[incarnation for _, incarnation in snapshot.draining],
+        )
