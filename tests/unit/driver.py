@@ -30,7 +30,7 @@ class Shell:
         self.actions = list(self.controller.start(self.now))
         self.columns = dict(self.first_placement().columns)
         self.orders = 0
-        self.heeded: set[object] = set()  # draining ranks and moves that were answered
+        self.heeded: set[object] = set()  # draining ranks, moves and stores that were answered
 
     def first_placement(self) -> Placement:
         return initial(self.policy.experts, LAYERS, range(self.policy.target), self.policy.slots)
@@ -187,6 +187,9 @@ class Shell:
         elif moves and moves[0].serial not in self.heeded:
             self.heeded.add(moves[0].serial)
             self.respread(*members)
+        elif stores := [s for s in of(p.StoreExperts, self.actions) if s not in self.heeded]:
+            self.heeded.add(stores[0])
+            self.stored(stores[0])
         else:
             return False
         return True
