@@ -273,17 +273,26 @@ def test_the_front_end_drops_what_the_excluded_rank_still_says() -> None:
 
 @given(
     st.sampled_from(Kind), st.booleans(), st.integers(1, 64), st.integers(1, 64),
-    st.integers(0, 8), st.integers(0, 8), st.integers(0, 8), st.booleans(), st.booleans(),
+    st.integers(0, 8), st.integers(0, 8), st.integers(0, 8), st.tuples(*[st.booleans()] * 5),
 )  # fmt: skip
-def test_an_exclusion_always_leaves_room_for_every_expert(
-    kind: Kind, act: bool, experts: int, slots: int, standby: int, members: int, others: int, serving: bool, stop: bool
+def test_what_is_done_always_leaves_room_for_every_expert(
+    kind: Kind, act: bool, experts: int, slots: int, standby: int, members: int, others: int, is_: tuple[bool, ...]
 ) -> None:
+    serving, stopping, may_drain, leaving, automatic = is_
     verdict = p.TelemetryVerdict(GPU, (), kind, act, XID, 0.0)
-    situation = Situation(members + standby, members, members + others, serving, stop)
+    situation = Situation(
+        members + standby, members, members + others, serving, stopping, may_drain, leaving, automatic
+    )
     measure = decide(verdict, situation, Policy(8, experts, slots)).measure
-    if measure is Measure.EXCLUDE:
+    if measure in (Measure.EXCLUDE, Measure.DRAIN):
         assert not members or others * slots >= experts
+    if measure is Measure.DRAIN:
+        assert kind is Kind.DRAIN and may_drain and members
+    if measure is Measure.FENCE:
+        assert kind is Kind.RESTART_RANK and serving
     if measure is not Measure.SHOW:
         assert act and kind.acts and members + standby
     if measure is Measure.REFUSE:
-        assert stop or others * slots < experts
+        assert stopping or not automatic or others * slots < experts
+    if stopping or not automatic:
+        assert measure in (Measure.SHOW, Measure.REFUSE)
