@@ -185,10 +185,11 @@ class Fault:
 
 
 class Daemon:
-    """The daemon under test: `control` is where it is asked, `url` where it serves."""
+    """The daemon under test: `control` is where it is asked, `url` where it serves, `log` its log if it is ours."""
 
     def __init__(self, control: Target, url: str, process: subprocess.Popen[bytes] | None = None) -> None:
         self.control, self.url, self.process = control, url, process
+        self.log: Path | None = None
         self.keep_log = False
         self._client = control.async_client()
 
@@ -200,6 +201,13 @@ class Daemon:
         try:
             return (await self._client.get(self.control.base_url + path)).json()
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            raise self.control.unreachable(error) from error
+
+    async def post(self, path: str, body: dict[str, Any], timeout_s: float) -> httpx.Response:
+        """The answer to an order. Raises DaemonUnreachable."""
+        try:
+            return await self._client.post(self.control.base_url + path, json=body, timeout=timeout_s)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise self.control.unreachable(error) from error
 
     async def health(self) -> dict[str, Any]:
@@ -273,6 +281,7 @@ async def own_daemon(ranks: int | None, display: Display, options: Sequence[str]
     display.phase("starting a daemon for the drill")
     process = _start(runtime_dir, log, ranks, options)
     daemon = Daemon(Target(runtime_dir), "", process)
+    daemon.log = log
     try:
         await daemon.until_ready(display, READY_TIMEOUT_S)
         daemon.url = await daemon.find_url()

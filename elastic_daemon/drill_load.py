@@ -39,13 +39,23 @@ async def run_streams(
 
     Never raises for a stream that fails: its result has the error.
     """
+    async with stream_client(url) as client:
+        streams = [run_stream(client, prompt, tokens, number, on_token) for number, prompt in enumerate(prompts)]
+        return await asyncio.gather(*streams)
+
+
+def stream_client(url: str) -> httpx.AsyncClient:
+    """For any number of streams at once from the daemon at `url`, each on a connection of its own."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     timeout = httpx.Timeout(SILENCE_TIMEOUT_S, connect=10)
-    async with httpx.AsyncClient(
-        base_url=url, timeout=timeout, limits=limits, trust_env=False, headers=key_header()
-    ) as client:
-        streams = [_Stream(number, prompt, on_token) for number, prompt in enumerate(prompts)]
-        return await asyncio.gather(*(stream.run(client, tokens) for stream in streams))
+    return httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits, trust_env=False, headers=key_header())
+
+
+async def run_stream(
+    client: httpx.AsyncClient, prompt: str, tokens: int, number: int = 0, on_token: OnToken | None = None
+) -> StreamResult:
+    """One of `run_streams`; `number` is what `on_token` hears."""
+    return await _Stream(number, prompt, on_token).run(client, tokens)
 
 
 class _Stream:

@@ -8,12 +8,14 @@ from pathlib import Path
 import structlog
 from torch.distributed import ProcessGroup
 
+from elastic_daemon.engine.heartbeat import Steps
 from elastic_daemon.engine.host_copies import HostCopies
 from elastic_daemon.engine.plan import rank_plan
 from elastic_daemon.engine.respread import Plan, Respreading, sync
 from elastic_daemon.engine.storing import Storing
 from elastic_daemon.engine.worker import ElasticWorker
 from elastic_daemon.messages import Message
+from watchdog.heartbeat.layout import Phase
 
 log = structlog.get_logger(__name__)
 
@@ -28,9 +30,11 @@ class Background:
         self,
         worker: ElasticWorker,
         copies: HostCopies | None,
+        steps: Steps,
         send: Callable[..., None],
         wake: Callable[[], None],
     ) -> None:
+        self._steps = steps
         self._rank = rank_plan(worker.vllm_config).rank
         self._epoch = 0
         self._send = send
@@ -75,8 +79,14 @@ class Background:
             self._storing.stage()
 
     def advance(self) -> None:
-        """Called after each step: at most one layer moves. Raises PeerLost."""
-        self._respreading.advance()
+        """Called after each step: at most one layer moves. Raises PeerLost.
+
+        It counts as a step in the heartbeat, the same for all: a rank that hangs before it can be told from its peers.
+        """
+        if self._respreading.is_moving:
+            self._steps.begin(Phase.DECODE)
+            self._respreading.advance()
+            self._steps.end()
 
     def sync(self, group: ProcessGroup, unfinished: bool, pausing: bool) -> tuple[bool, bool]:
         """Called at each sync of the engines. Returns whether any has reason to go on, and whether all want to pause.

@@ -110,7 +110,7 @@ class ElasticEngineCore(DPEngineCoreProc):
         self.worker = executor_worker(self.model_executor)
         self.model_executor.before_step = lambda scheduled: self._steps.begin(step_phase(scheduled))
         self._copies = open_copies(host_copies_dir, self.worker)
-        self._background = Background(self.worker, self._copies, control.send, self._wake)
+        self._background = Background(self.worker, self._copies, steps, control.send, self._wake)
 
     @contextlib.contextmanager
     def _perform_handshakes(self, *_: Any, **__: Any) -> Iterator[EngineZmqAddresses]:

@@ -140,10 +140,10 @@ class ElasticEplbState(EplbState):
             group = get_ep_group().device_group
             started = time.monotonic()
             old = state.physical_to_logical_map.cpu().numpy()
-            new = torch.from_numpy(rebalance(load.cpu().numpy(), old, group.size()))
-            moved = int((new.numpy() != old).sum())
-            for layer in range(model.num_moe_layers):
-                self._move_layer(state, layer, new[layer], group)
+            new = rebalance(load.cpu().numpy(), old, group.size())
+            moved = int((new != old).sum())
+            for layer in self.layers_unlike(new):
+                self.move(layer, new[layer])
             if group.rank() == 0:
                 log.info("experts_rearranged", moved=moved, seconds=round(time.monotonic() - started, 4))
             if moved:

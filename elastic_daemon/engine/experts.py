@@ -167,6 +167,11 @@ class ExpertSlots:
             parameter.copy_(weights[name])
         return sum(parameter.nbytes for parameter in live.values())
 
+    @property
+    def expert_bytes(self) -> int:
+        """Of one expert, in the first layer."""
+        return sum(weights.nbytes for weights in self._row(0, 0).values())
+
     def snapshot(self, layer: int, slot: int) -> dict[str, torch.Tensor]:
         """A copy in host memory of all weights of the expert in a slot, in kernel layout."""
         return {name: weights.to("cpu", copy=True) for name, weights in self._row(layer, slot).items()}

@@ -176,7 +176,7 @@ class AbortableProcessGroup:
         drop_abandoned()
         if self._last is not None and not self._last.is_completed():
             _ABANDONED.append((group, self._last))
-            log.warning("group_abandoned", position=group.rank(), abandoned=len(_ABANDONED))
+            log.warning("group_abandoned", pid=os.getpid(), position=group.rank(), abandoned=len(_ABANDONED))
 
     def allreduce(self, tensors: Sequence[torch.Tensor], *options: Any) -> AbortableWork:
         return self._start("allreduce", tensors, *options)

@@ -12,6 +12,7 @@ little-endian; tensors lie one after the other, those with the largest elements 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
 import torch
 
 from elastic_daemon.errors import HostCopyUnusable
@@ -26,6 +28,10 @@ from elastic_daemon.errors import HostCopyUnusable
 MAGIC = b"ELEXPERT"
 VERSION = 1
 DIGEST_BYTES = 32
+
+RESERVE = 0.1
+"""Share of the machine's memory, and of the file system, that stays free: a copy is a convenience, not worth a host
+that runs out of either. Where most experts have a single copy, all of them are asked for."""
 
 Weights = Mapping[str, torch.Tensor]
 """The weights of one expert by parameter name."""
@@ -46,8 +52,12 @@ class HostCopies:
         return self._directory / f"{layer}-{expert}.expert"
 
     def write(self, layer: int, expert: int, weights: Weights) -> int:
-        """Replace the copy of an expert by `weights`, in host memory. Returns their bytes. Raises OSError."""
+        """Replace the copy of an expert by `weights`, in host memory. Returns their bytes.
+
+        Raises OSError, with ENOSPC also where it would leave less than RESERVE free.
+        """
         parts = [memoryview(as_bytes(weights[name]).numpy()) for name in _order(weights)]
+        self._require_room(sum(part.nbytes for part in parts))
         digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
         for part in parts:
             digest.update(part)
@@ -78,6 +88,15 @@ class HostCopies:
         if hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest() != digest:
             raise HostCopyUnusable("its digest is not that of its weights")
         return _split(content, sizes, like)
+
+    def _require_room(self, size: int) -> None:
+        memory, space = psutil.virtual_memory(), os.statvfs(self._directory)
+        for what, free, total in (
+            ("memory", memory.available, memory.total),
+            ("file system", space.f_bavail * space.f_frsize, space.f_blocks * space.f_frsize),
+        ):
+            if free - size < RESERVE * total:
+                raise OSError(errno.ENOSPC, f"{free >> 20} of {total >> 20} MiB of the {what} are free")
 
     def _prefix(self, layer: int, expert: int, weights: Weights) -> bytes:
         tensors = [[name, str(weights[name].dtype), list(weights[name].shape)] for name in _order(weights)]

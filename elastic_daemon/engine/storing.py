@@ -39,7 +39,7 @@ class _Staged:
 
 
 class Storing:
-    """Belongs to the main thread, except for `_write`.
+    """Belongs to the main thread, except for `_write` and what it calls.
 
     `column`: what this rank holds, [layers, S]; `send`: to the supervisor; `wake`: has `stage` called in the main
     thread. The last two are called from the writing thread.
@@ -107,14 +107,16 @@ class Storing:
             pass  # the control thread ends the process
 
     def _store(self, staged: _Staged) -> None:
-        stored, size = [], 0
-        for (layer, expert), weights in staged.experts:
-            try:
-                size += self._copies.write(layer, expert, weights)
-            except OSError as error:  # say, no space: the expert has no copy then, and nothing else changes
-                log.error("host_copy_failed", rank=self._rank, layer=layer, expert=expert, error=str(error))
-            else:
-                stored.append([layer, expert])
+        stored: list[tuple[int, int]] = []
+        size = 0
+        try:
+            for content, weights in staged.experts:
+                size += self._copies.write(*content, weights)
+                stored.append(content)
+        except OSError as error:  # say, no space. They have no copy then, and the next order tries again
+            left = len(staged.experts) - len(stored) + len(self._wanted)
+            self._wanted.clear()  # the main thread leaves it alone while this one writes
+            log.error("host_copies_failed", rank=self._rank, stored=len(stored), left=left, error=str(error))
         seconds = time.monotonic() - staged.began
         log.info(
             "host_copies_stored",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,6 +22,12 @@ log = structlog.get_logger(__name__)
 
 READERS = 4
 """Copies that are read and checked at once: a digest keeps a core busy. As many experts are in memory twice."""
+
+
+FEW_BYTES = 8 << 20
+"""Less than this is read before threads would have started: milliseconds count in a recovery."""
+
+Found = dict[str, torch.Tensor] | HostCopyUnusable
 
 
 @dataclass(frozen=True)
@@ -71,20 +77,25 @@ def _load_copies(
     """Fill slots from host memory. Returns also those whose copy was not usable."""
     started, written, unusable = time.monotonic(), 0, []
 
-    def read(content: SlotContent) -> dict[str, torch.Tensor] | HostCopyUnusable:
+    def read(content: SlotContent) -> Found:
         try:
             return slots.read_copy(content, copies)
         except HostCopyUnusable as error:
             return error
 
+    few = len(contents) * slots.expert_bytes < FEW_BYTES
+    for content, found in zip(contents, map(read, contents) if few else _in_parallel(read, contents), strict=True):
+        if isinstance(found, HostCopyUnusable):
+            unusable.append(content)
+            because, where = str(found), {"layer": content.layer, "expert": content.expert}
+            log.warning("host_copy_unusable", rank=rank, **where, because=because)
+        else:
+            written += slots.fill(content, found)
+    return TierLoad(written, time.monotonic() - started), unusable
+
+
+def _in_parallel(read: Callable[[SlotContent], Found], contents: list[SlotContent]) -> Iterator[Found]:
+    """What `read` finds for each, in order."""
     with ThreadPoolExecutor(READERS, "host-copies") as readers:
         for first in range(0, len(contents), READERS):
-            batch = contents[first : first + READERS]
-            for content, found in zip(batch, readers.map(read, batch), strict=True):
-                if isinstance(found, HostCopyUnusable):
-                    unusable.append(content)
-                    because, where = str(found), {"layer": content.layer, "expert": content.expert}
-                    log.warning("host_copy_unusable", rank=rank, **where, because=because)
-                else:
-                    written += slots.fill(content, found)
-    return TierLoad(written, time.monotonic() - started), unusable
+            yield from readers.map(read, contents[first : first + READERS])

@@ -8,8 +8,8 @@ rank has S *slots* per MoE layer; a slot holds one expert id or `EMPTY`. *Dense 
 ascending ids, which is its communicator rank; physical expert id = dense index * S + slot. *Copies* of an expert are
 counted in distinct ranks: a second copy within one rank does not outlive that rank. E experts, N ranks.
 
-`model` has the data and what can be read off it, `start` the first placement, `moves` the changes to one that runs,
-`balance` what load has to do with it.
+`model` has the data and what can be read off it, `start` the first placement, `moves` the changes to one that runs.
+They decide with `spread` (copies, ranks, hosts) and `balance` (load) on `tables`, and `order` makes that a plan.
 """
 
 from elastic_daemon.placement.balance import balancedness

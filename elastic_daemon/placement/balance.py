@@ -28,7 +28,11 @@ the other becomes."""
 SMALL: Final = 0.3
 """An expert whose copies have less load than this share of the mean rank load needs no more of them."""
 
-COLDEST: Final = 16
+DETOUR: Final = 0.005
+"""A trade of two single copies has to take that much more off: on the way one of them waits in a slot to spare, which
+costs a load or two more."""
+
+COLDEST: Final = 8
 """Trades of the hottest rank are first looked for among that many coldest heat, then among all."""
 
 
@@ -86,12 +90,7 @@ def _exchange_copies(tables: Tables, load: FloatArray, heat: FloatArray, layers:
         layers, hot, hottest = layers[wanting], hot[wanting], hottest[wanting]
         if not len(layers):
             return
-        lacks = 1 - tables.present[layers, :, hot]
-        elsewhere = np.matmul(lacks[:, None, :], tables.presence(layers))[:, 0] > 0
-        copies, slots = tables.copies[layers], tables.slots[layers]
-        missed = np.where(elsewhere & (copies > goal), load[layers] / np.maximum(slots - 1, 1), np.inf)
-        cold, least = missed.argmin(axis=1), missed.min(axis=1)
-        can = _can_exchange(tables, layers, hot, cold)
+        cold, least, can = _coldest(tables, load, layers, hot, goal)
         rank = np.where(can, heat[layers], np.inf).argmin(axis=1)
         worth = can.any(axis=1) & (hottest > (1 + EXCHANGE_GAIN) * least)
         done[layers[~worth], hot[~worth]] = True
@@ -99,6 +98,27 @@ def _exchange_copies(tables: Tables, load: FloatArray, heat: FloatArray, layers:
             _exchange(tables, load, heat, layers[worth], hot[worth], cold[worth], rank[worth])
             now = layers[worth]
             done[now] |= tables.copies[now] >= heat.shape[1]
+
+
+def _coldest(
+    tables: Tables, load: FloatArray, layers: IntArray, hot: IntArray, goal: int
+) -> tuple[IntArray, FloatArray, BoolArray]:
+    """The expert of each layer that has least load per copy with one copy less, that load, and on which ranks [N] `hot`
+    can have its copy.
+    """
+    spare = tables.copies[layers] > goal
+    missed = np.where(spare, load[layers] / np.maximum(tables.slots[layers] - 1, 1), np.inf)
+    missed[np.arange(len(layers)), hot] = np.inf
+    cold = missed.argmin(axis=1)
+    can = _can_exchange(tables, layers, hot, cold)
+    if len(stuck := np.flatnonzero(~can.any(axis=1))):  # the hot expert is wherever the coldest is: one that is not
+        where = layers[stuck]
+        lacks = 1 - tables.present[where, :, hot[stuck]]
+        elsewhere = np.matmul(lacks[:, None, :], tables.presence(where))[:, 0] > 0
+        missed[stuck] = np.where(elsewhere, missed[stuck], np.inf)
+        cold[stuck] = missed[stuck].argmin(axis=1)
+        can[stuck] = _can_exchange(tables, where, hot[stuck], cold[stuck])
+    return cold, missed[np.arange(len(layers)), cold], can
 
 
 def _can_exchange(tables: Tables, layers: IntArray, hot: IntArray, cold: IntArray) -> BoolArray:
@@ -165,7 +185,7 @@ def _trade(tables: Tables, share: FloatArray, heat: FloatArray, layers: IntArray
 def _best_trade(
     tables: Tables, share: FloatArray, heat: FloatArray, layers: IntArray, hottest: IntArray, partners: IntArray
 ) -> tuple[FloatArray, tuple[IntArray, ...]]:
-    """The load of the hotter of the two ranks after the best trade, and its (own slot, partner, other slot)."""
+    """The load of the hotter of the two ranks after the best trade, `DETOUR` added; (own slot, partner, other slot)."""
     at = layers[:, None]
     mine = tables.table[layers, hottest]  # [layers, S]
     theirs = tables.table[at, partners]  # [layers, partners, S]
@@ -178,6 +198,8 @@ def _best_trade(
         here, there = tables.host[hottest][:, None, None], tables.host[partners]
         comes &= ~tables.move_confines(at[:, :, None], mine[:, :, None], here, there[:, None, :])
         goes &= ~tables.move_confines(at[:, :, None], theirs, there[:, :, None], here)
+    alone = tables.copies[at, mine][:, :, None, None] == 1, tables.copies[at[:, :, None], theirs][:, None] == 1
+    worst += (alone[0] & alone[1]) * (DETOUR * heat[layers].mean(axis=1)[:, None, None, None])
     worst = np.where(comes[:, :, :, None] & goes[:, None], worst, np.inf).reshape(len(layers), -1)
     best = worst.argmin(axis=1)
     return worst[np.arange(len(layers)), best], np.unravel_index(best, less.shape[1:])

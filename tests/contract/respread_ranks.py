@@ -14,6 +14,7 @@ from vllm.distributed.eplb.eplb_state import EplbModelState
 from elastic_daemon.engine.background import Background
 from elastic_daemon.engine.eplb import ElasticEplbState
 from elastic_daemon.engine.groups import EpochTransfers
+from elastic_daemon.engine.heartbeat import NoPage, Steps
 from elastic_daemon.engine.plan import ELASTIC_CONFIG, RankPlan
 from elastic_daemon.engine.respread import sync
 from elastic_daemon.messages import Message
@@ -57,9 +58,8 @@ class ServingRank(GroupRank):
             model_runner=SimpleNamespace(eplb_state=self._eplb, expert_slots=None),
             column=self._column,
         )
-        self._background = Background(
-            worker, None, lambda type_, **rest: self.sent.append({"type": type_, **rest}), int
-        )
+        send = lambda type_, **rest: self.sent.append({"type": type_, **rest})  # noqa: E731
+        self._background = Background(worker, None, Steps(NoPage(), per_step=True), send, int)
         self._background.begin_epoch(EPOCH)
 
     def _model_state(self, placement: Placement) -> EplbModelState:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from elastic_daemon.engine import storing
+from elastic_daemon.engine import storing, tiers
 from elastic_daemon.engine.experts import ExpertSlots, SlotContent
 from elastic_daemon.engine.host_copies import HostCopies
 from elastic_daemon.engine.storing import Storing
@@ -75,7 +75,7 @@ def load(layer: int, slot: int, expert: int, source: Source) -> dict[str, Any]:
 def test_stored_experts_are_told_and_can_be_loaded_into_another_slot(rank: Rank) -> None:
     wish(rank, [(0, 4), (1, 0)])
     told = rank.sent.get(timeout=WAIT_S)
-    assert (told["type"], told["epoch"], told["experts"]) == ("stored", 7, [[0, 4], [1, 0]])
+    assert (told["type"], told["epoch"], told["experts"]) == ("stored", 7, [(0, 4), (1, 0)])
     assert told["bytes"] == 2 * (8 * 4 + 8)
     other = Slots(np.full_like(COLUMN, 9))
     loaded = load_slots(0, other, rank.copies, [load(0, 2, 4, Source.HOST), load(1, 1, 0, Source.HOST)])
@@ -93,12 +93,12 @@ def test_no_more_than_a_batch_between_two_steps(rank: Rank, monkeypatch: pytest.
         batches.append(rank.sent.get(timeout=WAIT_S)["experts"])
         assert rank.sent.empty(), "the next batch waits until the main thread is between two steps"
         rank.turn()
-    assert batches == [[[0, 4]], [[0, 1]], [[1, 5]]]
+    assert batches == [[(0, 4)], [(0, 1)], [(1, 5)]]
 
 
 def test_an_expert_that_has_moved_to_another_slot_or_away(rank: Rank) -> None:
     wish(rank, [(0, 5), (1, 3)])
-    assert rank.sent.get(timeout=WAIT_S)["experts"] == [[1, 3]]
+    assert rank.sent.get(timeout=WAIT_S)["experts"] == [(1, 3)]
 
 
 def test_after_a_fence_nothing_more_is_read(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,29 +106,42 @@ def test_after_a_fence_nothing_more_is_read(rank: Rank, monkeypatch: pytest.Monk
     wish(rank, [(0, 4), (0, 1)])
     rank.storing.void()
     rank.turn()
-    assert rank.sent.get(timeout=WAIT_S)["experts"] == [[0, 4]]
+    assert rank.sent.get(timeout=WAIT_S)["experts"] == [(0, 4)]
     assert rank.sent.empty()
     wish(rank, [(0, 2)])
-    assert rank.sent.get(timeout=WAIT_S)["experts"] == [[0, 2]]
+    assert rank.sent.get(timeout=WAIT_S)["experts"] == [(0, 2)]
 
 
-def test_what_cannot_be_written_is_not_told(rank: Rank, tmp_path: Path) -> None:
-    rank.copies.path(0, 4).mkdir()
-    wish(rank, [(0, 4), (0, 1)])
-    assert rank.sent.get(timeout=WAIT_S)["experts"] == [[0, 1]]
+def test_what_cannot_be_written_is_not_told_and_ends_the_order(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full file system would fail for each of thousands of experts."""
+    monkeypatch.setattr(storing, "STAGED_BYTES", 100)  # two experts and a bit
+    rank.copies.path(0, 1).mkdir()
+    wish(rank, [(0, 4), (0, 1), (0, 2), (1, 0)])
+    assert rank.sent.get(timeout=WAIT_S)["experts"] == [(0, 4)]
+    rank.turn()
+    assert rank.sent.empty()
+    rank.copies.path(0, 1).rmdir()
+    wish(rank, [(0, 1)])
+    assert rank.sent.get(timeout=WAIT_S)["experts"] == [(0, 1)]
 
 
-def test_the_checkpoint_is_read_instead_of_a_bad_copy_and_where_it_was_asked_for(rank: Rank) -> None:
+@pytest.mark.parametrize("few_bytes", [0, 1 << 30], ids=["in parallel", "one by one"])
+def test_the_checkpoint_is_read_instead_of_a_bad_copy_and_where_it_was_asked_for(
+    rank: Rank, few_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiers, "FEW_BYTES", few_bytes)
+    monkeypatch.setattr(tiers, "READERS", 2)
     wish(rank, [(0, 4), (0, 1), (0, 2)])
     rank.sent.get(timeout=WAIT_S)
     rank.copies.path(0, 1).write_bytes(b"torn")
     loads = [load(0, 0, 4, Source.HOST), load(0, 1, 1, Source.HOST), load(0, 2, 2, Source.CHECKPOINT)]
     loads.append(load(1, 0, 3, Source.HOST))
-    loaded = load_slots(0, slots := Slots(COLUMN), rank.copies, loads)
+    loaded = load_slots(0, slots := Slots(np.full_like(COLUMN, 9)), rank.copies, loads)
     assert slots.from_checkpoint == [SlotContent(0, 2, 2), SlotContent(0, 1, 1), SlotContent(1, 0, 3)]
     assert loaded.unusable == [(0, 1), (1, 3)]
     assert loaded.tiers.keys() == {Source.HOST, Source.CHECKPOINT}
     assert loaded.tiers[Source.CHECKPOINT].bytes == 1000
+    assert slots.held(0, 0) == {4.0}
 
 
 def test_without_host_copies_all_comes_from_the_checkpoint() -> None:

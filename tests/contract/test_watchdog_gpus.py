@@ -13,7 +13,6 @@ from fastapi import FastAPI
 
 from elastic_daemon import protocol as p
 from elastic_daemon.watch.desk import WatchdogDesk
-from elastic_daemon.watch.gpus import Gpus
 from elastic_daemon.watch.routes import with_watchdog_routes
 from tests.contract.watchdog_daemon import DaemonRoutes, Watchdog, until, watching
 from tests.unit.test_watch_desk import Plane
@@ -55,7 +54,6 @@ def setting(directory: Path, *options: str) -> Iterator[Setting]:
     sim = create(directory, 4)
     plane = Plane()
     desk = WatchdogDesk(plane, directory)
-    desk.gpus = Gpus(tuple(gpu.uuid for gpu in sim.list()))
     app = with_watchdog_routes(FastAPI(), desk)
     server = uvicorn.Server(uvicorn.Config(app, uds=str(directory / "http.sock"), log_level="warning"))
     thread = threading.Thread(target=server.run)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elastic_daemon.engine import host_copies
 from elastic_daemon.engine.host_copies import DIGEST_BYTES, MAGIC, VERSION, HostCopies, Weights
 from elastic_daemon.errors import HostCopyUnusable
 
@@ -158,6 +161,22 @@ def test_the_format_is_as_documented(copies: HostCopies) -> None:
     assert (magic, version) == (MAGIC, VERSION)
     assert b'"layer": 5, "expert": 6' in content[IDENTITY : IDENTITY + length]
     assert content[IDENTITY + length + DIGEST_BYTES :] == struct.pack("<4q", *range(4))
+
+
+@pytest.mark.parametrize("short_of", ["memory", "file system"])
+def test_the_machine_keeps_a_reserve(copies: HostCopies, monkeypatch: pytest.MonkeyPatch, short_of: str) -> None:
+    weights = {"w": torch.zeros(1000, dtype=torch.uint8)}
+    free = {"memory": 11_000, "file system": 11_000, short_of: 10_999}
+    memory = SimpleNamespace(available=free["memory"], total=100_000)
+    space = SimpleNamespace(f_bavail=free["file system"], f_blocks=100_000, f_frsize=1)
+    monkeypatch.setattr(host_copies.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(host_copies.os, "statvfs", lambda _: space)
+    with pytest.raises(OSError, match=f"of the {short_of}") as error:
+        copies.write(0, 0, weights)
+    assert error.value.errno == errno.ENOSPC
+    assert not copies.path(0, 0).exists()
+    memory.available = space.f_bavail = 11_000
+    copies.write(0, 0, weights)
 
 
 def test_a_directory_that_is_gone_is_an_os_error(tmp_path: Path) -> None:

@@ -342,7 +342,7 @@ HOSTS = {rank: f"host{rank // 8}" for rank in range(72)}
 @pytest.mark.parametrize("slots", [4, 5, 8])
 @pytest.mark.parametrize("what", ["initial", "repair", "evacuate", "grow", "load", "grow with load"])
 def test_planning_the_largest_size_is_quick(what: str, slots: int) -> None:
-    """Less than 200 ms on a quiet machine (docs/planning.md has the numbers); three times that here."""
+    """Less than 200 ms is the bar, see docs/planning.md; three times that here, since other processes slow this one."""
     placement = initial(256, 58, range(72), slots, HOSTS)
     lost = range(1 if slots == 4 else 8)
     shrunk = repair(placement, set(range(72)) - set(lost)).placement

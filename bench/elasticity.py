@@ -1,0 +1,107 @@
+"""What clients notice when the deployment shrinks, heals and grows beneath them.
+
+A daemon with four CPU ranks serves streams without a pause. Ranks are killed and come back, GPUs are lost and replaced
+(a spare one, or a new one that appears later), and the number of ranks is changed by order. Each stream is compared
+token for token with an undisturbed run. Afterwards the throughput of that daemon is measured in turn with that of a
+fresh one, and what its processes hold is compared with what they held at the start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.elastic_report import Report, render
+from bench.elastic_run import Plan, Run
+from bench.machine import Machine, load_average
+from elastic_daemon.drill_daemon import Display
+from elastic_daemon.operator_commands import make_console
+
+EXAMPLES = """examples:
+  python -m bench.elasticity                       ten cycles of each kind; about 12 minutes on two cores
+  python -m bench.elasticity --quick               two cycles; about three minutes
+  python -m bench.elasticity --json elastic.json   all raw numbers as well
+
+exit status: 0 if no stream was lost, refused or changed and every change came to its end, 1 if not, 2 for a wrong
+argument. Bars that are not met are printed, and do not count."""
+
+CYCLES, QUICK_CYCLES = 10, 2
+STREAMS = 16
+TOKENS = 120
+INTERRUPTED = 130
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.elasticity",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--cycles",
+        type=_positive,
+        metavar="N",
+        help=f"of each kind, rejoins twice as many ({CYCLES}, quick {QUICK_CYCLES})",
+    )
+    parser.add_argument("--streams", type=_positive, metavar="N", default=STREAMS, help=f"at once ({STREAMS})")
+    parser.add_argument("--tokens", type=_positive, metavar="N", default=TOKENS, help=f"of each stream ({TOKENS})")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all raw numbers to FILE")
+    parser.add_argument("--quick", action="store_true", help="few cycles, short windows")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
+
+
+async def measure(cycles: int, streams: int, tokens: int, quick: bool) -> Report:
+    """Everything, one after the other. SIGTERM ends it as Ctrl-C does: all that was started is stopped first."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    started, load = time.monotonic(), load_average()
+    with Display(make_console(stderr=True)) as display:
+        run = Run(Plan.of(cycles, quick), streams, tokens, _say, display)
+        await run.everything()
+    return Report(
+        machine=Machine.here(),
+        load=(load, load_average()),
+        cycles=cycles,
+        streams=streams,
+        tokens=tokens,
+        seconds=time.monotonic() - started,
+        results=run.results,
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    cycles = options.cycles or (QUICK_CYCLES if options.quick else CYCLES)
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        parser().error(f"--json: no such directory: {options.json.parent}")
+    try:
+        report = asyncio.run(measure(cycles, options.streams, options.tokens, options.quick))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        _say("stopped before the end")
+        return INTERRUPTED
+    make_console().print(render(report))
+    if options.json is not None:
+        options.json.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    return 1 if report.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
