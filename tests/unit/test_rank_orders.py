@@ -89,16 +89,18 @@ def test_a_rank_that_dies_while_it_drains_has_left(steps: int) -> None:
 
 def test_one_that_drains_begins_anew_after_a_recovery() -> None:
     """Requests of the rank that was lost may have come to it."""
-    shell = Shell(replace(POLICY, target=5)).serve()
-    shell.order(Deed.DRAIN, 2)
+    shell = Shell(replace(POLICY, target=5, slots=6, experts=18)).serve()
+    shell.order(Deed.DRAIN, 4)
     before = published(shell.actions).draining
+    shell.moved()
+    assert shell.report().phase == "moving experts"
     shell.exited(0)
     assert published(shell.actions).draining == before
-    assert not of(p.KillRank, shell.send(p.FrontendMoved(1, (shell.incarnation(2),)))), "said of the epoch before"
     shell.recover(1, 2, 3, 4)
-    assert shell.state(2) is RankState.DRAINING
+    shell.send(p.FrontendMoved(1, (shell.incarnation(4),)))  # said of the epoch before
+    assert (shell.report().phase, shell.state(4)) == ("moving requests", RankState.DRAINING)
     shell.settle()
-    assert shell.serving == [1, 3, 4]
+    assert (shell.serving, shell.report().state) == ([1, 2, 3], State.DONE)
 
 
 # --- exclude ---------------------------------------------------------------------------------------------------------

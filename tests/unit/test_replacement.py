@@ -197,6 +197,14 @@ def test_its_rank_is_tried_elsewhere_first() -> None:
     assert (shell.serving, gpu_of(shell, 2)) == ([0, 1, 2, 3], SPARE)
 
 
+def test_it_gets_as_many_attempts_on_each() -> None:
+    shell = on(*UUIDS)
+    shell.exited(2)
+    shell.settle(failing={2})
+    assert [barred["gpu"] for barred in events("gpu_barred", shell.actions)] == [C, SPARE]
+    assert shell.start_of(2).incarnation == 4 + 2 * RESTORING.max_start_attempts
+
+
 def test_a_newcomer_that_no_gpu_lets_start_is_not_wanted_any_more() -> None:
     shell = on(*UUIDS)
     shell.scale(5)

@@ -180,6 +180,15 @@ def test_experts_with_a_single_copy_get_one_in_host_memory() -> None:
     assert sum(event["experts"] for event in events("experts_stored", shell.actions)) == len(stores(shell))
 
 
+def test_each_is_made_once() -> None:
+    shell = Shell(COPYING).serve().settle()
+    made = stores(shell)
+    shell.fault(1)
+    shell.tick()
+    shell.recover(0, 1, 2, 3).settle()
+    assert (shell.controller.epoch, stores(shell)) == (2, made)
+
+
 def test_they_are_made_after_experts_were_spread() -> None:
     shell = after_a_loss(replace(SPREADING, host_copies=True))
     [move, *_] = of(p.Respread, shell.tick())
