@@ -160,8 +160,9 @@ class CapacityControl(SpreadControl):
     def _let_come_back(self, row: Rank, had_served: Container[int], for_good: bool) -> None:
         """Plan the next start of a rank that was lost."""
         rank, gpu = row.rank, self._gpus.of(row.rank)
-        wanted = rank in self._wanted and rank not in self._left_out
-        if not wanted or not (self._phase is Phase.STARTING or self._may_restore or rank in self._ordered):
+        if rank not in self._wanted:
+            return self._gpus.forget(rank)
+        if rank in self._left_out or not (self._phase is Phase.STARTING or self._may_restore or rank in self._ordered):
             return
         at = self._comebacks.after_loss(rank, self._now, had_served=rank in had_served)
         attempts = f"in {self._policy.max_start_attempts} attempts, the last: {row.reason}"

@@ -181,6 +181,11 @@ class ControlState:
     def _group(self) -> tuple[Rank, ...]:
         return self._ranks.where(*IN_GROUP)
 
+    @property
+    def _spreads(self) -> bool:
+        """Whether anything is done about copies of experts after the group has changed."""
+        return self._policy.respread or self._policy.host_copies
+
     def _absence(self, row: Rank) -> str:
         """Why a wanted rank does not serve."""
         why = self._left_out.get(row.rank) or row.reason or row.state.value

@@ -219,9 +219,11 @@ class Controller(ScalingControl):
         rows = [row for identity in event.ranks if (row := self._ranks.current(*identity))]
         members = sum(row.state in MEMBERS for row in rows)
         serving, stopping = self._phase in (Phase.RESUMING, Phase.SERVING), self._phase is Phase.STOPPING
-        may_drain = self._phase is Phase.SERVING and self._departure is None
+        departure = self._departure
+        may_drain = self._phase is Phase.SERVING and departure is None
+        leaving = departure is not None and departure.forced and {row.identity for row in rows} <= departure.ranks
         situation = Situation(
-            len(rows), members, len(self._ranks.members), serving, stopping, may_drain, self._automatic
+            len(rows), members, len(self._ranks.members), serving, stopping, may_drain, leaving, self._automatic
         )
         decision = decide(event, situation, self._policy)
         self._doubts.hear(event, decision)
@@ -240,8 +242,7 @@ class Controller(ScalingControl):
                 self._open_recovery(cause, event.at).add_cause(cause)
                 self._new_epoch()
             case Measure.REFUSE:
-                ranks, told = [row.rank for row in rows], event.verdict.value
-                self._record("verdict_refused", ranks=ranks, verdict=told, reason=event.reason, why=decision.why)
+                self._refuse(event, rows, decision.why)
 
     # --- answers on the path ------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from elastic_daemon.membership import Rank, RankState
-from elastic_daemon.protocol import Identity, OperationKind, OperationReport, OperationState
+from elastic_daemon.protocol import Identity, OperationKind, OperationReport, OperationState, TelemetryVerdict
 
 
 class Step(StrEnum):
@@ -22,14 +22,14 @@ class Step(StrEnum):
 class Departure:
     """Members that leave: first their requests move, then what experts only they hold, then the group closes up.
 
-    `after`: their state then. `forced`: when its time is over they leave as they are, else they stay.
+    `after`: their state then. `forced`: when its time is over they leave as they are. `verdict`: that wants it.
     """
 
     ranks: frozenset[Identity]
     cause: str
     after: RankState
     forced: bool
-    evidence_at: float | None = None
+    verdict: TelemetryVerdict | None = None
     step: Step = Step.REQUESTS
     moved: bool = False  # the front end has no request on them in this epoch
     overdue: bool = False

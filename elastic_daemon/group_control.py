@@ -89,7 +89,7 @@ class GroupControl(ServiceControl):
             self._comebacks.served(row.rank)
             self._ordered.discard(row.rank)
         self._show_doubts()
-        self._phase, self._hold, self._spread_due = Phase.RESUMING, True, self._policy.respread
+        self._phase, self._hold, self._spread_due = Phase.RESUMING, True, self._spreads
         self._publish()  # before any rank steps, so that the front end knows the epoch its output belongs to
         for row in self._ranks.members:
             self._emit(p.Resume(row.rank, self.epoch))

@@ -18,18 +18,20 @@ from elastic_daemon.membership import IN_GROUP, Rank, RankState
 from elastic_daemon.placement import evacuate
 from elastic_daemon.protocol import OperationKind, OperationState
 from elastic_daemon.respreading import Purpose
+from elastic_daemon.verdicts import Decision, Measure
 
 
 class ScalingControl(CapacityControl):
     # --- departures ----------------------------------------------------------------------------------------------
 
-    def _depart(self, rows: Iterable[Rank], departure: Departure, deadline: float) -> None:
-        """Begin a departure. No other may be under way."""
+    def _depart(self, rows: Iterable[Rank], departure: Departure, deadline: float | None) -> None:
+        """Begin a departure. No other may be under way. `deadline`: None where an operation sees to it."""
         for row in rows:
             self._ranks.move(row.rank, RankState.DRAINING, self._now, departure.cause)
             self._record("rank_draining", rank=row.rank, incarnation=row.incarnation, reason=departure.cause)
         self._departure = departure
-        self._deadlines.arm(Wait.DEPARTURE, deadline)
+        if deadline is not None:
+            self._deadlines.arm(Wait.DEPARTURE, deadline)
         if self._phase is Phase.SERVING:
             self._publish()
 
@@ -76,7 +78,7 @@ class ScalingControl(CapacityControl):
         self._departure = None
         self._deadlines.disarm(Wait.DEPARTURE)
         self._fault_run.lost_member()
-        recovery = self._open_recovery(departure.cause, departure.evidence_at)
+        recovery = self._open_recovery(departure.cause, departure.verdict.at if departure.verdict else None)
         recovery.lose((row.identity for row in rows), departure.cause)
         for row in rows:
             self._ranks.move(row.rank, departure.after, self._now, departure.cause)
@@ -88,19 +90,28 @@ class ScalingControl(CapacityControl):
 
     def _stay(self) -> None:
         """The departure is off: they serve on."""
-        for row in self._departing:
+        departure, rows = self._departure, self._departing
+        assert departure is not None
+        for row in rows:
             self._ranks.move(row.rank, RankState.ACTIVE, self._now)
             self._record("rank_stays", rank=row.rank, incarnation=row.incarnation)
+        if departure.verdict is not None:
+            self._refuse(departure.verdict, rows, self._too_few(len(rows)))
         self._departure = None
         self._deadlines.disarm(Wait.DEPARTURE)
+        self._spread_due = self._spreads  # some of what they held may have moved
         self._publish()
+
+    def _refuse(self, verdict: p.TelemetryVerdict, rows: Iterable[Rank], why: str) -> None:
+        """Ranks are kept against a verdict, which is shown until the watchdog takes it back."""
+        self._doubts.hear(verdict, Decision(Measure.REFUSE, why))
+        self._show_doubts()
+        ranks, told = [row.rank for row in rows], verdict.verdict.value
+        self._record("verdict_refused", ranks=ranks, verdict=told, reason=verdict.reason, why=why)
 
     def _departure_overdue(self) -> None:
         assert self._departure is not None
-        if self._departure.forced:
-            self._departure.overdue = True
-        else:
-            self._stay()
+        self._departure.overdue = True
 
     def _drain_for_verdict(self, event: p.TelemetryVerdict, rows: Iterable[Rank]) -> None:
         """A GPU is going bad: what still works on it moves away first."""
@@ -108,7 +119,7 @@ class ScalingControl(CapacityControl):
         if others := {row.rank: event.reason for row in rows if row.state not in IN_GROUP}:
             self._lose(others, kill=True, for_good=True)
         ranks = frozenset(row.identity for row in members)
-        departure = Departure(ranks, event.reason, RankState.EXCLUDED, forced=True, evidence_at=event.at)
+        departure = Departure(ranks, event.reason, RankState.EXCLUDED, forced=True, verdict=event)
         self._depart(members, departure, self._now + self._policy.drain_timeout_s)
 
     # --- orders --------------------------------------------------------------------------------------------------
@@ -307,7 +318,7 @@ class ScalingControl(CapacityControl):
     def _start_departure(self, rows: list[Rank], cause: str, after: RankState) -> None:
         assert self._operation is not None
         forced = self._operation.undoing is not None
-        deadline = self._now + (self._policy.drain_timeout_s if forced else self._operation.timeout_s)
+        deadline = self._now + self._policy.drain_timeout_s if forced else None
         self._depart(rows, Departure(frozenset(row.identity for row in rows), cause, after, forced), deadline)
 
     def _review(self, operation: Operation) -> None:
@@ -347,6 +358,7 @@ class ScalingControl(CapacityControl):
         self._left_out = {r: why for r, why in self._left_out.items() if r not in operation.ranks or self._is_out(r)}
         self._wanted |= operation.wanted_before
         self._want_no_more_than(operation.previous)
+        self._review(operation)  # nobody may have to leave
 
     def _want_no_more_than(self, count: int) -> None:
         """Who serves is worth more than who was meant to."""

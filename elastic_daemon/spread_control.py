@@ -20,10 +20,10 @@ from elastic_daemon.respreading import Purpose, Spread
 
 class SpreadControl(GroupControl):
     def _on_respread(self, event: p.RankRespread, row: Rank) -> None:
+        self._set_column(row, event.column)  # also when it is late
         spread = self._spread
         if spread is None or event.serial != spread.serial:
             return
-        self._set_column(row, event.column)
         spread.waiting.discard(row.identity)
         spread.bytes += event.bytes
         if not spread.waiting:
@@ -64,6 +64,8 @@ class SpreadControl(GroupControl):
         if self._phase is not Phase.SERVING or self._departure is not None or self._spread is not None:
             return  # comes again when it is over
         self._spread_due = False
+        if not self._policy.respread:
+            return self._store_single_copies()
         assert self._placement is not None
         members = [row.rank for row in self._ranks.members]
         plan = respread(self._placement.restricted(members), members, self._host_copies)

@@ -30,7 +30,8 @@ class Decision:
 class Situation:
     """`concerned`: current ranks that the verdict is about, `members` of them in the group of `group` ranks.
 
-    `may_drain`: ranks can leave in order now. `automatic`: verdicts are acted on.
+    `may_drain`: ranks can leave in order now. `leaving`: those concerned do already, within bounded time. `automatic`:
+    verdicts are acted on.
     """
 
     concerned: int
@@ -39,6 +40,7 @@ class Situation:
     serving: bool
     stopping: bool
     may_drain: bool = False
+    leaving: bool = False
     automatic: bool = True
 
 
@@ -49,6 +51,8 @@ def decide(verdict: TelemetryVerdict, now: Situation, policy: Policy) -> Decisio
     answers is proof of what the watchdog only infers.
     """
     if not verdict.act or not verdict.verdict.acts or not now.concerned:
+        return Decision(Measure.SHOW)
+    if now.leaving and verdict.verdict is VerdictKind.DRAIN:
         return Decision(Measure.SHOW)
     if now.stopping:
         return Decision(Measure.REFUSE, "the daemon is stopping")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 from elastic_daemon import protocol as p
 from elastic_daemon.control_state import Phase
 from elastic_daemon.controller import Controller
 from elastic_daemon.gpu_pool import GpuPool
-from elastic_daemon.membership import RankState, Status
+from elastic_daemon.membership import IN_GROUP, MEMBERS, RankState, Status
 from elastic_daemon.placement import Placement, initial
 from elastic_daemon.policy import Policy
 
@@ -30,6 +30,7 @@ class Shell:
         self.actions = list(self.controller.start(self.now))
         self.columns = dict(self.first_placement().columns)
         self.orders = 0
+        self.heeded: set[object] = set()  # draining ranks, moves and stores that were answered
 
     def first_placement(self) -> Placement:
         return initial(self.policy.experts, LAYERS, range(self.policy.target), self.policy.slots)
@@ -149,6 +150,54 @@ class Shell:
         """The pause before a join is over, and the group with the newcomers serves."""
         self.tick()
         return self.recover(*members)
+
+    def settle(self, *, failing: Collection[int] = (), unjoinable: Collection[int] = ()) -> Shell:
+        """Everybody does at once what is asked, until nothing is waited for any more.
+
+        Ranks that are `failing` die whenever they start; no group can be built with those that are `unjoinable`.
+        """
+        for _ in range(300):
+            if not self._obey(set(failing), set(unjoinable)):
+                if self.controller.next_deadline() is None:
+                    return self
+                self.tick()
+        raise AssertionError(f"never settles: {self.controller.describe()}")
+
+    def _obey(self, failing: set[int], unjoinable: set[int]) -> bool:
+        """Do one thing that is waited for; whether there was any."""
+        ranks = self.controller.snapshot(self.now).ranks
+        members = [row.rank for row in ranks if row.state in MEMBERS]
+        starting = [row.rank for row in ranks if row.state is RankState.STARTING]
+        draining = published(self.actions).draining if of(p.Publish, self.actions) else ()
+        moves = [move for move in of(p.Respread, self.actions)[-1:] if move.epoch == self.controller.epoch]
+        if starting:
+            self.exited(*(rank for rank in starting if rank in failing))
+            self.ready(*(rank for rank in starting if rank not in failing))
+        elif self.controller.phase is Phase.FENCING:
+            self.fenced(*members)
+        elif self.controller.phase is Phase.REGROUPING and unjoinable.intersection(members):
+            self.regroup_failed(min(members))
+        elif self.controller.phase is Phase.REGROUPING:
+            self.regrouped(*members)
+        elif self.controller.phase is Phase.RESUMING:
+            self.synced()
+        elif draining and (self.controller.epoch, draining) not in self.heeded:
+            self.heeded.add((self.controller.epoch, draining))
+            self.moved()
+        elif moves and moves[0].serial not in self.heeded:
+            self.heeded.add(moves[0].serial)
+            self.respread(*members)
+        elif stores := [s for s in of(p.StoreExperts, self.actions) if s not in self.heeded]:
+            self.heeded.add(stores[0])
+            self.stored(stores[0])
+        else:
+            return False
+        return True
+
+    @property
+    def serving(self) -> list[int]:
+        """The ranks of the group."""
+        return [row.rank for row in self.controller.snapshot(self.now).ranks if row.state in IN_GROUP]
 
     def state(self, rank: int) -> RankState:
         return {row.rank: row.state for row in self.controller.snapshot(self.now).ranks}[rank]

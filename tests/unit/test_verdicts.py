@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from elastic_daemon import protocol as p
 from elastic_daemon.control_state import Phase
 from elastic_daemon.membership import RankState, Status
+from elastic_daemon.placement import missing
 from elastic_daemon.policy import Policy
 from elastic_daemon.verdicts import Measure, Situation, decide
 from tests.unit.driver import POLICY, Shell, events, of, published, too_few
@@ -18,6 +19,7 @@ from tests.unit.driver import POLICY, Shell, events, of, published, too_few
 GPU, XID = "GPU-2", "xid 79: GPU has fallen off the bus"
 Kind = p.VerdictKind
 SINGLE = replace(POLICY, slots=6)  # some experts have a single copy, and any three ranks have room for all
+TOO_FEW = "2 ranks are needed to hold every expert, and 1 would be left"
 ACTING = (Kind.EXCLUDE, Kind.DRAIN, Kind.RESTART_RANK)
 
 
@@ -52,7 +54,6 @@ def test_a_rank_that_cannot_go_on_is_excluded_with_its_cause(kind: Kind) -> None
 def test_a_rank_on_a_gpu_that_goes_bad_leaves_in_order() -> None:
     """Requests first, then what experts only it holds, then the group closes up without it."""
     shell = Shell(SINGLE).serve()
-    shell.synced()
     shell.now += 5
     identity = (2, shell.incarnation(2))
     actions = say(shell, Kind.DRAIN, 2, ago=0.25)
@@ -62,8 +63,7 @@ def test_a_rank_on_a_gpu_that_goes_bad_leaves_in_order() -> None:
     assert shell.controller.reason == f"rank 2: draining: {XID}"
 
     (move, *_) = of(p.Respread, shell.moved())
-    others = {expert for number in (0, 1, 3) for expert in move.placement.columns[number][0].tolist()}
-    assert others == set(range(16)), "who stays comes to hold every expert"
+    assert missing(move.placement.restricted([0, 1, 3])) == (), "who stays comes to hold every expert"
     assert not of(p.Fence, shell.respread(0, 1, 2))
     actions = shell.respread(3)
     assert of(p.KillRank, actions) == [p.KillRank(*identity, XID, doubtful=False)]
@@ -82,7 +82,6 @@ def test_a_rank_on_a_gpu_that_goes_bad_leaves_in_order() -> None:
 @pytest.mark.parametrize("moved", [True, False])
 def test_it_leaves_in_any_case_when_its_time_is_over(moved: bool) -> None:
     shell = Shell(SINGLE).serve()
-    shell.synced()
     say(shell, Kind.DRAIN, 2)
     if moved:
         shell.moved()
@@ -111,20 +110,31 @@ def test_who_cannot_leave_in_order_is_excluded() -> None:
     shell.exited(0)
     assert [kill.rank for kill in of(p.KillRank, say(shell, Kind.DRAIN, 2))] == [2]
     shell = Shell().serve()
-    shell.synced()
     say(shell, Kind.DRAIN, 1)
     assert [kill.rank for kill in of(p.KillRank, say(shell, Kind.DRAIN, 2))] == [2]
 
 
 def test_a_rank_that_cannot_be_spared_any_more_stays() -> None:
     shell = Shell().serve()
-    shell.synced()
     say(shell, Kind.DRAIN, 2)
     shell.exited(0, 1)
     shell.recover(2, 3)
-    assert shell.state(2) is RankState.ACTIVE
     assert events("rank_stays", shell.actions) == [{"rank": 2, "incarnation": 3}]
     assert published(shell.actions).draining == ()
+    assert (shell.state(2), rank(shell, 2).reason) == (RankState.SUSPECT, f"{XID}; kept: {TOO_FEW}")
+    assert f"rank 2: {XID}; kept" in shell.controller.reason
+    (refused,) = events("verdict_refused", shell.actions)
+    assert (refused["ranks"], refused["why"]) == ([2], TOO_FEW)
+    say(shell, Kind.OK, 2)
+    assert shell.state(2) is RankState.ACTIVE
+
+
+def test_the_same_again_does_not_hurry_who_leaves_in_order() -> None:
+    shell = Shell().serve()
+    say(shell, Kind.DRAIN, 2)
+    assert not of(p.KillRank, say(shell, Kind.DRAIN, 2, why="xid 48"))
+    assert shell.state(2) is RankState.DRAINING
+    assert [kill.rank for kill in of(p.KillRank, say(shell, Kind.EXCLUDE, 2))] == [2], "a graver one does"
 
 
 def test_ranks_that_share_a_gpu_go_together() -> None:
@@ -263,17 +273,26 @@ def test_the_front_end_drops_what_the_excluded_rank_still_says() -> None:
 
 @given(
     st.sampled_from(Kind), st.booleans(), st.integers(1, 64), st.integers(1, 64),
-    st.integers(0, 8), st.integers(0, 8), st.integers(0, 8), st.booleans(), st.booleans(),
+    st.integers(0, 8), st.integers(0, 8), st.integers(0, 8), st.tuples(*[st.booleans()] * 5),
 )  # fmt: skip
-def test_an_exclusion_always_leaves_room_for_every_expert(
-    kind: Kind, act: bool, experts: int, slots: int, standby: int, members: int, others: int, serving: bool, stop: bool
+def test_what_is_done_always_leaves_room_for_every_expert(
+    kind: Kind, act: bool, experts: int, slots: int, standby: int, members: int, others: int, is_: tuple[bool, ...]
 ) -> None:
+    serving, stopping, may_drain, leaving, automatic = is_
     verdict = p.TelemetryVerdict(GPU, (), kind, act, XID, 0.0)
-    situation = Situation(members + standby, members, members + others, serving, stop)
+    situation = Situation(
+        members + standby, members, members + others, serving, stopping, may_drain, leaving, automatic
+    )
     measure = decide(verdict, situation, Policy(8, experts, slots)).measure
-    if measure is Measure.EXCLUDE:
+    if measure in (Measure.EXCLUDE, Measure.DRAIN):
         assert not members or others * slots >= experts
+    if measure is Measure.DRAIN:
+        assert kind is Kind.DRAIN and may_drain and members
+    if measure is Measure.FENCE:
+        assert kind is Kind.RESTART_RANK and serving
     if measure is not Measure.SHOW:
         assert act and kind.acts and members + standby
     if measure is Measure.REFUSE:
-        assert stop or others * slots < experts
+        assert stopping or not automatic or others * slots < experts
+    if stopping or not automatic:
+        assert measure in (Measure.SHOW, Measure.REFUSE)
