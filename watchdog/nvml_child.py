@@ -36,12 +36,11 @@ from watchdog.call_page import CallPage
 from watchdog.memory import give_back
 from watchdog.nvml import Driver, Gpu, Trouble
 from watchdog.parent import die_with_parent
+from watchdog.reopening import REOPEN_S, Reopening
 
 SLOW_POLL_S = 1.0
 """Interval of the signals that change slowly."""
 EVENT_WAIT_MS = 500
-REOPEN_S = (0.5, 30.0)
-"""NVML is initialised again while a GPU is gone: after this long, twice as long each time, at most this long."""
 TELL_SLOW_S = 0.1
 """A GPU whose reading takes longer is named."""
 
@@ -80,14 +79,13 @@ class Child:
         self._skip = skip
         self._only = only
         self._commands = Commands()
-        self._pause = REOPEN_S[0]
-        self._reopen_at: float | None = None
-        self._gone: set[str] = set()
         self._open_driver()
         give_back()
 
     def _open_driver(self) -> None:
+        started = time.monotonic()
         self.driver = Driver(self._page, self._known, self._skip, self._only)
+        self._open_took_s = time.monotonic() - started
         self._known |= {gpu.uuid for gpu in self.driver.gpus}
 
     def open(self) -> None:
@@ -152,6 +150,7 @@ class PollChild(Child):
     def __init__(self, page: CallPage, known: set[str], skip: set[str], only: str | None, interval: float) -> None:
         super().__init__(page, known, skip, only)
         self._interval = interval
+        self._reopening = Reopening()
         self._readings: dict[str, dict[str, Any]] = {}
         self._slow_at = 0.0
 
@@ -163,7 +162,7 @@ class PollChild(Child):
             slow = now >= self._slow_at
             if slow:
                 self._slow_at = now + SLOW_POLL_S
-            gone = self._poll_all(slow)
+            gone, present = self._poll_all(slow)
             if slow and not announced:  # what is not supported is known only now
                 self.announce()
                 announced = True
@@ -172,26 +171,15 @@ class PollChild(Child):
             commands = self._commands.wait(due - time.monotonic())
             if "now" in commands:
                 due = time.monotonic()
-            if self.obey(commands) or self._must_reopen(gone):
+            # Handles stay bound to the GPUs that were there.
+            missing = self._reopening.due(gone, present, self._open_took_s, time.monotonic())
+            if self.obey(commands) or missing:
                 self.open()
                 self._slow_at = 0.0
                 announced = False
 
-    def _must_reopen(self, gone: set[str]) -> bool:
-        """Handles stay bound to the GPUs that were there: only a new initialisation shows what came or came back."""
-        now = time.monotonic()
-        if gone - self._gone:
-            self._pause = REOPEN_S[0]
-            self._reopen_at = now + self._pause
-        self._gone = gone
-        if not gone or self._reopen_at is None or now < self._reopen_at:
-            return False
-        self._pause = min(2 * self._pause, REOPEN_S[1])
-        self._reopen_at = now + self._pause
-        return True
-
-    def _poll_all(self, slow: bool) -> set[str]:
-        """Send what changed. Returns the GPUs that are gone."""
+    def _poll_all(self, slow: bool) -> tuple[set[str], int]:
+        """Send what changed. Returns the GPUs that are gone, and how many are not."""
         changed: dict[str, dict[str, Any]] = {}
         took: dict[str, float] = {}
         present = set()
@@ -209,7 +197,7 @@ class PollChild(Child):
         if changed or took or slow:
             send("poll", gpus=changed, slow=took)
         expected = {self._only} if self._only else self._known - self._skip
-        return gone | expected - present
+        return gone | expected - present, len(present - gone)
 
     def _poll(self, gpu: Gpu, slow: bool) -> dict[str, Any]:
         before = self._readings.get(gpu.uuid, {})
