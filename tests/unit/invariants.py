@@ -225,7 +225,8 @@ class Books:
         assert phase in (Phase.SERVING, Phase.UNAVAILABLE), f"at rest while {phase}"
         assert len(self.ended) <= self.orders and not self.running, f"never ends: {self.running}"
         assert not view_draining(self.published), "somebody drains for ever"
-        if self.policy.restore and self.controller.automatic:
+        spoilt = self.poison.rank in self.members.get(self.epoch, ())  # it goes on and on
+        if self.policy.restore and self.controller.automatic and not spoilt:
             back = {process.rank for process in self.processes.values() if process.identity not in self.dead}
             absent = self.controller._wanted - back - self.left_out
             assert absent <= self.controller._no_gpu | self.controller._left_out.keys(), f"{absent} did not come back"
