@@ -201,6 +201,13 @@ def test_they_are_made_after_experts_were_spread() -> None:
     assert safety(shell.settle()) == 1
 
 
+def test_they_are_made_where_copies_are_not_spread_too() -> None:
+    shell = after_a_loss(replace(SPREADING, respread=False, host_copies=True)).settle()
+    assert not of(p.Respread, shell.actions)
+    assert stores(shell)
+    assert safety(shell) == 1
+
+
 def test_a_lost_expert_comes_back_from_host_memory() -> None:
     shell = Shell(COPYING).serve().settle()
     held = singles(shell.first_placement())
