@@ -41,7 +41,8 @@ class Kind(StrEnum):
 class Change:
     """One change. Monotonic seconds. `at`: the kill, the loss, the order, or when the new GPU appeared.
 
-    `regroups`: from the start to the end of each; `kinds`: what the daemon calls it. `starting`: from the first start
+    `regroups`: from the start to the end of each; `kinds`: what the daemon calls it; `parts`: its own account of the
+    seconds. `starting`: from the first start
     of a rank's process until all are on standby, None where nobody was started. `full_at`: all wanted ranks serve.
     `delays`: the worst scheduling delay of this process in each regroup, and `delay` in all of it.
     """
@@ -51,6 +52,7 @@ class Change:
     full_at: float
     regroups: tuple[Window, ...]
     kinds: tuple[str, ...]
+    parts: tuple[Mapping[str, float], ...]
     starting: Window | None
     delays: tuple[float, ...]
     delay: float
@@ -96,7 +98,7 @@ def change_of(
     `events`: of the daemon, since just before it. `clock_s`: monotonic time minus time of day.
     Raises ValueError where the group has not changed.
     """
-    regroups, kinds = [], []
+    regroups, kinds, parts = [], [], []
     began = at
     for event in events:
         now = event["time"] + clock_s
@@ -105,6 +107,7 @@ def change_of(
         elif event["event"] == "recovery_done":
             regroups.append(Window(began, now))
             kinds.append(event["kind"])
+            parts.append(event["seconds"])
     if not regroups:
         raise ValueError(f"{kind}: the group has not changed")
     starts = [event["time"] + clock_s for event in events if event["event"] == "rank_starting"]
@@ -116,6 +119,7 @@ def change_of(
         full_at=full_at,
         regroups=tuple(regroups),
         kinds=tuple(kinds),
+        parts=tuple(parts),
         starting=Window(min(starts), max(ready)) if starts and ready else None,
         delays=tuple(worst_delay(delays, around(regroup)) for regroup in regroups),
         delay=worst_delay(delays, Window(at, full_at + AFTER_S)),
@@ -127,7 +131,8 @@ class Seen:
     """What clients saw of a change. Seconds; `share`: tokens per second while ranks started, relative to before.
 
     `joins`, `losses`: the longest wait around each regroup that let ranks in, and that lost or dismissed some;
-    `settling`: after the last one; `whole`: from the order on. `phases`: of a change in which ranks started.
+    `settling`: after the last one; `whole`: from the order on. `phases`: of a change in which ranks started. `grows`,
+    `shrinks`: the daemon's own account of each regroup.
     """
 
     kind: Kind
@@ -141,6 +146,8 @@ class Seen:
     delay: float
     share: float | None
     phases: Mapping[str, float]
+    grows: tuple[Mapping[str, float], ...] = ()
+    shrinks: tuple[Mapping[str, float], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -164,6 +171,8 @@ def seen(change: Change, traffic: Traffic) -> Seen:
         delay=change.delay,
         share=share,
         phases=phases(change),
+        grows=tuple(part for kind, part in zip(change.kinds, change.parts, strict=True) if kind == "grow"),
+        shrinks=tuple(part for kind, part in zip(change.kinds, change.parts, strict=True) if kind == "shrink"),
     )
 
 

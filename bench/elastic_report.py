@@ -79,7 +79,8 @@ def render(report: Report) -> Group:
     verdict = Text("failed", "bold red") if report.problems else Text("passed", "bold green")
     head = Text("elasticity benchmark ").append_text(verdict)
     parts: list[Text | Table] = [head, *(Text(f"  {problem}", "red") for problem in report.problems), _setup(report)]
-    parts += [Text(), _bars(report), Text(), _waits(report), Text(), _times(report), Text(), _footprints(report)]
+    parts += [Text(), _bars(report), Text(), _waits(report), Text(), _daemon(report), Text(), _times(report)]
+    parts += [Text(), _footprints(report)]
     return Group(*parts)
 
 
@@ -149,6 +150,18 @@ def _waits(report: Report) -> Table:
     row("down by one: order to end", [one.whole for one in downs], [one.delay for one in downs])
     row("up by one: order to end, a rank loads", [one.whole for one in ups], [one.delay for one in ups])
     row("rejoin: kill to end, a rank loads", [one.whole for one in rejoins], [one.delay for one in rejoins])
+    return table
+
+
+def _daemon(report: Report) -> Table:
+    """The daemon's own account, to tell what the clients' waits are made of."""
+    changes = report.results.changes
+    table = _table("daemon: what its regroups took, ms", "n", "p50", "p99", "max")
+    grows, shrinks = [part for one in changes for part in one.grows], [part for one in changes for part in one.shrinks]
+    for name, parts in (("a rank joins", grows), ("a rank leaves", shrinks)):
+        for phase in parts[0] if parts else ():
+            spread = Spread.of([part[phase] for part in parts])
+            table.add_row(f"{name}: {phase}", str(spread.count), *map(_ms, (spread.p50, spread.p99, spread.max)))
     return table
 
 

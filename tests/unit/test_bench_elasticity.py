@@ -51,11 +51,11 @@ def event(name: str, time: float, **fields: Any) -> dict[str, Any]:
 REJOIN = [
     event("rank_excluded", 100.04, rank=2),
     event("recovery_started", 100.04),
-    event("recovery_done", 100.10, kind="shrink"),
+    event("recovery_done", 100.10, kind="shrink", seconds={"fence": 0.01, "total": 0.06}),
     event("rank_starting", 100.60, rank=2),
     event("rank_standby", 103.10, rank=2),
     event("recovery_started", 103.15),
-    event("recovery_done", 103.20, kind="grow"),
+    event("recovery_done", 103.20, kind="grow", seconds={"fence": 0.02, "total": 0.05}),
 ]
 
 
@@ -142,6 +142,7 @@ def test_seen_by_clients() -> None:
     assert one.joins == pytest.approx((0.3,))
     assert one.share == pytest.approx(0.8)
     assert one.whole == pytest.approx(0.3)
+    assert [part["fence"] for part in (*one.shrinks, *one.grows)] == [0.01, 0.02]
 
 
 def test_change_without_a_start_has_no_share() -> None:
@@ -233,6 +234,7 @@ def change(kind: Kind, **fields: Any) -> Seen:
     given: dict[str, Any] = {
         "kind": kind, "seconds": 4.0, "joins": (0.1,), "join_delays": (0.01,), "losses": (0.1,), "loss_delays": (0.01,),
         "settling": 0.08, "whole": 0.15, "delay": 0.02, "share": 0.8, "phases": {"join": 0.1},
+        "grows": ({"fence": 0.01},),
     }  # fmt: skip
     return Seen(**{**given, **fields})
 
