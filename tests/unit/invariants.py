@@ -226,8 +226,7 @@ class Books:
         assert phase in (Phase.SERVING, Phase.UNAVAILABLE), f"at rest while {phase}"
         assert len(self.ended) <= self.orders and not self.running, f"never ends: {self.running}"
         assert not view_draining(self.published), "somebody drains for ever"
-        spoilt = self.poison.rank in self.members.get(self.epoch, ())  # it goes on and on
-        if self.policy.restore and self.controller.automatic and not spoilt:
+        if self.policy.restore and self.controller.automatic:
             back = {process.rank for process in self.processes.values() if process.identity not in self.dead}
             absent = self.controller._wanted - back - self.left_out
             cannot = self.controller._no_gpu | self.controller._left_out.keys()
