@@ -14,7 +14,8 @@ to standard output, `t` says which:
     broken       {error}; waiting for events failed, NVML is initialised again
     failed       {error}; NVML does not work at all; the process then ends with 3
 
-and reads commands, one a line: `now` (poll at once), `skip GPU,GPU` (initialise NVML again, and leave these alone).
+and reads commands, one a line: `now` (poll at once), `skip GPU,GPU` (initialise NVML again, and leave these alone),
+`expect GPU,GPU` (ranks are bound to these: look for those that are not there).
 It ends at end of file, and with its parent.
 """
 
@@ -116,7 +117,13 @@ class Child:
             if word == "skip":
                 self._skip = gpu_set(argument)
                 again = True
+            elif word == "expect":
+                self.expect(gpu_set(argument))
         return again
+
+    def expect(self, gpus: set[str]) -> None:
+        """Ranks are bound to these: whichever was never seen is missing all the same."""
+        self._known |= gpus
 
 
 class EventsChild(Child):
@@ -153,6 +160,10 @@ class PollChild(Child):
         self._reopening = Reopening()
         self._readings: dict[str, dict[str, Any]] = {}
         self._slow_at = 0.0
+
+    def expect(self, gpus: set[str]) -> None:
+        super().expect(gpus)
+        self._reopening.expect(len(gpus))
 
     def run(self) -> None:
         announced = False

@@ -13,7 +13,7 @@ for its GPU until it is gone. A child that is late because it had no processor i
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -109,6 +109,7 @@ class Prober:
         """Why NVML as a whole does not answer."""
         self.expected: set[str] = set()
         """UUIDs that the driver should list: those it listed before, and those that ranks are bound to."""
+        self._bound: frozenset[str] = frozenset()
         self.listed = False
         """The driver has said which GPUs there are."""
         self._present: dict[str, Mapping[str, Any]] = {}
@@ -144,6 +145,13 @@ class Prober:
     def pids(self) -> dict[str, int]:
         slots = {"poll": self.main, "events": self.events, **self.isolated}
         return {name: slot.child.pid for name, slot in slots.items() if slot.child is not None}
+
+    def expect(self, bound: Collection[str]) -> None:
+        """Ranks are bound to these GPUs, so the driver should list them, even if it never has since this began."""
+        self.expected |= set(bound)
+        if self._bound != frozenset(bound):
+            self._bound = frozenset(bound)
+            self._tell_expected()
 
     def poll_now(self) -> None:
         """Do not wait for the next turn: something happened."""
@@ -183,6 +191,7 @@ class Prober:
         known = ",".join(sorted(self.known))
         if self.main.child is None and now >= self.main.due and "poll" not in self.stuck:
             self._start(self.main, "poll", ["--known", known, "--skip", skip], now)
+            self._tell_expected()
         if self.events.child is None and now >= self.events.due and "events" not in self.stuck:
             self._start(self.events, "events", ["--known", known, "--skip", skip], now)
         running = sum(slot.child is not None for slot in self.isolated.values())
@@ -191,6 +200,10 @@ class Prober:
                 self._start(slot, "poll", ["--only", gpu], now)
                 slot.tried += 1
                 running += 1
+
+    def _tell_expected(self) -> None:
+        if self.main.child is not None and self._bound:
+            self.main.child.tell(f"expect {','.join(sorted(self._bound))}")
 
     def _start(self, slot: _Slot, role: str, arguments: list[str], now: float) -> None:
         arguments = [*arguments, "--interval", str(self.policy.interval)] if role == "poll" else arguments

@@ -18,8 +18,12 @@ class Reopening:
         self._most = 0
         self._at: float | None = None
 
+    def expect(self, count: int) -> None:
+        """Ranks are bound to so many GPUs: there are places for them, even if some were never seen."""
+        self._most = max(self._most, count)
+
     def due(self, gone: Collection[str], present: int, took_s: float, now: float) -> bool:
-        """`gone`: GPUs that were there once; `present`: how many are there; `took_s`: the last initialisation.
+        """`gone`: GPUs that should be there; `present`: how many are there; `took_s`: the last initialisation.
 
         A new GPU, which serves as soon as it is seen, can only appear where there were more once. Where none is
         missing in number, an old one has been replaced, and is hardly waited for.

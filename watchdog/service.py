@@ -187,7 +187,7 @@ class Service:
             self._delivery.put_gpus()
         if bindings != self._docket.bindings:
             self._docket.bind(bindings)
-            self._prober.expected |= {one.gpu for one in bindings.ranks if one.gpu}
+            self._prober.expect({one.gpu for one in bindings.ranks if one.gpu})
             self._docket.see_gpus({}, self._prober.absent, time.monotonic())
         self._review()
 

@@ -104,14 +104,14 @@ def test_kills_and_restarts_leave_nothing_behind(tmp_path: Path) -> None:
 
 def _kill_all_but_one(cluster: Cluster) -> int:
     """Kill five of six ranks, and the front end twice, one after the other. Returns the number of kills."""
-    keepers = [cluster.process.pid, *_titled(cluster, "zygote")]
+    keepers = [cluster.process.pid, *cluster.titled("zygote")]
     run_streams(cluster, max_tokens=5)
     before, processes = [Usage.of(pid) for pid in keepers], len(cluster.descendants())
     victims = (3, None, 0, 5, None, 1, 4)
     for victim in victims:
         restarts = len(cluster.events("frontend_ready"))
         if victim is None:
-            [frontend] = _titled(cluster, "front end")
+            [frontend] = cluster.titled("front end")
             os.kill(frontend, signal.SIGKILL)
             cluster.wait_for(lambda restarts=restarts: len(cluster.events("frontend_ready")) > restarts)
         else:
@@ -127,16 +127,11 @@ def _kill_all_but_one(cluster: Cluster) -> int:
     return len(victims)
 
 
-def _titled(cluster: Cluster, title: str) -> list[int]:
-    named = f"elastic-daemon: {title}"
-    return [pid for pid in cluster.descendants() if Path(f"/proc/{pid}/cmdline").read_text().strip("\0") == named]
-
-
 def test_death_of_the_zygote_ends_the_daemon(tmp_path: Path) -> None:
     """Nothing can be started or reaped without it, so a service manager must start over."""
     with Cluster(tmp_path / "run") as cluster:
         pids = cluster.descendants()
-        [zygote] = _titled(cluster, "zygote")
+        [zygote] = cluster.titled("zygote")
         os.kill(zygote, signal.SIGKILL)
         assert cluster.process.wait(10) == 1
         _wait_gone(pids)

@@ -132,6 +132,11 @@ class Cluster:
     def descendants(self) -> list[int]:
         return _descendants(self.process.pid)
 
+    def titled(self, title: str) -> list[int]:
+        """Processes of the daemon that bear this title: `zygote`, `front end`."""
+        named = f"elastic-daemon: {title}"
+        return [pid for pid in self.descendants() if Path(f"/proc/{pid}/cmdline").read_text().strip("\0") == named]
+
 
 def _descendants(pid: int) -> list[int]:
     children: list[int] = []

@@ -39,6 +39,15 @@ def test_replaced_gpu_is_hardly_waited_for() -> None:
     assert times(reopening, {"a", "b"}, 3, 95, 97, FAST_S) != []  # another place is empty
 
 
+def test_gpu_that_was_gone_at_the_start_has_an_empty_place() -> None:
+    reopening = Reopening()
+    assert times(reopening, set(), 3, 0, 1, FAST_S) == [], "whom ranks are bound to is not known yet"
+    reopening.expect(4)
+    found = times(reopening, {"a"}, 3, 1, 60, FAST_S)
+    assert found[0] == 1 + REOPEN_S[0]
+    assert max(later - earlier for earlier, later in pairwise(found)) <= REOPEN_S[0]
+
+
 @pytest.mark.parametrize(("took_s", "pause_s"), [(0.1, 2.0), (1.0, 20.0), (9.0, 30.0)])
 def test_slow_driver_is_spared(took_s: float, pause_s: float) -> None:
     reopening = Reopening()
