@@ -122,7 +122,7 @@ def _growth_bars(results: Results) -> list[Bar]:
     memory = max(memory_growth(*ends).values()) / 1024 if ends else None
     counted = ", ".join(COUNTS)
     return [
-        Bar(f"growth in {counted} of lasting processes: the largest", lasting, 0, ""),
+        Bar(f"growth in {counted} of lasting processes, beyond abandoned groups: the largest", lasting, 0, ""),
         Bar("growth in the same of ranks, beyond abandoned groups: the largest", ranks, 0, ""),
         Bar(f"growth of memory of {', '.join(LASTING)}: the largest", memory, GROWTH_MIB, "MiB"),
     ]

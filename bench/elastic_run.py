@@ -99,10 +99,12 @@ class Run:
             with self._noted("with spare GPUs"):
                 worn = await lives.enter_async_context(self._daemon(WITH_SPARES))
                 await self._changes(worn)
-                async with self._daemon(OPTIONS) as fresh:
+                async with self._daemon(WITH_SPARES) as fresh:  # with the same GPUs to watch: nothing else differs
                     await self._throughput(worn, fresh)
-                    await lives.aclose()
-                    await self._replacements(fresh)
+        with self._noted("without spare GPUs"):
+            async with self._daemon(OPTIONS) as daemon:
+                await self._undisturbed(daemon)
+                await self._replacements(daemon)
 
     @contextlib.contextmanager
     def _noted(self, section: str) -> Any:

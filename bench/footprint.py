@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ COUNTS = ("processes", "descriptors", "sockets", "ports", "threads")
 ABANDONED = {"descriptors": 16, "sockets": 16, "ports": 1, "threads": 4}
 """What a group of ranks that gloo never lets go of may hold in a rank, until gloo's own timeout. As in
 tests/chaos/test_leaks.py."""
+
+ABANDONED_BY_SUPERVISOR = {"descriptors": 1, "sockets": 1}
+"""Such a group's connection to the rendezvous store."""
 
 ABANDONED_LINE = re.compile(r'"pid": (\d+), "position": \d+, "abandoned": (\d+), "event": "group_abandoned"')
 
@@ -138,17 +141,24 @@ def _counts(processes: Iterable[Process], listeners: frozenset[int]) -> dict[str
 
 
 def lasting_growth(before: Footprint, after: Footprint) -> dict[str, int]:
-    """Of each count, in processes that live as long as the daemon."""
-    return {name: sum(after.counts[role][name] - before.counts[role][name] for role in LASTING) for name in COUNTS}
+    """Of each count, in processes that live as long as the daemon, less what abandoned groups explain."""
+    return _growth(before, after, LASTING, ABANDONED_BY_SUPERVISOR)
 
 
 def rank_growth(before: Footprint, after: Footprint) -> dict[str, int]:
-    """Of each count, in ranks and whatever else there is, less what abandoned groups explain; may be below 0."""
-    grown = {}
-    for name in COUNTS:
-        change = sum(after.counts[role][name] - before.counts[role][name] for role in (RANKS, ""))
-        grown[name] = change - max(0, after.abandoned - before.abandoned) * ABANDONED.get(name, 0)
-    return grown
+    """The same in ranks and whatever else there is; may be below 0."""
+    return _growth(before, after, (RANKS, ""), ABANDONED)
+
+
+def _growth(
+    before: Footprint, after: Footprint, roles: Collection[str], each_abandoned: Mapping[str, int]
+) -> dict[str, int]:
+    abandoned = max(0, after.abandoned - before.abandoned)
+    return {
+        name: sum(after.counts[role][name] - before.counts[role][name] for role in roles)
+        - abandoned * each_abandoned.get(name, 0)
+        for name in COUNTS
+    }
 
 
 def memory_growth(before: Footprint, after: Footprint) -> dict[str, int]:

@@ -163,6 +163,7 @@ class RankProcess:
 
     def __init__(self, store: RendezvousStore, body: type[GroupRank]) -> None:
         self._connection, theirs = SPAWN.Pipe()
+        self._early: list[Answer] = []
         self.process = SPAWN.Process(target=_main, args=(theirs, (store.host, store.port), body), daemon=True)
         self.process.start()
         theirs.close()
@@ -172,16 +173,23 @@ class RankProcess:
         self._connection.send((name, arguments, False))
 
     def ask_meanwhile(self, name: str, *arguments: Any) -> Answer:
-        """Run a command in the control thread, while the main thread may be blocked."""
+        """Run a command in the control thread, while the main thread may be blocked.
+
+        What that says first, being freed by this command, say, is kept for `answer`.
+        """
         self._connection.send((name, arguments, True))
-        answer = self.answer()
-        assert answer.command == name
+        while (answer := self._receive()).command != name:
+            self._early.append(answer)
         return answer
 
     def answers_within(self, seconds: float) -> bool:
-        return self._connection.poll(seconds)
+        return bool(self._early) or self._connection.poll(seconds)
 
     def answer(self) -> Answer:
+        """The main thread's next one."""
+        return self._early.pop(0) if self._early else self._receive()
+
+    def _receive(self) -> Answer:
         assert self._connection.poll(ANSWER_TIMEOUT_S), "no answer"
         answer: Answer = self._connection.recv()
         return answer

@@ -198,11 +198,13 @@ def test_growth() -> None:
 
 def test_groups_that_living_ranks_have_abandoned_explain_growth() -> None:
     """The last line of each counts; one that has ended has taken its groups with it."""
-    before = Footprint.of_processes([process(RANKS, 1, pid=7)], frozenset())
+    before = Footprint.of_processes([process(RANKS, 1, pid=7), process("supervisor", 1)], frozenset())
     log = "\n".join([abandoned_line(7, 2), abandoned_line(9, 4), abandoned_line(7, 1)])
-    after = Footprint.of_processes([process(RANKS, 1, pid=7, descriptors=27, threads=6)], frozenset(), log)
+    rank = process(RANKS, 1, pid=7, descriptors=27, threads=6)
+    after = Footprint.of_processes([rank, process("supervisor", 1, descriptors=12)], frozenset(), log)
     assert after.abandoned == 1
     assert rank_growth(before, after) == {"processes": 0, "descriptors": 1, "sockets": -16, "ports": -1, "threads": -1}
+    assert lasting_growth(before, after)["descriptors"] == 1  # its connection to the store is explained
 
 
 @pytest.mark.parametrize(
