@@ -25,7 +25,7 @@ def test_kill_and_rejoin_again_and_again(tmp_path: Path) -> None:
             assert health["last_grow"]["ranks"] == [victim]
             assert health["last_grow"]["requests"]["lost"] == 0
             assert cluster.pid(victim) != before
-            assert health["expert_safety"] == 1
+            assert health["expert_safety"] >= 1, "more once single copies were in host memory"
             cluster.verify_experts()
         assert_same(run_streams(cluster), reference)
 
