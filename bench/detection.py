@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import json
 import signal
 import sys
 import time
@@ -21,6 +20,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from bench.command import check_json_path, say, write_json
 from bench.detection_trials import OPTIONS, RANKS, SURVIVE, Bench, Kind, Trial
 from bench.machine import Machine, load_average
 from elastic_daemon.drill_daemon import Display, own_daemon
@@ -114,11 +114,11 @@ async def measure(kinds: Sequence[Kind], trials: int, done: list[Trial], problem
                     await bench.prepare()
                     for kind in batch:
                         done.append(await bench.suffer(kind))
-                        _say(describe(done[-1]))
+                        say(describe(done[-1]))
                     daemon.keep_log = False
             except (ElasticError, RuntimeError, TimeoutError) as error:
                 problems.append(f"life {number}: {type(error).__name__}: {error}")
-                _say(problems[-1])
+                say(problems[-1])
 
 
 def describe(trial: Trial) -> str:
@@ -177,14 +177,9 @@ def render(trials: Sequence[Trial], problems: Sequence[str], load: float, second
     )  # fmt: skip
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        parser().error(f"--json: no such directory: {options.json.parent}")
+    check_json_path(parser(), options.json)
     started, load = time.monotonic(), load_average()
     trials: list[Trial] = []
     problems: list[str] = []
@@ -193,9 +188,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, asyncio.CancelledError):
         problems.append("stopped before the end")
     make_console().print(render(trials, problems, load, time.monotonic() - started))
-    if options.json is not None:
-        body = {"trials": [asdict(trial) for trial in trials], "problems": problems}
-        options.json.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+    body = {"trials": [asdict(trial) for trial in trials], "problems": problems}
+    write_json(options.json, body)
     return 1 if verdicts(trials) or problems else 0
 
 

@@ -16,6 +16,7 @@ from bench.elastic_run import CALM_WINDOW_S, MOST, RANKS, SPARES, Results
 from bench.footprint import COUNTS, LASTING
 from bench.footprint import RANKS as RANK_ROLE
 from bench.machine import Machine
+from bench.tables import figures_table
 from elastic_daemon.drill_report import Spread
 
 
@@ -99,16 +100,8 @@ def _setup(report: Report) -> Text:
     )
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
-    table.add_column("")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
 def _bars(report: Report) -> Table:
-    table = _table("bars", "measured", "bar", "")
+    table = figures_table("bars", "measured", "bar", "")
     for bar in report.bars:
         sign = ">=" if bar.at_least else "<="
         verdict = Text("met", "green") if bar.met else Text("NOT met", "bold red")
@@ -130,7 +123,9 @@ def _number(value: float | None, unit: str) -> str:
 
 def _waits(report: Report) -> Table:
     results = report.results
-    table = _table("longest wait of any client for a token, ms", "n", "p50", "p99", "max", "delay p50", "delay max")
+    table = figures_table(
+        "longest wait of any client for a token, ms", "n", "p50", "p99", "max", "delay p50", "delay max"
+    )
     rejoins, ups, downs = (results.of(kind) for kind in (Kind.REJOIN, Kind.UP, Kind.DOWN))
 
     def row(name: str, waits: Sequence[float], delays: Sequence[float]) -> None:
@@ -156,7 +151,7 @@ def _waits(report: Report) -> Table:
 def _daemon(report: Report) -> Table:
     """The daemon's own account, to tell what the clients' waits are made of."""
     changes = report.results.changes
-    table = _table("daemon: what its regroups took, ms", "n", "p50", "p99", "max")
+    table = figures_table("daemon: what its regroups took, ms", "n", "p50", "p99", "max")
     grows, shrinks = [part for one in changes for part in one.grows], [part for one in changes for part in one.shrinks]
     for name, parts in (("a rank joins", grows), ("a rank leaves", shrinks)):
         for phase in parts[0] if parts else ():
@@ -174,7 +169,7 @@ def _times(report: Report) -> Table:
         Kind.UP: "order -> done",
         Kind.MANY: "three orders -> done",
     }
-    table = _table("time to full capacity, s", "n", "p50", "max", "share")
+    table = figures_table("time to full capacity, s", "n", "p50", "max", "share")
     for kind, name in names.items():
         some = report.results.of(kind)
         spread = Spread.of([one.seconds for one in some])
@@ -193,7 +188,7 @@ def _times(report: Report) -> Table:
 
 def _footprints(report: Report) -> Table:
     taken = report.results.footprints
-    table = _table("what the daemon's processes hold, at rest", *taken)
+    table = figures_table("what the daemon's processes hold, at rest", *taken)
     for name in COUNTS:
         cells = (
             f"{one.total(name) - one.counts[RANK_ROLE][name]} + {one.counts[RANK_ROLE][name]}" for one in taken.values()

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.command import check_json_path, say, write_json
 from bench.elastic_report import Report, render
 from bench.elastic_run import Plan, Run
 from bench.machine import Machine, load_average
@@ -70,7 +70,7 @@ async def measure(cycles: int, streams: int, tokens: int, quick: bool) -> Report
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     started, load = time.monotonic(), load_average()
     with Display(make_console(stderr=True)) as display:
-        run = Run(Plan.of(cycles, quick), streams, tokens, _say, display)
+        run = Run(Plan.of(cycles, quick), streams, tokens, say, display)
         await run.everything()
     return Report(
         machine=Machine.here(),
@@ -83,23 +83,17 @@ async def measure(cycles: int, streams: int, tokens: int, quick: bool) -> Report
     )
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     cycles = options.cycles or (QUICK_CYCLES if options.quick else CYCLES)
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        parser().error(f"--json: no such directory: {options.json.parent}")
+    check_json_path(parser(), options.json)
     try:
         report = asyncio.run(measure(cycles, options.streams, options.tokens, options.quick))
     except (KeyboardInterrupt, asyncio.CancelledError):
-        _say("stopped before the end")
+        say("stopped before the end")
         return INTERRUPTED
     make_console().print(render(report))
-    if options.json is not None:
-        options.json.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    write_json(options.json, report.to_json())
     return 1 if report.problems else 0
 
 

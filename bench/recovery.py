@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.command import check_json_path, say, write_json
 from bench.machine import Machine, load_average
 from bench.ours import run_ours
 from bench.plan import plan
@@ -74,8 +74,8 @@ async def measure(kills: int, streams: int, tokens: int, with_stock: bool) -> Re
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     started, load = time.monotonic(), load_average()
-    ours = await run_ours(plan(kills), streams, tokens, _say)
-    stock: Stock | None = await run_stock(streams, tokens, _say) if with_stock else None
+    ours = await run_ours(plan(kills), streams, tokens, say)
+    stock: Stock | None = await run_stock(streams, tokens, say) if with_stock else None
     return Report(
         machine=Machine.here(),
         load=(load, load_average()),
@@ -88,24 +88,18 @@ async def measure(kills: int, streams: int, tokens: int, with_stock: bool) -> Re
     )
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     kills = options.kills or (QUICK_KILLS if options.quick else KILLS)
     tokens = options.tokens or (QUICK_TOKENS if options.quick else TOKENS)
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        parser().error(f"--json: no such directory: {options.json.parent}")
+    check_json_path(parser(), options.json)
     try:
         report = asyncio.run(measure(kills, options.streams, tokens, not (options.no_stock or options.quick)))
     except (KeyboardInterrupt, asyncio.CancelledError):
-        _say("stopped before the end")
+        say("stopped before the end")
         return INTERRUPTED
     make_console().print(render(report))
-    if options.json is not None:
-        options.json.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    write_json(options.json, report.to_json())
     return 1 if report.problems else 0
 
 

@@ -15,6 +15,7 @@ from bench.measure import GAP_BAR_S, RATIO_BAR, Summary, by_phase, restart_ratio
 from bench.ours import Ours
 from bench.plan import RANKS
 from bench.stock import COLD, PREIMPORTED, Failure, Start, Stock
+from bench.tables import figures_table
 from elastic_daemon.drill_report import Spread, compare
 
 
@@ -96,14 +97,6 @@ def render(report: Report) -> Group:
     return Group(*parts)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
-    table.add_column("")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
 def _setup(report: Report) -> Text:
     machine = report.machine
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
@@ -120,7 +113,7 @@ def _setup(report: Report) -> Text:
 
 def _clients(report: Report) -> Table:
     summary, calm = report.summary, report.ours.undisturbed
-    table = _table(
+    table = figures_table(
         f"clients: {summary.kills} SIGKILLs in {summary.faults} runs, {summary.lost} streams lost, "
         f"{summary.changed} changed",
         *("p50", "p99", "max"),
@@ -143,7 +136,7 @@ def _worst(runs: Sequence[Sequence[float]]) -> Spread:
 
 
 def _daemon(summary: Summary) -> Table:
-    table = _table("daemon", "p50", "p99", "max")
+    table = figures_table("daemon", "p50", "p99", "max")
     table.add_row("detection: SIGKILL -> rank excluded, ms", *_spread(summary.detections))
     for name, spread in summary.phases.items():
         table.add_row(f"recovery, {name}, ms", *_spread(spread))
@@ -167,7 +160,7 @@ def _phases(report: Report) -> Table:
     )
     during = [result.during for result in report.ours.faults if result.during is not None]
     inside = f"; {sum(during)} of {len(during)} second kills fell into the recovery of the first" if during else ""
-    table = _table(f"by phase of the kill, ms{inside}", *columns)
+    table = figures_table(f"by phase of the kill, ms{inside}", *columns)
     for phase, one in by_phase(report.ours.faults).items():
         outage = [_ms(one.outages.p50), _ms(one.outages.max)] if one.outages.count else ["-", "-"]
         counts = [str(one.kills), str(one.lost), str(one.changed)]
@@ -179,7 +172,7 @@ def _phases(report: Report) -> Table:
 def _stock(report: Report, stock: Stock) -> Table:
     equal = report.stock_tokens_equal
     same = "" if equal is None else f"; undisturbed, it gives our tokens in {equal} of {report.streams} streams"
-    table = _table(f"stock vLLM, data-parallel 2 with expert parallelism, same model and streams{same}", "")
+    table = figures_table(f"stock vLLM, data-parallel 2 with expert parallelism, same model and streams{same}", "")
     for failure in stock.failures:
         table.add_row(f"SIGKILL of one {failure.victim} under load", _failure(failure))
     names: Mapping[str, str] = {

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import signal
 import sys
 import time
@@ -24,6 +23,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from bench.command import check_json_path, write_json
 from bench.machine import Machine, load_average
 from bench.soak_noise import Disturber, Made, Noise
 from bench.watched import until_watched
@@ -255,16 +255,14 @@ def as_json(soak: Soak) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        parser().error(f"--json: no such directory: {options.json.parent}")
+    check_json_path(parser(), options.json)
     soak, load = Soak(options.minutes, options.seed), load_average()
     try:
         asyncio.run(measure(soak))
     except (KeyboardInterrupt, asyncio.CancelledError):
         soak.problem = "stopped before the end"
     make_console().print(render(soak, load))
-    if options.json is not None:
-        options.json.write_text(json.dumps(as_json(soak), indent=2) + "\n", encoding="utf-8")
+    write_json(options.json, as_json(soak))
     return 1 if wrong(soak) else 0
 
 
