@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from elastic_daemon.placement import minimum_ranks
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -35,6 +37,11 @@ class Policy:
     frontend_start_timeout_s: float = 180.0
     max_frontend_exits: int = 5  # within frontend_window_s
     frontend_window_s: float = 60.0
+
+    @property
+    def min_ranks(self) -> int:
+        """Fewest ranks that hold every expert."""
+        return minimum_ranks(self.experts, self.slots)
 
     def backoff(self, attempt: int) -> float:
         """Before the next try, after `attempt` failed ones."""

@@ -215,7 +215,7 @@ class ScalingControl(CapacityControl):
         self._ordered.add(rank)
 
     def _too_few(self, leaving: int) -> str:
-        needed = -(-self._policy.experts // self._policy.slots)
+        needed = self._policy.min_ranks
         return f"{needed} ranks are needed to hold every expert, and {len(self._ranks.members) - leaving} would be left"
 
     # --- operations ----------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ class ScalingControl(CapacityControl):
         if target > most:
             return f"at most {most} ranks can serve (--max-ranks), not {target}"
         if not self._holds_all(target):
-            needed = -(-self._policy.experts // self._policy.slots)
+            needed = self._policy.min_ranks
             return f"{target} ranks cannot hold {self._policy.experts} experts: the minimum is {needed}"
         return None if operation.retire is None else self._retire_error(operation.retire, target)
 

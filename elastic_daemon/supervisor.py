@@ -31,7 +31,7 @@ from elastic_daemon.launcher import Zygote, adopt_orphans, reap_orphans
 from elastic_daemon.messages import Message
 from elastic_daemon.metrics import Metrics
 from elastic_daemon.operations import OperationDesk
-from elastic_daemon.placement import Source
+from elastic_daemon.placement import Source, minimum_ranks
 from elastic_daemon.policy import Policy
 from elastic_daemon.processes import Processes
 from elastic_daemon.rank_messages import RankAction, rank_event, rank_message
@@ -163,7 +163,7 @@ class Supervisor:
                 "seconds": round(time.monotonic() - self._started, 2),
             },
         )
-        self.min_ranks = -(-answer["experts"] // answer["slots"])
+        self.min_ranks = minimum_ranks(answer["experts"], answer["slots"])
         start = start_target(settings, load_target(settings), self.min_ranks, self.max_ranks)
         if start.event is not None:
             self.events.record(start.event, start.fields)
