@@ -64,7 +64,9 @@ def decide(verdict: TelemetryVerdict, now: Situation, policy: Policy) -> Decisio
         return Decision(Measure.DRAIN if in_order else Measure.EXCLUDE)
     if verdict.verdict is VerdictKind.RESTART_RANK and now.serving:
         return Decision(Measure.FENCE)
-    return Decision(Measure.REFUSE, f"{policy.min_ranks} ranks are needed to hold every expert, and {left} would be left")
+    return Decision(
+        Measure.REFUSE, f"{policy.min_ranks} ranks are needed to hold every expert, and {left} would be left"
+    )
 
 
 @dataclass(frozen=True)
