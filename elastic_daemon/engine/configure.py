@@ -78,7 +78,6 @@ def configure(
         raise ConfigError(f"no such model directory: {args.model}")
     args.use_tqdm_on_load = False  # four progress bars at once, in a log
     args.enforce_eager = True
-    args.async_scheduling = False
     if device == "cpu":
         args.kv_cache_memory_bytes = args.kv_cache_memory_bytes or CPU_KV_CACHE_BYTES
     elif ranks_per_gpu > 1:
@@ -144,7 +143,8 @@ def _make_elastic(config: VllmConfig, ranks: int, max_ranks: int, redundant: int
     parallel.worker_cls = WORKERS[device]
     config.kernel_config.enable_flashinfer_autotune = False  # it tunes by timing, alone: never the same on two ranks
     parallel.distributed_executor_backend = LocalExecutor
-    config.scheduler_config.scheduler_cls = "elastic_daemon.engine.scheduler.ElasticScheduler"
+    kind = "ElasticAsyncScheduler" if config.scheduler_config.async_scheduling else "ElasticScheduler"
+    config.scheduler_config.scheduler_cls = f"elastic_daemon.engine.scheduler.{kind}"
 
 
 def for_rank(config: VllmConfig, plan: RankPlan) -> VllmConfig:

@@ -140,12 +140,12 @@ def test_steps_on_the_page(tmp_path: Path, per_step: bool) -> None:
 
 
 def test_without_a_directory_there_is_no_page(tmp_path: Path) -> None:
-    assert isinstance(open_page({"rank": 0, "incarnation": 1}, False), NoPage)
+    assert isinstance(open_page({"rank": 0, "incarnation": 1}), NoPage)
 
 
 def test_a_page_that_cannot_be_made_is_no_reason_to_end(tmp_path: Path) -> None:
     (tmp_path / "heartbeats").write_text("a file where a directory should be")
-    page = open_page({"heartbeat_dir": str(tmp_path), "rank": 0, "incarnation": 1}, False)
+    page = open_page({"heartbeat_dir": str(tmp_path), "rank": 0, "incarnation": 1})
     page.begin_epoch(1)
     page.start_step(1, Phase.DECODE)
 
@@ -180,7 +180,7 @@ class EndsLate:
 
 @pytest.mark.parametrize("error", [None, "Connection closed by peer"])
 def test_a_collective_that_ends_when_its_wait_times_out_is_no_fault(tmp_path: Path, error: str | None) -> None:
-    page = open_page({"heartbeat_dir": str(tmp_path), "rank": 0, "incarnation": 1}, False)
+    page = open_page({"heartbeat_dir": str(tmp_path), "rank": 0, "incarnation": 1})
     page.enter(Collective.SYNC)
     work = AbortableWork(EndsLate(error), AbortableProcessGroup(None, page), Collective.SYNC)
     if error is None:
