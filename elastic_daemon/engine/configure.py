@@ -136,7 +136,6 @@ def _make_elastic(config: VllmConfig, ranks: int, max_ranks: int, redundant: int
     parallel.enable_expert_parallel = True
     parallel.enable_eplb = True
     parallel.eplb_config.num_redundant_experts = redundant
-    parallel.eplb_config.use_async = False
     parallel.eplb_config.communicator = "torch_nccl"  # never made: ours takes its place
     parallel.all2all_backend = "allgather_reducescatter"
     parallel.disable_nccl_for_dp_synchronization = True  # what hosts agree on stays off the device

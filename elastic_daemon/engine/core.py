@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import faulthandler
 import os
 import queue
-import signal
 import threading
 import time
 import traceback
@@ -21,8 +19,7 @@ from typing import Any
 
 import msgspec
 import structlog
-import torch
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import Store
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.logging_utils.dump_input import dump_engine_exception
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -35,15 +32,14 @@ from elastic_daemon.engine.background import Background, open_copies
 from elastic_daemon.engine.experts import SlotContent
 from elastic_daemon.engine.faults import break_links
 from elastic_daemon.engine.gloo import AbortableProcessGroup
-from elastic_daemon.engine.heartbeat import BeatingQueue, Page, Steps, get_beating, open_page
+from elastic_daemon.engine.heartbeat import BeatingQueue, Page, Steps, get_beating
 from elastic_daemon.engine.plan import LocalExecutor, rank_plan
-from elastic_daemon.engine.probe import probe
 from elastic_daemon.engine.resume import restore_output
 from elastic_daemon.engine.scheduler import ElasticScheduler
 from elastic_daemon.engine.stream_counters import StreamCounters
 from elastic_daemon.engine.tiers import Loaded, load_slots
 from elastic_daemon.engine.worker import executor_worker
-from elastic_daemon.errors import ControlClosed, Fenced, PeerLost
+from elastic_daemon.errors import Fenced, PeerLost
 from elastic_daemon.messages import ControlClient, Message
 from elastic_daemon.placement import Placement
 from watchdog.heartbeat.layout import Phase
@@ -370,42 +366,3 @@ class Parking:
             raise error
         core.leave(error)
         core.park()
-
-
-def connect_store(host: str, port: int) -> Store:
-    """The rank's one client of the supervisor's rendezvous store."""
-    return TCPStore(host, port, is_master=False, wait_for_workers=False)
-
-
-def _device(config: VllmConfig) -> torch.device:
-    kind = config.device_config.device_type
-    return torch.device(kind) if kind == "cpu" else torch.device(kind, rank_plan(config).gpu)
-
-
-def run_rank(config: VllmConfig, spec: Message) -> None:
-    """Be rank `spec["rank"]` until the process ends. Called in a fresh fork of the zygote."""
-    faulthandler.register(signal.SIGUSR1)  # the supervisor asks for the stacks of a rank before it gives it up
-    control = ControlClient(spec["control"])
-    device = _device(config)
-    counters = StreamCounters(device) if device.type == "cuda" else None
-    page = open_page(spec, counters.map if counters is not None else None)
-    page.set_phase(Phase.LOADING)
-    try:
-        control.send("hello", role="rank", rank=spec["rank"], incarnation=spec["incarnation"])
-        probe(device)
-        store = PrefixStore(spec["store_prefix"], connect_store(spec["store_host"], spec["store_port"]))
-        core = ElasticEngineCore(
-            config,
-            spec["incarnation"],
-            EngineZmqAddresses(inputs=[spec["input_address"]], outputs=[spec["output_address"]]),
-            control,
-            store,
-            page,
-            Steps(page),
-            counters,
-            spec.get("host_copies_dir"),
-        )
-        core.serve()
-    except ControlClosed:
-        page.close()
-        log.warning("supervisor_gone", rank=spec["rank"])
