@@ -148,6 +148,8 @@ async def lived(
     if setting.device == "cuda":
         for name, value in GPU_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        if "--enforce-eager" not in flags:
+            os.environ["VLLM_LOGGING_LEVEL"] = "INFO"  # vLLM tells of the graphs that it captures
     if setting.model is not None:
         os.environ["ELASTIC_MODEL"] = setting.model
     options = (*setting.serve_options, *flags)
@@ -176,7 +178,10 @@ async def under_load(life: Life) -> AsyncIterator[tuple[Strikes, Judged]]:
     """Clients stream all the while; how that went is complete at the end."""
     judged, feed = Judged(), Feed(life.daemon)
     load = Load(life.daemon.url, life.reference, judged, life.setting.logprobs)
+    known = max((event["id"] for event in await life.daemon.events()), default=0)
     async with feed.followed(), load:
+        # The feed begins with all that ever happened: none of that belongs to what is done now.
+        await feed.until("earlier events", 0, lambda events: max((one["id"] for one in events), default=0) >= known)
         yield Strikes(life, feed, load.traffic), judged
 
 
