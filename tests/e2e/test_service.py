@@ -143,10 +143,10 @@ def test_a_stop_is_announced_and_clean(services: Services) -> None:
 def test_the_watchdog_is_a_service_too(services: Services) -> None:
     """Ready when it watches, pings from the loop that judges, ends cleanly with its children."""
     manager = services.manager
-    command = [sys.executable, "-m", "watchdog.cli", "run", "--simulated", "--runtime-dir", str(services.runtime_dir)]
-    state = ("--state-dir", str(services.runtime_dir / "state"))
+    command = [sys.executable, "-m", "watchdog.cli", "run", "--simulated"]
+    places = {"RUNTIME_DIRECTORY": str(services.runtime_dir), "STATE_DIRECTORY": str(services.runtime_dir / "state")}
     began = time.monotonic()
-    with subprocess.Popen([*command, *state], env={**os.environ, **manager.environment}) as process:
+    with subprocess.Popen(command, env={**os.environ, **places, **manager.environment}) as process:
         try:
             wait_until(lambda: manager.said("READY", began), 20, "READY of the watchdog")
             [ready] = manager.said("READY", began)
