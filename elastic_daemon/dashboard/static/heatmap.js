@@ -32,7 +32,7 @@ export class HeatMap {
     if (!placement) return;
     const { experts, ranks } = placement;
     const width = Math.floor(byId("map-scroll").clientWidth);
-    const cell = Math.max(3, Math.min(34, Math.floor((width - LEFT) / experts)));
+    const cell = Math.max(3, Math.min(48, Math.floor((width - LEFT) / experts)));
     const row = ranks.length > 24 ? 9 : ranks.length > 12 ? 14 : 20;
     const head = 20;
     const size = { width: LEFT + cell * experts + 1, height: head + 5 + row * ranks.length + 1 };

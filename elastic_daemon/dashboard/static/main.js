@@ -2,9 +2,10 @@
 
 import { WORDS, advise } from "./advice.js";
 import { ago, byId, clock, duration, el, keyed, list, plural, setIcon, setText } from "./dom.js";
+import { clientGap } from "./gap.js";
 import { HeatMap } from "./heatmap.js";
 import { askDeed, askScale } from "./orders.js";
-import { follow, get, hasKey, setKey } from "./source.js";
+import { follow, get, getText, hasKey, setKey } from "./source.js";
 import { showTiles } from "./tiles.js";
 import { drawStrip, showRecoveries } from "./timeline.js";
 
@@ -13,6 +14,7 @@ const SLOW_MS = 10000;
 const WAKE_MS = 60;
 const RETRY_MS = 2000;
 const EVENTS = 60;
+const GAP_MS = 3000;
 
 const MOVES = new Set(["regrouping", "recovery_done", "experts_spread", "experts_stored", "rank_left", "rank_excluded", "automation_switched"]);
 
@@ -22,6 +24,7 @@ const world = {
   recoveries: [],
   events: [],
   automation: null,
+  gap: null,
   heard: 0, // when the daemon last answered, ms
   statusSince: Date.now(),
   live: false,
@@ -36,16 +39,9 @@ let stream = null;
 async function refresh() {
   const health = await get("health", [200, 503]);
   if (health.status !== world.health?.status) world.statusSince = Date.now();
-  if (world.health && (health.epoch ?? 0) < (world.health.epoch ?? 0)) restarted();
   world.health = health;
   world.heard = Date.now();
   world.locked = !health.ranks;
-}
-
-// Its events are numbered anew.
-function restarted() {
-  world.events = [];
-  stream?.abort();
 }
 
 async function refreshGroup() {
@@ -65,8 +61,27 @@ async function refreshGroup() {
 
 async function refreshEvents() {
   if (world.locked) return;
-  const since = world.events.at(-1)?.id ?? 0;
-  for (const event of (await quietly(`events?since=${since}&last=${EVENTS}`)) ?? []) take(event);
+  const newest = await quietly(`events?last=${EVENTS}`);
+  if (!newest) return;
+  const known = world.events.at(-1);
+  const same = newest.find((event) => event.id === known?.id);
+  // A daemon that was started again numbers its events anew.
+  if (known && (same ? same.time !== known.time : (newest.at(-1)?.id ?? 0) < known.id)) {
+    world.events = [];
+    groupDue = true;
+  }
+  for (const event of newest) if (take(event) && MOVES.has(event.event)) groupDue = true;
+}
+
+// The metrics are long, vLLM's own being among them: asked for when they may have changed, and not at all where the
+// daemon does not measure the gap.
+async function refreshGap() {
+  if (world.gap === undefined) return;
+  try {
+    world.gap = clientGap(await getText("metrics"));
+  } catch {
+    // next time
+  }
 }
 
 async function quietly(path) {
@@ -125,6 +140,7 @@ async function turn() {
 function hear(event) {
   if (!take(event)) return;
   if (MOVES.has(event.event)) groupDue = true;
+  if (event.event === "recovery_done") setTimeout(refreshGap, GAP_MS);
   wake(WAKE_MS);
 }
 
@@ -160,6 +176,7 @@ function show() {
   const said = advise(health, { silence, automation: world.automation, lasted: (Date.now() - world.statusSince) / 1000 });
   const [word, shape, tone] = WORDS[said.status] ?? [said.status, "dashed", "quiet"];
   byId("state").dataset.tone = tone;
+  document.body.classList.toggle("stale", silence > 3);
   byId("state").dataset.status = said.status;
   setIcon(byId("state-icon"), shape);
   setText(byId("state-word"), word);
@@ -171,7 +188,7 @@ function show() {
   byId("key-button").dataset.set = String(hasKey());
   setText(byId("key-button"), hasKey() ? "Key ✓" : "Key");
   if (!health?.ranks) return;
-  setText(byId("model"), health.model);
+  setText(byId("model"), `${health.model}, epoch ${health.epoch}`);
   showFigures(health);
   showTiles(byId("tiles"), health, world.placement, (deed, rank) => askDeed(deed, rank, world));
   const size = byId("scale-size");
@@ -197,11 +214,11 @@ function showFigures(health) {
     ["Ranks serving", `${active} / ${target}`, active < target ? "warn" : "", "of those wanted"],
     ["May still be lost", health.survivable_losses < 0 ? "too few" : String(health.survivable_losses), health.survivable_losses < 1 ? "warn" : "", safety === null ? "ranks" : safety < 0 ? "ranks; an expert is on disk only" : `ranks; ${safety} without reading the disk`],
     ["In flight", String(health.in_flight), "", "requests, held ones included"],
-    ["Requests kept", String(sum("kept")), "", "over all recoveries"],
-    ["Replayed", String(sum("replayed") + sum("restarted")), "", "of lost ranks, went on elsewhere"],
-    ["Requests lost", String(sum("lost")), sum("lost") ? "bad" : "", "over all recoveries"],
-    ["Clients' pause", report ? duration(report.seconds.total) : "none yet", "", report ? `last ${report.kind}, until requests were placed` : "no recovery so far"],
-    ["Epoch", String(health.epoch), "", `${plural(world.recoveries.length, "recovery", "recoveries")} kept`],
+    ["Kept", String(sum("kept")), "", "requests, in all recoveries"],
+    ["Replayed", String(sum("replayed") + sum("restarted")), "", "of lost ranks, elsewhere"],
+    ["Lost", String(sum("lost")), sum("lost") ? "bad" : "", "requests, in all recoveries"],
+    ["Last pause", report ? duration(report.seconds.total) : "none yet", "", report ? `${report.kind}, until all requests were placed` : "no recovery so far"],
+    ["Client gap", gapText(world.gap), "", world.gap ? `99 % of ${plural(world.gap.count, "gap")} between tokens` : world.gap === null ? "none measured yet" : "not measured here"],
   ];
   keyed(
     byId("figures"),
@@ -215,6 +232,8 @@ function showFigures(health) {
     },
   );
 }
+
+const gapText = (gap) => (gap ? (gap.atMost === Infinity ? "very long" : `≤ ${duration(gap.atMost)}`) : "—");
 
 const words = (value) => (Array.isArray(value) ? list(value.map(words)) : value !== null && typeof value === "object" ? Object.entries(value).map(([name, inner]) => `${name} ${words(inner)}`).join(" ") : String(value));
 
@@ -270,10 +289,14 @@ function useKey() {
   stream?.abort();
   wake(0);
 }
-byId("keys-yes").addEventListener("click", useKey);
-byId("keys-input").addEventListener("keydown", (event) => { if (event.key === "Enter") useKey(); });
+byId("keys-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  useKey();
+});
 
 new ResizeObserver(() => drawStrip(world.recoveries, Date.now())).observe(byId("strip"));
 
 turn();
 listen();
+setTimeout(refreshGap, GAP_MS);
+setInterval(() => document.hidden || show(), 1000); // ages and silence grow although nobody answers

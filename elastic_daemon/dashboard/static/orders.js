@@ -1,7 +1,7 @@
 // Orders: asked for with a button, confirmed in a dialog that says what they will do, followed until they end.
 
 import { byId, el, list, plural, setText } from "./dom.js";
-import { get, hasKey, order, setKey } from "./source.js";
+import { get, order } from "./source.js";
 
 const dialog = byId("confirm");
 const input = byId("confirm-key-input");
@@ -75,11 +75,11 @@ async function go() {
   busy = true;
   byId("confirm-yes").disabled = true;
   setText(byId("confirm-error"), "");
-  if (input.value) setKey(input.value);
+  const { path, body, title } = wanted;
   try {
-    const said = await order(wanted.path, wanted.body);
+    const said = await order(path, body, input.value);
     dialog.close();
-    watch(wanted.title.replace(/\?$/, ""), said);
+    watch(title.replace(/\?$/, ""), said);
   } catch (error) {
     refused(error);
   } finally {
@@ -90,9 +90,8 @@ async function go() {
 
 function refused(error) {
   if (error.wantsKey) {
-    const first = byId("confirm-key").hidden;
     byId("confirm-key").hidden = false;
-    setText(byId("confirm-error"), first && !hasKey() ? "" : `Refused: ${error.message}`);
+    setText(byId("confirm-error"), `Refused: ${error.message}`);
     input.value = "";
     input.focus();
     return;
@@ -120,9 +119,9 @@ async function watch(title, said) {
 }
 
 byId("confirm-no").addEventListener("click", () => dialog.close());
-byId("confirm-yes").addEventListener("click", go);
-input.addEventListener("keydown", (event) => {
-  if (event.key === "Enter") go();
+byId("confirm-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  go();
 });
 dialog.addEventListener("close", () => {
   input.value = "";

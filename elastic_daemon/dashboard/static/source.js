@@ -9,8 +9,8 @@ export const hasKey = () => key !== "";
 
 const TIMEOUT_MS = 10000;
 
-function headers(more = {}) {
-  return key ? { ...more, Authorization: `Bearer ${key}` } : more;
+function headers(more = {}, given = key) {
+  return given ? { ...more, Authorization: `Bearer ${given}` } : more;
 }
 
 export class Refused extends Error {
@@ -46,16 +46,25 @@ export async function get(path, accept = [200]) {
   return body;
 }
 
-// A JSON body and its content type: what the daemon asks of all orders, and what no foreign page can send.
-export async function order(path, body) {
+// For a text that is not JSON.
+export async function getText(path) {
+  const response = await fetch(address(path), { headers: headers(), cache: "no-store", credentials: "omit", signal: AbortSignal.timeout(TIMEOUT_MS) });
+  return response.ok ? response.text() : "";
+}
+
+// A JSON body and its content type: what the daemon asks of all orders, and what no foreign page can send. A key that is
+// given with the order is remembered once it has opened the door.
+export async function order(path, body, given = "") {
+  const used = given.trim() || key;
   const response = await fetch(address(path), {
     method: "POST",
-    headers: headers({ "Content-Type": "application/json" }),
+    headers: headers({ "Content-Type": "application/json" }, used),
     body: JSON.stringify(body),
     credentials: "omit",
     signal: AbortSignal.timeout(TIMEOUT_MS),
   });
   const said = await answer(response);
+  if (response.status !== 401 && response.status !== 403) key = used;
   if (!response.ok) throw refusal(response.status, said);
   return said;
 }
