@@ -70,7 +70,7 @@ async function refreshEvents() {
     world.events = [];
     groupDue = true;
   }
-  for (const event of newest) if (take(event) && MOVES.has(event.event)) groupDue = true;
+  for (const event of newest) if (take(event) && known && MOVES.has(event.event)) groupDue = true;
 }
 
 // The metrics are long, vLLM's own being among them: asked for when they may have changed, and not at all where the
@@ -133,6 +133,7 @@ async function turn() {
   }
   running = false;
   show();
+  if (world.placement && !performance.getEntriesByName("usable").length) performance.mark("usable");
   if (again) wake(WAKE_MS);
   else if (!document.hidden) wake(POLL_MS);
 }

@@ -20,6 +20,8 @@ const DEEDS = {
   excluded: ["release"],
 };
 
+const DENSE = 16; // more ranks than this: small tiles
+
 const LABELS = { drain: "Drain…", exclude: "Exclude…", release: "Release…" };
 
 export const shortGpu = (gpu) => (gpu ? (gpu.length > 12 ? `${gpu.slice(0, 4)}…${gpu.slice(-4)}` : gpu) : "—");
@@ -27,6 +29,7 @@ export const shortGpu = (gpu) => (gpu ? (gpu.length > 12 ? `${gpu.slice(0, 4)}�
 // `placement`: of all layers, or null. `give(deed, rank)`: an order is wanted.
 export function showTiles(parent, health, placement, give) {
   const rows = health.ranks ?? [];
+  parent.classList.toggle("dense", rows.length > DENSE);
   const most = Math.max(1, ...rows.map((row) => row.in_flight));
   const held = new Map((placement?.ranks ?? []).map((rank, at) => [rank, at]));
   keyed(

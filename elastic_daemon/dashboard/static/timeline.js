@@ -31,7 +31,6 @@ function make(row) {
   phases.forEach((phase, at) => {
     bar.children[at].style.flexGrow = String(Math.max(row.seconds[phase] / total, 0.004));
   });
-  const who = row.ranks.length ? `${row.kind === "grow" ? "joined" : "lost"}: ${list(row.ranks)}` : "";
   return el(
     "li",
     { class: "recovery" },
@@ -40,7 +39,7 @@ function make(row) {
       {},
       icon(SHAPES[row.kind] ?? "diamond"),
       el("span", {}, `Epoch ${row.epoch}: ${row.kind}`),
-      el("span", { class: "quiet" }, [who, `${plural(row.active, "rank")} after it`].filter(Boolean).join(", ")),
+      el("span", { class: "quiet" }, change(row)),
       el("time", { datetime: row.ended }, clock(Date.parse(row.ended))),
     ),
     el("p", { class: "cause" }, row.cause),
@@ -53,6 +52,13 @@ function make(row) {
     ),
     el("p", { class: "requests" }, requests(row.requests)),
   );
+}
+
+function change({ kind, ranks, active }) {
+  const named = `${ranks.length === 1 ? "rank" : "ranks"} ${list(ranks)}`;
+  const served = `${plural(active, "rank")} ${active === 1 ? "serves" : "serve"}`;
+  if (!ranks.length) return served;
+  return kind === "grow" ? `${named} joined, ${served}` : `${named} lost, ${served}`;
 }
 
 export function requests(counts) {
