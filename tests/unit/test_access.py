@@ -33,8 +33,6 @@ NO_PAGES = (
     "/dashboard/../events",
     "/dashboard/..",
     "/dashboardx",
-    "/placement",
-    "/recoveries",
 )
 OPERATOR_READS = (
     "/placement",

@@ -186,7 +186,7 @@ def test_ids(page: Page) -> None:
 def test_shapes_exist(page: Page) -> None:
     shapes = {node.attributes["id"] for node in page.all("symbol")}
     tiles, advice = ((STATIC / name).read_text() for name in ("tiles.js", "advice.js"))
-    used = re.findall(r': \["([a-z]+)", "[a-z]+"\]', tiles)
+    used = re.findall(r': \["([a-z]+)", "(?:good|warn|bad|quiet)"\]', tiles)
     used += re.findall(r': \["[\w ]+", "([a-z]+)", "[a-z]+"\]', advice)
     assert len(used) > 12 and {f"i-{shape}" for shape in used} <= shapes
 

@@ -76,7 +76,7 @@ function degraded(health, reason, automation) {
   if (leaving.length) parts.push(`${sentence(named(leaving)).slice(0, -1)} ${leaving.length === 1 ? "is" : "are"} being drained: wait.`);
   if (coming.length) parts.push(`${sentence(named(coming)).slice(0, -1)} ${coming.length === 1 ? "is" : "are"} on the way back: nothing to do.`);
   else if (out.length && /waits for a usable GPU/.test(reason)) parts.push("It waits for a GPU: replace one, or release one from quarantine.");
-  else if (out.length && restarting) parts.push("It comes back by itself: nothing to do.");
+  else if (out.length && restarting) parts.push(`${sentence(named(out)).slice(0, -1)} ${out.length === 1 ? "comes" : "come"} back by ${out.length === 1 ? "itself" : "themselves"}: nothing to do.`);
   else if (out.length && automation !== false) parts.push(`Release ${named(out)} to start ${out.length === 1 ? "it" : "them"} again, or scale to ${health.data_parallel_size.active} to do without.`);
   if (health.survivable_losses === 0) parts.push("The next loss stops the service.");
   return parts.join(" ");
