@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import subprocess
 import sys
 import time
@@ -28,7 +27,6 @@ REARRANGE_TIMEOUT_S = 60.0
 LOOK_S = 2.0
 
 CAPTURED = r"(?i)graph captur\w+ finished|captur\w+ (cuda ?)?graphs?\b|CUDA graph pool memory"
-REARRANGED = r'"event": "experts_rearranged"'
 
 
 @contextlib.asynccontextmanager
@@ -122,7 +120,7 @@ async def scale(life: Life, findings: Findings) -> None:
     ranks = life.setting.ranks
     async with disturbed(life, findings) as strikes:
         for _ in range(_trials(life, 2)):
-            for size in (max(1, ranks // 2), ranks):
+            for size in (life.setting.half, ranks):
                 trial = await strikes.resize(size)
                 findings.trials.append(trial)
                 say(f"  to {size} ranks: {trial['took_s']:.1f} s, pauses {_pauses(trial)} ms")
@@ -140,26 +138,34 @@ async def eplb(life: Life, findings: Findings) -> None:
     async with disturbed(life, findings) as strikes:
         await _rearranged(life, 1)
         for rank in victims(life, _trials(life, 2)):
-            before = len(life.logged(REARRANGED))
+            before = len(_rearrangements(life))
             trial = await strikes.kill(rank)
-            await _rearranged(life, len(life.logged(REARRANGED)) + 1)
-            trial["rearrangements"] = len(life.logged(REARRANGED)) - before
+            await _rearranged(life, len(_rearrangements(life)) + 1)
+            trial["rearrangements"] = len(_rearrangements(life)) - before
             findings.trials.append(trial)
             say(f"  {trial['rearrangements']} rearrangements, SIGKILL of rank {rank}: {_line(trial)}")
     worst = _strike_figures(findings)
-    done = [json.loads(line) for line in life.logged(REARRANGED)]
-    moved = sum(event["moved"] for event in done)
-    findings.figures |= {"rearrangements": len(done), "experts moved": moved}
+    done = _rearrangements(life)
+    findings.figures["rearrangements"] = len(done)
+    # Synchronous balancing counts experts, balancing in the background bytes.
+    for name in ("moved", "bytes"):
+        findings.figures[f"in all {name}"] = sum(event.get(name, 0) for event in done)
+    real = sum(bool(event.get("moved") or event.get("bytes")) for event in done)
     findings.figures["rearrangement ms, worst"] = max((ms(event["seconds"]) for event in done), default=None)
     findings.bars += [
         Bar("kill to first token, s", "<=", FIRST_TOKEN_BAR_S, worst["first_token"]),
-        Bar("experts moved", ">=", 1, moved),
+        Bar("rearrangements that moved experts", ">=", 1, real),
     ]
+
+
+def _rearrangements(life: Life) -> list[dict[str, Any]]:
+    """As one rank after the other tells of them."""
+    return life.logged_events("experts_rearranged")
 
 
 async def _rearranged(life: Life, times: int) -> None:
     deadline = time.monotonic() + REARRANGE_TIMEOUT_S
-    while len(life.logged(REARRANGED)) < times:
+    while len(_rearrangements(life)) < times:
         if time.monotonic() > deadline:
             raise ElasticError(f"no rearrangement of experts within {REARRANGE_TIMEOUT_S:g} s of load")
         await asyncio.sleep(0.2)
