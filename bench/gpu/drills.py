@@ -15,6 +15,7 @@ from bench.command import say
 from bench.gpu import driver
 from bench.gpu.life import Life, Strikes, under_load
 from bench.gpu.results import Bar, Findings, ms
+from bench.gpu.tokens import Judged
 from elastic_daemon.errors import ElasticError
 from watchdog.errors import NotRunning
 from watchdog.status import read_status
@@ -36,10 +37,10 @@ async def disturbed(life: Life, findings: Findings) -> AsyncIterator[Strikes]:
         try:
             yield strikes
         finally:
-            findings.figures["streams"] = {**judged.to_json(), "at_the_end": False}
+            findings.figures["streams"] = counts(judged)  # all that is known where the part ends here
     wrong = await life.wrong_slots()
-    seen = judged.to_json()
-    findings.figures["streams"] = {name: seen[name] for name in ("streams", "lost", "refused", "changed", "near_ties")}
+    findings.figures["streams"] = counts(judged)
+    findings.figures |= {"changes": judged.to_json()["changes"]} if judged.changes else {}
     findings.problems += [str(change) for change in judged.changes[:3]]
     findings.problems += [] if judged.changed else judged.examples[:3]
     findings.bars += [
@@ -50,6 +51,11 @@ async def disturbed(life: Life, findings: Findings) -> AsyncIterator[Strikes]:
     ]
     if judged.changed and life.calm.get("staggered", {}).get("changed"):
         findings.problems.append("undisturbed streams of this life differ too")
+
+
+def counts(judged: Judged) -> dict[str, Any]:
+    body = judged.to_json()
+    return {name: body[name] for name in ("streams", "lost", "refused", "changed", "near_ties")}
 
 
 def victims(life: Life, trials: int) -> list[int]:
@@ -81,7 +87,7 @@ def _line(trial: dict[str, Any]) -> str:
     )
 
 
-def _strike_figures(findings: Findings) -> dict[str, float | None]:
+def strike_figures(findings: Findings) -> dict[str, float | None]:
     names = ("detect", "fence", "regroup", "repair", "resume", "total", "first_token", "back")
     worst = {name: findings.spread(name) for name in names}
     worst |= {name: findings.spread(name) for name in ("loss_pause", "join_pause")}
@@ -91,7 +97,7 @@ def _strike_figures(findings: Findings) -> dict[str, float | None]:
 async def kill(life: Life, findings: Findings) -> None:
     async with disturbed(life, findings) as strikes:
         await _kills(life, findings, strikes, _trials(life, 5))
-    worst = _strike_figures(findings)
+    worst = strike_figures(findings)
     findings.bars.append(Bar("kill to first token, s", "<=", FIRST_TOKEN_BAR_S, worst["first_token"]))
 
 
@@ -101,7 +107,7 @@ async def hang(life: Life, findings: Findings) -> None:
             trial = await strikes.stop(rank)
             findings.trials.append(trial)
             say(f"  SIGSTOP of rank {rank}: named {trial['named']}, {_line(trial)}")
-    worst = _strike_figures(findings)
+    worst = strike_figures(findings)
     named = sum(trial["named"] == [trial["rank"]] == trial["excluded"] for trial in findings.trials)
     findings.bars += [
         Bar("hung rank alone named and excluded", "==", len(findings.trials), named),
@@ -112,7 +118,7 @@ async def hang(life: Life, findings: Findings) -> None:
 async def rejoin(life: Life, findings: Findings) -> None:
     async with disturbed(life, findings) as strikes:
         await _kills(life, findings, strikes, _trials(life, 3))
-    worst = _strike_figures(findings)
+    worst = strike_figures(findings)
     findings.bars.append(Bar("pause at rejoin, s", "<=", JOIN_BAR_S, worst["join_pause"]))
 
 
@@ -144,7 +150,7 @@ async def eplb(life: Life, findings: Findings) -> None:
             trial["rearrangements"] = len(_rearrangements(life)) - before
             findings.trials.append(trial)
             say(f"  {trial['rearrangements']} rearrangements, SIGKILL of rank {rank}: {_line(trial)}")
-    worst = _strike_figures(findings)
+    worst = strike_figures(findings)
     done = _rearrangements(life)
     findings.figures["rearrangements"] = len(done)
     # Synchronous balancing counts experts, balancing in the background bytes.

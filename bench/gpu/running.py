@@ -18,6 +18,7 @@ import httpx
 from bench.command import say
 from bench.gpu import budget as budgets
 from bench.gpu import driver
+from bench.gpu.drills import strike_figures
 from bench.gpu.life import Life, Refused, Setting, lived, tail
 from bench.gpu.parts import PARTS, START_S
 from bench.gpu.results import CUT, PASSED, REFUSED, Findings, file_of, ms, write
@@ -128,6 +129,7 @@ class Running:
                 say(traceback.format_exc())
             return False
         finally:
+            strike_figures(findings)  # of what there is, where the part has not come to its end
             self._keep(part, findings, life, self.budget.spent - began)
             if findings.verdict not in (PASSED, CUT):
                 say(f"the log of the daemon ends with:\n{life.tail()}")
