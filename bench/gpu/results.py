@@ -134,8 +134,7 @@ def _cells(one: Mapping[str, Any]) -> list[str]:
         one["part"],
         cell,
         str(len(one.get("trials", ()))),
-        "; ".join(f"{name} {_short(value)}" for name, value in one.get("figures", {}).items() if name != "changes")
-        or "-",
+        "; ".join(f"{name} {_short(value)}" for name, value in figures.items()) or "-",
         bars,
         f"{verdict}: {why[:300]}" if why else verdict,
     ]
