@@ -16,6 +16,7 @@ from elastic_daemon.engine.heartbeat import Page
 from elastic_daemon.engine.nccl import RANK_ENVIRONMENT, NcclGroup
 from elastic_daemon.engine.resume import enable_resume
 from elastic_daemon.engine.runner_v1 import ElasticRunnerV1
+from elastic_daemon.engine.sampling import enable_sampling_without_compilation
 from elastic_daemon.engine.worker import ElasticModelRunner, ElasticWorker, alone
 
 
@@ -67,6 +68,7 @@ class ElasticGPUWorker(ElasticWorker, Worker):
     def init_device(self) -> None:
         os.environ.update(RANK_ENVIRONMENT)
         enable_resume()
+        enable_sampling_without_compilation()
         with alone(self.parallel_config):
             super().init_device()
 
