@@ -207,7 +207,7 @@ class Supervisor:
         return ended
 
     def _stop_requested(self) -> None:
-        self.service.stopping()
+        self.service.stopping(self.settings.shutdown_timeout)
         self.operations.close("the daemon stops")
         if self._controller is None:
             self._finish(p.Exit(0, "stopped while starting"))
