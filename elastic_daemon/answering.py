@@ -31,10 +31,9 @@ class Answering:
     def __init__(
         self, app: ASGIApp, internal: ASGIApp, listener: socket.socket, rules: AccessRules, tasks: Tasks
     ) -> None:
-        self._app = app
+        self._guard = AccessGuard(app, rules)
         self._internal_app = internal
         self._listener = listener
-        self._rules = rules
         self._tasks = tasks
         self._internal: uvicorn.Server | None = None
         self._public: uvicorn.Server | None = None
@@ -46,7 +45,10 @@ class Answering:
     def open_public(self) -> None:
         """Accept on the public socket too, until `close_public`."""
         if self._public is None:
-            self._public = self._serve(AccessGuard(self._app, self._rules), sockets=[self._listener.dup()])
+            self._public = self._serve(self._guard, sockets=[self._listener.dup()])
+
+    def adopt(self, rules: AccessRules) -> None:
+        self._guard.rules = rules
 
     def close_public(self) -> None:
         if self._public is not None:

@@ -28,6 +28,7 @@ from elastic_daemon.control_routes import is_control_path
 from elastic_daemon.engine.client import Applied, ElasticClient, Membership, NotServed, membership_from_message
 from elastic_daemon.engine.configure import Deployment
 from elastic_daemon.engine.openai_app import fail_in_flight, fail_requests, make_app, make_llm
+from elastic_daemon.logs import configure_logging
 from elastic_daemon.messages import MAX_LINE_BYTES, Message, decode, encode
 from elastic_daemon.requests import MAX_DEATHS
 
@@ -97,6 +98,7 @@ class Frontend:
         self._spec = spec
         self._lost = 0  # requests given up since the group last served
         self._client: ElasticClient
+        self._guard: AccessGuard
         self._llm: AsyncLLM
         self._server: uvicorn.Server
         self._writer: asyncio.StreamWriter
@@ -106,11 +108,13 @@ class Frontend:
         reader, self._writer = await asyncio.open_unix_connection(spec["control"], limit=MAX_LINE_BYTES)
         self._say("hello", role="frontend")
         self._client = ElasticClient(
-            self._deployment.config, spec["input_address"], spec["output_address"], spec["hold_timeout_s"]
+            self._deployment.config, spec["input_address"], spec["output_address"], spec["settings"]["hold_timeout_s"]
         )
         self._llm = make_llm(self._deployment, self._client)
         gated = HoldGate(await make_app(self._deployment, self._llm), self._client)
-        app = AccessGuard(ControlProxy(gated, spec["http_socket"]), AccessRules.from_message(spec["access"]))
+        app = self._guard = AccessGuard(
+            ControlProxy(gated, spec["http_socket"]), AccessRules.from_message(spec["settings"]["access"])
+        )
         self._server = uvicorn.Server(
             uvicorn.Config(app, lifespan="on", log_level="warning", access_log=False, timeout_keep_alive=30)
         )
@@ -144,10 +148,18 @@ class Frontend:
             message = decode(line)
             if message["type"] == "membership":
                 await self._apply(message)
+            elif message["type"] == "settings":
+                self._adopt(message)
             elif message["type"] == "drain":
                 self._server.config.timeout_graceful_shutdown = max(1, int(message["timeout_s"]))
                 self._stop()
         self._stop()
+
+    def _adopt(self, settings: Message) -> None:
+        """What has changed in a reload."""
+        self._guard.rules = AccessRules.from_message(settings["access"])
+        self._client.hold_timeout_s = settings["hold_timeout_s"]
+        configure_logging(settings["log_level"])
 
     async def _apply(self, message: Message) -> None:
         membership = membership_from_message(message)

@@ -25,12 +25,22 @@ class FrontendLink:
         self._metrics = metrics
         self._tell = tell
         self._stop_timeout_s = stop_timeout_s
+        self._settings: Message | None = None
         self._peer: Peer | None = None
         self._ready: dict[int, str] = {}  # by incarnation: how vLLM's client gets to know a rank
 
     def connected(self, peer: Peer) -> None:
         self._peer = peer
+        if self._settings is not None:  # they may have changed since it was forked
+            self._peer.send("settings", **self._settings)
         self._send_membership()
+
+    def adopt(self, settings: Message, stop_timeout_s: float) -> None:
+        """What changes while it serves, for this front end and those after it. Secret."""
+        self._settings = settings
+        self._stop_timeout_s = stop_timeout_s
+        if self._peer is not None:
+            self._peer.send("settings", **settings)
 
     def gone(self) -> None:
         self._peer = None

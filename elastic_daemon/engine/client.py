@@ -109,7 +109,7 @@ class ElasticClient(AsyncMPClient):
         self._background: set[asyncio.Future[None]] = set()
         self.outputs_queue: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
         self._engine_status: dict[Any, Any] = {}
-        self._hold_timeout_s = hold_timeout_s
+        self.hold_timeout_s = hold_timeout_s
         self._membership = Membership(0, False, True, "starting", {}, {})
         self._serving = asyncio.Event()
         self._served_epoch = 0
@@ -195,7 +195,7 @@ class ElasticClient(AsyncMPClient):
         """
         self._waiting += 1
         try:
-            async with asyncio.timeout(self._hold_timeout_s):
+            async with asyncio.timeout(self.hold_timeout_s):
                 while not self._serving.is_set():  # again after each wait: it may have been cleared since
                     if not self._membership.hold:
                         raise NotServed(self._membership.reason)
