@@ -142,6 +142,7 @@ def serve(sources: Sources) -> int:
         raise
 
     loaded = sources.load()
+    os.umask(0o077)  # what the daemon writes is for its user only
     export_logging(loaded.settings)
     configure_logging()
     for doubt in loaded.doubts:

@@ -27,6 +27,7 @@ from elastic_daemon.resolve import (
     from_toml,
     resolve,
 )
+from elastic_daemon.tls import Tls
 from elastic_daemon.watch.upkeep import WatchMode
 
 BUNDLED_MODEL = Path(__file__).parent / "models" / "tiny_moe"
@@ -154,12 +155,43 @@ class Settings(BaseModel):
         None, description="a file with more such keys, one a line", json_schema_extra=LIVE
     )
     admin_key_file: Path | None = Field(None, description="a file with the admin key", json_schema_extra=LIVE)
+    max_waiting: int = Field(
+        4096,
+        ge=1,
+        description="refuse requests (503) while this many wait for their answer to begin",
+        json_schema_extra=LIVE,
+    )
+    queue_timeout: float = Field(
+        600.0,
+        gt=0,
+        description="refuse a request (503) that would wait longer than this many seconds",
+        json_schema_extra=LIVE,
+    )
+    max_body_size: int = Field(
+        64 << 20, ge=1024, description="refuse larger bodies (413), in bytes", json_schema_extra=LIVE
+    )
+    ssl_keyfile: Path | None = Field(None, description="serve with TLS: file with the private key")
+    ssl_certfile: Path | None = Field(
+        None, validate_default=True, description="serve with TLS: file with the certificate, and its chain"
+    )
+    ssl_ca_certs: Path | None = Field(None, description="file with the authorities of clients' certificates")
+    ssl_cert_reqs: int = Field(
+        0, ge=0, le=2, description="clients' certificates: 0 not asked for, 1 checked, 2 required"
+    )
+    ssl_ciphers: str | None = Field(None, description="TLS ciphers, as OpenSSL names them")
     log_level: str = Field("info", description="debug, info, warning, error or critical", json_schema_extra=LIVE)
     log_format: LogFormat | None = Field(None, description="without it: text on a terminal, else JSON lines")
     engine_flags: tuple[str, ...] = Field((), description="further flags for vLLM, as on a command line")
     vllm: dict[str, Any] = Field(
         default_factory=dict, repr=False, description="flags for vLLM by name: a table of the file"
     )
+
+    @field_validator("ssl_certfile")
+    @classmethod
+    def _certificate_for_key(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is None and info.data.get("ssl_keyfile") is not None:
+            raise ValueError("--ssl-keyfile is given: the certificate is needed too")
+        return value
 
     @field_validator("log_level")
     @classmethod
@@ -210,6 +242,13 @@ class Settings(BaseModel):
     def access(self) -> AccessRules:
         admin_key = self.admin_key.get_secret_value() if self.admin_key is not None else None
         return AccessRules(self.api_key, is_loopback(self.host), admin_key)
+
+    @property
+    def tls(self) -> Tls | None:
+        if self.ssl_certfile is None:
+            return None
+        key, authorities = (str(path) if path else None for path in (self.ssl_keyfile, self.ssl_ca_certs))
+        return Tls(str(self.ssl_certfile), key, authorities, self.ssl_cert_reqs, self.ssl_ciphers)
 
     @property
     def simulated_state_dir(self) -> Path:
@@ -297,7 +336,10 @@ class Sources:
         for file in filter(None, (self.file if given.keys() & SECRETS else None, *_read_keys(values, given))):
             if file.stat().st_mode & 0o044:
                 doubts.append(f"{file}: others on this machine can read the keys in it: chmod 600")
-        return Loaded(_validated(values, given), given, self.file, tuple(sorted(doubts)))
+        settings = _validated(values, given)
+        if settings.tls is not None:
+            settings.tls.check()
+        return Loaded(settings, given, self.file, tuple(sorted(doubts)))
 
     def _read(self, path: Path) -> str:
         named = "--config" if self.flags.get("config") else CONFIG_VARIABLE

@@ -142,8 +142,7 @@ class Supervisor:
             control = ControlServer(self._on_message, self._on_hello)
             await control.start(self._runtime.control_socket)
             app = make_control_app(self)
-            rules = self.settings.access
-            self._answering = Answering(app, self._watch.routes_before(app), self._listener, rules, self._tasks)
+            self._answering = Answering(app, self._watch.routes_before(app), self._listener, self.settings, self._tasks)
             self._answering.open_internal(self._runtime.http_socket)
             self._answering.open_public()
             loop.add_signal_handler(signal.SIGHUP, self._hung_up, has_terminal())
@@ -262,10 +261,10 @@ class Supervisor:
 
     def _adopt(self, settings: Settings, names: tuple[str, ...]) -> None:
         """Go on with settings of which `names` have changed."""
+        self._answering.adopt(settings)  # first: it may find that a certificate cannot be used
         self.settings = settings
         if "log_level" in names:
             configure_logging(settings.log_level)
-        self._answering.adopt(settings.access)
         self._frontend.adopt(self._frontend_settings(), settings.shutdown_timeout)
         if self._controller is not None and not self._exit.done():
             self._gpus.try_out(settings.gpu_probation)
@@ -279,6 +278,9 @@ class Supervisor:
             "access": settings.access.to_message(),
             "hold_timeout_s": settings.hold_timeout,
             "log_level": settings.log_level,
+            "max_waiting": settings.max_waiting,
+            "queue_timeout_s": settings.queue_timeout,
+            "max_body_bytes": settings.max_body_size,
         }
 
     def set_automation(self, enabled: bool) -> None:
@@ -377,6 +379,7 @@ class Supervisor:
             http_socket=self._runtime.http_socket,
             listen_fd=self._listener.fileno(),
             settings=self._frontend_settings(),
+            tls=self.settings.tls.to_message() if self.settings.tls is not None else None,
             **self._zmq_addresses,
         )
 
@@ -449,7 +452,7 @@ class Supervisor:
             in_flight_by_rank=self._frontend.in_flight_by_rank,
             pids=self.rank_pids,
             epoch_start=datetime.now(UTC).timestamp() - time.monotonic(),
-            url=url_of(self.settings.host, self.port),
+            url=url_of(self.settings.host, self.port, secure=self.settings.tls is not None),
             watchdog=self._watch.view,
         )
 
