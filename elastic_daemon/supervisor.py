@@ -237,7 +237,9 @@ class Supervisor:
         """SIGHUP is an order to reload, and what a terminal that closes sends to whoever was started in it."""
         if had_terminal and not has_terminal():
             return self._stop_requested()
+        self.service.notifier.reloading()
         self.reloader.reload()
+        self.service.notifier.ready()
 
     def _stop_requested(self) -> None:
         self.service.stopping(self.settings.shutdown_timeout)

@@ -63,11 +63,6 @@ MODEL_RUNNER = (
         "replaced by what it compiles: not within a step",
         ("x", "values"),
     ),
-    ReliedOn(
-        "vllm.v1.sample.ops.topk_topp_sampler.compiled_random_sample",
-        "replaced by what it compiles: not within a step",
-        ("logits",),
-    ),
     ReliedOn("vllm.utils.torch_utils.set_random_seed", "as in vLLM's worker", ("seed", "data_parallel_index")),
     ReliedOn("vllm.utils.torch_utils.set_default_torch_dtype", "as in vLLM's loader", ("dtype",)),
     ReliedOn(
