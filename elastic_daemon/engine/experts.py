@@ -181,7 +181,7 @@ class ExpertSlots:
 
     def digests(self) -> list[list[str]]:
         """One digest per layer and slot over all weights of the expert in it, in kernel layout."""
-        return [[_digest(_per_slot(layer), slot) for slot in range(layer.local_num_experts)] for layer in self._layers]
+        return [[_digest(_per_slot(layer), slot) for slot in range(_slots(layer))] for layer in self._layers]
 
     def wrong_slots(self, column: IntArray) -> list[SlotContent]:
         """Slots whose bytes differ from a fresh load of the expert that `column` [layers, S] says they hold."""
@@ -221,8 +221,12 @@ def _by_layer(contents: Iterable[SlotContent]) -> dict[int, list[SlotContent]]:
 
 def _per_slot(layer: RoutedExperts) -> dict[str, torch.Tensor]:
     """Parameters with a row for each slot. A static scale of activations is one number for the whole layer."""
-    slots = layer.local_num_experts
+    slots = _slots(layer)
     return {name: p.data for name, p in layer.named_parameters() if p.dim() > 0 and p.shape[0] == slots}
+
+
+def _slots(layer: RoutedExperts) -> int:
+    return int(next(layer.parameters()).shape[0])
 
 
 def _digest(weights: Mapping[str, torch.Tensor], row: int) -> str:
