@@ -105,7 +105,7 @@ class ElasticGPUWorker(ElasticWorker, Worker):
         for members in range(planned, max(0, planned - 1 - LOSSES_REHEARSED), -1):
             with self.groups.rehearsal(members):
                 for tokens in REHEARSED_TOKENS:
-                    self.model_runner._dummy_run(tokens)
+                    self.model_runner._dummy_run(tokens, skip_eplb=True)
         torch.cuda.synchronize(self.device)
 
     def connect(
