@@ -44,7 +44,7 @@ class StreamCounters:
         except (OSError, AttributeError, RuntimeError) as error:
             log.warning("heartbeat_per_step", reason=str(error))
             return Granularity.STEP
-        return Granularity.COLLECTIVE
+        return Granularity.DEVICE
 
     def count(self) -> CollectiveCount | None:
         """For the collectives of a new group; nothing may be under way on the stream. None if steps are counted."""

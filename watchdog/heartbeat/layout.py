@@ -11,7 +11,7 @@ is one unsigned 64-bit word in the machine's byte order, aligned to 8 bytes. A w
        4   32       incarnation      "
        5   40       pid              "
        6   48       pid start time   "  clock ticks after boot, field 22 of /proc/PID/stat
-       7   56       granularity      "  0 per collective, 1 per step
+       7   56       granularity      "  0 per collective, 1 per step, 2 per collective by a device
        8   64       sequence         main thread: odd while an update is under way
        9   72       epoch            main thread
       10   80       step             "
@@ -67,10 +67,15 @@ class Collective(IntEnum):
 
 
 class Granularity(IntEnum):
-    """How finely the counters advance. Under CUDA graphs no Python runs per collective, so they advance per step."""
+    """How finely the counters advance, and who writes them.
+
+    DEVICE: per collective, in the order of the device's stream; the host waits for the device wherever it needs it, so
+    its times of work and of waiting compare with nobody's. STEP: the host, once per step of a device.
+    """
 
     COLLECTIVE = 0
     STEP = 1
+    DEVICE = 2
 
 
 class Phase(IntEnum):

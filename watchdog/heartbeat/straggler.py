@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from watchdog.heartbeat.layout import Snapshot, ahead
+from watchdog.heartbeat.layout import Granularity, Snapshot, ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,9 @@ class StragglerWatch:
         self._ratios: dict[int, deque[float]] = {}
 
     def observe(self, group: Sequence[Snapshot], epoch: int, credit_s: float) -> Mapping[int, float]:
-        """Ranks to be named, with their slowdown."""
+        """Ranks to be named, with their slowdown. Only hosts that wait in their collectives themselves can be named."""
+        if any(page.granularity is not Granularity.COLLECTIVE for page in group):
+            return {}
         pages = {(page.rank, page.incarnation): page for page in group if not page.torn}
         if epoch != self._epoch or len(pages) != len(group) or pages.keys() != self._start.keys():
             if len(pages) == len(group):
