@@ -35,21 +35,21 @@ from elastic_daemon.messages import Message
 from elastic_daemon.metrics import Metrics
 from elastic_daemon.operations import OperationDesk
 from elastic_daemon.placement import Source, minimum_ranks
+from elastic_daemon.placement_view import PlacementView
 from elastic_daemon.policy import Policy
 from elastic_daemon.processes import Processes
 from elastic_daemon.rank_messages import RankAction, rank_event, rank_message
+from elastic_daemon.recovery_history import RecoveryHistory
 from elastic_daemon.reload import Reloader
 from elastic_daemon.runtime_dir import RuntimeDir
 from elastic_daemon.service_control import EXIT_START
+from elastic_daemon.service_manager import ServiceManager
 from elastic_daemon.store import RendezvousStore
 from elastic_daemon.target_store import TargetWriter, load_target, start_target
 from elastic_daemon.tasks import Tasks
 from elastic_daemon.watch.side import WatchdogSide
 
 log = structlog.get_logger(__name__)
-
-LOOP_STALE_S = 5.0
-"""`/livez` fails when the control loop has not turned for this long."""
 
 HEARTBEAT_S = 0.5
 
@@ -85,6 +85,7 @@ class Supervisor:
         self.settings = settings
         self.events = EventLog()
         self.metrics = Metrics()
+        self.recoveries = RecoveryHistory()
         self.model = settings.model or "tiny-moe"
         self.min_ranks = 1
         self.max_ranks = settings.most_ranks
@@ -92,7 +93,7 @@ class Supervisor:
         self.operations = OperationDesk(self.tell)
         self._targets = TargetWriter(settings)
         self._started = time.monotonic()
-        self._last_turn = time.monotonic()
+        self.service = ServiceManager(settings)
         self._controller: Controller | None = None
         self._peers: dict[p.Identity, Peer] = {}
         self._frontend = FrontendLink(self.events, self.metrics, self.tell, settings.shutdown_timeout)
@@ -148,7 +149,7 @@ class Supervisor:
             loop.add_signal_handler(signal.SIGHUP, self._hung_up, has_terminal())
             preparing = asyncio.gather(asyncio.to_thread(RendezvousStore), self._configure(), self._watch.prepare())
             either: set[asyncio.Future[Any]] = {preparing, self._exit}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            await self.service.prepare(either)
             if preparing.done():
                 self._store, policy, _ = await preparing
                 self._tasks.spawn(self._watch.run())
@@ -218,7 +219,7 @@ class Supervisor:
     async def _supervise(self) -> p.Exit:
         """The control loop: sends Tick when something is due, and proves with each turn that it lives."""
         while not self._exit.done():
-            self._last_turn = time.monotonic()
+            self.service.turn(self._controller)
             deadline = self._controller.next_deadline() if self._controller is not None else None
             delay = HEARTBEAT_S if deadline is None else min(HEARTBEAT_S, max(0.0, deadline - time.monotonic()))
             self._wake.clear()
@@ -236,9 +237,12 @@ class Supervisor:
         """SIGHUP is an order to reload, and what a terminal that closes sends to whoever was started in it."""
         if had_terminal and not has_terminal():
             return self._stop_requested()
+        self.service.notifier.reloading()
         self.reloader.reload()
+        self.service.notifier.ready()
 
     def _stop_requested(self) -> None:
+        self.service.stopping(self.settings.shutdown_timeout)
         self.operations.close("the daemon stops")
         if self._controller is None:
             self._finish(p.Exit(0, "stopped while starting"))
@@ -395,8 +399,10 @@ class Supervisor:
         self.events.record(action.name, action.fields)
 
     def _recovery_done(self, action: p.RecoveryDone) -> None:
-        self.metrics.recovery(action.report)
         report = action.report
+        self.metrics.recovery(report)
+        active = len(self._frontend.published.active) if self._frontend.published is not None else 0
+        self.recoveries.record(report, active, time.time())
         seconds = {phase: round(spent, 4) for phase, spent in report.seconds.items()}
         self.events.record(
             "recovery_done", {"epoch": report.epoch, "kind": report.kind, "ranks": report.ranks, "seconds": seconds}
@@ -434,10 +440,13 @@ class Supervisor:
 
     @property
     def is_turning(self) -> bool:
-        return time.monotonic() - self._last_turn < LOOP_STALE_S
+        return self.service.is_turning
 
     def snapshot(self) -> p.HealthSnapshot | None:
         return self._controller.snapshot(time.monotonic()) if self._controller is not None else None
+
+    def placement(self) -> PlacementView | None:
+        return self._controller.placement if self._controller is not None else None
 
     @property
     def rank_pids(self) -> dict[p.Identity, int]:

@@ -154,7 +154,8 @@ class ElasticEplbState(EplbState):
             for layer in self.layers_unlike(new):
                 self.move(layer, new[layer])
             if group.rank() == 0:
-                log.info("experts_rearranged", moved=moved, seconds=round(time.monotonic() - started, 4))
+                seconds = round(time.monotonic() - started, 4)
+                log.info("experts_rearranged", moved=moved, tokens=int(load.sum()), seconds=seconds)
             if moved:
                 self.forget_load()
                 if self.on_change is not None:
