@@ -38,7 +38,7 @@ class ControlPlane(OperatorPlane, GroupPlane, Protocol):
 
 
 def make_control_app(plane: ControlPlane) -> FastAPI:
-    # No schema: /openapi.json is that of vLLM's routes, for the front end to serve.
+    # No route for the schema: the front end serves it together with that of vLLM's routes.
     app = FastAPI(title="elastic-daemon control", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.api_route("/health", methods=PROBE)
@@ -98,7 +98,9 @@ def make_control_app(plane: ControlPlane) -> FastAPI:
     app.include_router(make_group_router(plane))
     app.include_router(make_dashboard_router())
 
-    @app.api_route("/{path:path}", methods=["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
+    @app.api_route(
+        "/{path:path}", include_in_schema=False, methods=["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"]
+    )
     async def not_served(request: Request, path: str) -> JSONResponse:
         """Anything else is for the front end; who comes here found none."""
         if is_control_path(request.url.path):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
 from unittest import mock
 
 from fastapi import FastAPI
@@ -19,9 +20,11 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 
+from elastic_daemon.app import ControlPlane, make_control_app
 from elastic_daemon.engine.client import ElasticClient
 from elastic_daemon.engine.configure import Deployment
 from elastic_daemon.engine.plan import LocalExecutor
+from elastic_daemon.openapi import control_document, merged
 
 SERVED_ROUTES = frozenset(
     {
@@ -68,6 +71,7 @@ async def make_app(deployment: Deployment, llm: AsyncLLM) -> FastAPI:
     register_generate_api_routers(app)
     attach_tokenize_router(app)
     app.router.routes[:] = [route for route in app.router.routes if isinstance(route, Route) and _is_served(route.path)]
+    app.openapi = _with_control_routes(app.openapi)  # type: ignore[method-assign]
     init_exception_handler(app)
     app.add_middleware(
         CORSMiddleware,
@@ -78,6 +82,19 @@ async def make_app(deployment: Deployment, llm: AsyncLLM) -> FastAPI:
     )
     await init_app_state(llm, app.state, args, TASKS)
     return app
+
+
+def _with_control_routes(own: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """The document of an application that stands before the control routes."""
+    whole: dict[str, Any] = {}
+
+    def openapi() -> dict[str, Any]:
+        if not whole:
+            routes = make_control_app(cast(ControlPlane, None))  # to be described, never asked
+            whole.update(merged(own(), control_document(routes)))
+        return whole
+
+    return openapi
 
 
 def _is_served(path: str) -> bool:

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+import schemathesis
 
+from elastic_daemon.control_routes import CONTROL_PATHS, CONTROL_TEMPLATES
 from tests.e2e.cluster import Cluster
+from tests.fuzzing import fuzz
 from tests.unit.test_limits import certificate
 
 pytestmark = pytest.mark.e2e
@@ -46,6 +49,8 @@ def test_a_daemon_from_a_file(tmp_path: Path) -> None:
             assert http.get("/events", headers=ADMIN).status_code == 200, "the supervisor answers, over TLS"
             cluster.wait_for(lambda: cluster.health()["status"] == "ok", 30)
             cluster.wait_for(lambda: _status(http, "secret-two") == 200)
+            _fuzz(http, str(cert))
+            assert cluster.process.poll() is None
         assert "secret" not in cluster.log
 
 
@@ -90,3 +95,17 @@ def _reload(cluster: Cluster, http: httpx.Client, file: Path, keys: Path) -> Non
     assert _status(http, "secret-two") == 200
     assert {rank: cluster.pid(rank) for rank in cluster.active()} == before
     file.write_text(text)
+
+
+def _fuzz(http: httpx.Client, cert: str) -> None:
+    """The control routes, as the front end's document has them; it ends what the deployment was."""
+    document = http.get("/openapi.json", headers=ADMIN).json()
+    assert {"/v1/completions", "/scale_elastic_ep", "/events"} <= set(document["paths"])
+    document["paths"] = {
+        path: it for path, it in document["paths"].items() if path in CONTROL_PATHS | CONTROL_TEMPLATES
+    }
+    schema = schemathesis.openapi.from_dict(document)
+    url = str(http.base_url)
+    seen = fuzz(schema, 6, lambda case: case.call(base_url=url, headers=ADMIN, verify=cert, timeout=3))
+    assert set(document["paths"]) == {label.partition(" ")[2] for label in seen}
+    assert set.union(*seen.values()) >= {200, 400, 404}

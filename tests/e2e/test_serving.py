@@ -15,6 +15,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from elastic_daemon.control_routes import CONTROL_PATHS, CONTROL_TEMPLATES
 from tests.e2e.cluster import Cluster, assert_same, run_streams
 
 pytestmark = pytest.mark.e2e
@@ -99,7 +100,9 @@ def test_only_listed_routes_are_mounted(cluster: Cluster) -> None:
     assert "see --max-ranks" in ours.json()["error"]["message"], "not vLLM's route of that name"
     routes = httpx.get(f"{cluster.url}/openapi.json").json()["paths"]
     assert "/v1/chat/completions" in routes
-    assert not {path for path in routes if not path.startswith(("/v1/", "/tokenize", "/detokenize"))}
+    control = CONTROL_PATHS | CONTROL_TEMPLATES
+    assert control <= set(routes)
+    assert not {path for path in set(routes) - control if not path.startswith(("/v1/", "/tokenize", "/detokenize"))}
 
 
 def test_everything_listens_on_loopback_only(cluster: Cluster) -> None:

@@ -1,0 +1,65 @@
+"""The document has all control routes, and nothing that it says or forbids makes the daemon fail."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import schemathesis
+
+from elastic_daemon.access import AccessGuard, AccessRules
+from elastic_daemon.app import make_control_app
+from elastic_daemon.control_routes import CONTROL_PATHS, CONTROL_TEMPLATES, is_order
+from elastic_daemon.limits import SizeLimits
+from elastic_daemon.openapi import BODIES, control_document, merged
+from tests.fuzzing import fuzz
+from tests.unit.operator_plane import OperatorPlane
+
+JSON = {"Content-Type": "application/json"}
+
+
+def document() -> dict[str, Any]:
+    return control_document(make_control_app(OperatorPlane()))
+
+
+def test_every_control_route_is_in_the_document() -> None:
+    assert set(document()["paths"]) >= CONTROL_PATHS | CONTROL_TEMPLATES
+
+
+def test_every_order_has_a_body_or_takes_none_and_needs_a_key() -> None:
+    for path, methods in document()["paths"].items():
+        for method, operation in methods.items():
+            order = is_order(method.upper(), re.sub(r"[{}]", "", path))
+            assert (operation["security"] == [{"key": []}]) == order, path
+            assert ("requestBody" in operation) == (order and path in BODIES), path
+            assert set(operation["responses"]) >= ({"400", "401", "409", "503"} if order else {"401", "503"})
+    ids = [operation["operationId"] for methods in document()["paths"].values() for operation in methods.values()]
+    assert len(ids) == len(set(ids))
+
+
+def test_documents_are_merged() -> None:
+    own = {"openapi": "3.1.0", "paths": {"/v1/x": {"get": 1}}, "components": {"schemas": {"X": 2}}}
+    whole = merged(own, document())
+    assert whole["paths"]["/v1/x"] == {"get": 1} and "/automation" in whole["paths"]
+    assert {"X", "Error"} <= set(whole["components"]["schemas"])
+    assert own["components"] == {"schemas": {"X": 2}}
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_fuzzing_finds_no_500(guarded: bool) -> None:
+    plane = OperatorPlane()
+    app: Any = make_control_app(plane)
+    rules = AccessRules(("key",), loopback=True, admin_key="admin")
+    schema = schemathesis.openapi.from_dict(document())
+
+    def call(case: Any) -> Any:
+        if plane.operations.busy:
+            plane.pass_time(200)
+        headers = {"Authorization": "Bearer admin"} if guarded else {}
+        return case.call(app=served, base_url="http://localhost", headers=headers)
+
+    served = SizeLimits(AccessGuard(app, rules), 1 << 20) if guarded else app
+    seen = fuzz(schema, 40, call)
+    assert len(seen) >= len(CONTROL_PATHS | CONTROL_TEMPLATES)
+    assert set.union(*seen.values()) >= {200, 400, 404}
