@@ -109,7 +109,7 @@ PARTS: Mapping[str, Part] = {
             drills.eplb,
             trials=2,
             trial_s={"cuda": 45.0, "cpu": 15.0},
-            flags=(*EAGER, "--eplb-config", json.dumps(EPLB)),
+            flags=(*EAGER, "--survive-losses", "1", "--eplb-config", json.dumps(EPLB)),
         ),
         Part(
             "graphs",

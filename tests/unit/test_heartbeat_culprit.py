@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from tests.unit.heartbeat_world import Hang, Where, World, watch
 from watchdog.heartbeat.culprit import HeartbeatJudge
 from watchdog.heartbeat.findings import Finding, FindingKind, Reason
-from watchdog.heartbeat.layout import WORD_MASK, Phase, ProcessState, Snapshot
+from watchdog.heartbeat.layout import WORD_MASK, Granularity, Phase, ProcessState, Snapshot
+from watchdog.heartbeat.straggler import StragglerPolicy, StragglerWatch
 
 DETECTION_S = 3.0
 STALL_S = 0.5
@@ -131,6 +133,18 @@ def test_a_straggler_is_named_and_not_accused(slowdown: float) -> None:
     assert {finding.rank for finding in named} == {2}
     assert not any(finding.confirmed for finding in named)
     assert named[-1].slowdown == pytest.approx(slowdown, rel=0.15)
+
+
+@pytest.mark.parametrize("granularity", Granularity)
+def test_hosts_that_wait_for_a_device_are_no_stragglers(granularity: Granularity) -> None:
+    """Their time outside collectives is time in which they waited for the device, wherever they first needed it."""
+    stragglers = StragglerWatch(StragglerPolicy())
+    named: Mapping[int, float] = {}
+    for tick in range(200):
+        counters = {"entered": (tick, tick, 0, 0), "completed": (tick, tick, 0, 0), "granularity": granularity}
+        pages = [page(rank, worked_ns=tick * 10**6 * (4 if rank == 2 else 1), **counters) for rank in range(4)]
+        named = stragglers.observe(pages, 3, 0.1)
+    assert set(named) == ({2} if granularity is Granularity.COLLECTIVE else set())
 
 
 def page(rank: int, **fields: object) -> Snapshot:
