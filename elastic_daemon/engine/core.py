@@ -243,7 +243,8 @@ class ElasticEngineCore(DPEngineCoreProc):
             self.batch_queue.clear()
         kept = self.scheduler.void_steps()
         self.dp_group, self.step_counter = None, 0
-        log.info("parked", rank=self.plan.rank, epoch=self.epoch, kept=kept, because=str(error).splitlines()[0][:200])
+        because = str(peer_fault(error) or error).splitlines()[0][:200]
+        log.info("parked", rank=self.plan.rank, epoch=self.epoch, kept=kept, because=because)
 
     def park(self) -> None:
         """Follow the supervisor's instructions until it resumes the epoch that this rank has joined."""
