@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import socket
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -29,6 +30,7 @@ from elastic_daemon.engine.client import Applied, ElasticClient, Membership, Not
 from elastic_daemon.engine.configure import Deployment
 from elastic_daemon.engine.openai_app import fail_in_flight, fail_requests, make_app, make_llm
 from elastic_daemon.messages import MAX_LINE_BYTES, Message, decode, encode
+from elastic_daemon.metrics import METRICS_TYPE
 from elastic_daemon.requests import MAX_DEATHS
 
 log = structlog.get_logger(__name__)
@@ -63,10 +65,20 @@ class ControlProxy:
             return JSONResponse({"error": f"the supervisor does not answer: {error}"}, 503)
         if request.url.path == "/metrics":
             own = generate_latest().decode()
-            return Response(own + (await answer.aread()).decode(), answer.status_code, media_type="text/plain")
+            text = own + (await answer.aread()).decode()
+            return Response(text, answer.status_code, media_type=METRICS_TYPE)
         return StreamingResponse(
-            answer.aiter_raw(), answer.status_code, dict(answer.headers), background=BackgroundTask(answer.aclose)
+            _until_broken(answer), answer.status_code, dict(answer.headers), background=BackgroundTask(answer.aclose)
         )
+
+
+async def _until_broken(answer: httpx.Response) -> AsyncIterator[bytes]:
+    """What the supervisor says. A stream that it breaks off ends."""
+    try:
+        async for chunk in answer.aiter_raw():
+            yield chunk
+    except httpx.TransportError as error:
+        log.warning("control_answer_broken_off", path=answer.request.url.path, error=str(error))
 
 
 class HoldGate:
@@ -182,7 +194,8 @@ class Frontend:
 
     async def _report_stats(self) -> None:
         while True:
-            self._say("stats", in_flight=self._client.in_flight, by_rank=self._client.in_flight_by_rank())
+            gaps = [round(gap, 4) for gap in self._client.take_gaps()]
+            self._say("stats", in_flight=self._client.in_flight, by_rank=self._client.in_flight_by_rank(), gaps=gaps)
             with contextlib.suppress(ConnectionError):
                 await self._writer.drain()
             await asyncio.sleep(STATS_INTERVAL_S)

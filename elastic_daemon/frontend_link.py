@@ -63,6 +63,8 @@ class FrontendLink:
             case "stats":
                 self.in_flight = message["in_flight"]
                 self.in_flight_by_rank = {int(rank): count for rank, count in message["by_rank"].items()}
+                for gap in message["gaps"]:
+                    self._metrics.client_gap(gap)
             case "drained":
                 self._tell(p.DrainComplete())
 

@@ -11,6 +11,7 @@ import asyncio
 import base64
 import copy
 import itertools
+import time
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -26,8 +27,10 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.utils.network_utils import make_zmq_socket
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
 from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources, _process_utility_output
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from elastic_daemon.client_gaps import ClientGaps
 from elastic_daemon.engine.core import WAVES_PER_EPOCH
 from elastic_daemon.engine.resume import resuming_params
 from elastic_daemon.requests import Entry, Handover, Ledger
@@ -116,6 +119,8 @@ class ElasticClient(AsyncMPClient):
         self._handover = Handover(0, (), ())
         self._waiting = 0
         self.ledger: Ledger[EngineCoreRequest] = Ledger()
+        self._gaps = ClientGaps()
+        self._closed_gaps: list[float] = []
 
     # --- membership -------------------------------------------------------------------------------------------------
 
@@ -126,6 +131,11 @@ class ElasticClient(AsyncMPClient):
     def in_flight_by_rank(self) -> dict[int, int]:
         return {rank: self.ledger.load(incarnation) for incarnation, rank in self._membership.ranks.items()}
 
+    def take_gaps(self) -> list[float]:
+        """Seconds that clients have waited for their next token across a change of the group, since the last call."""
+        gaps, self._closed_gaps = self._closed_gaps, []
+        return gaps
+
     async def apply(self, membership: Membership) -> Applied:
         """Follow a change of the group, or of who drains in it."""
         if membership.epoch < self._membership.epoch:
@@ -133,6 +143,8 @@ class ElasticClient(AsyncMPClient):
         gone = self._membership.ranks.keys() - membership.ranks.keys()
         for incarnation in membership.ranks.keys() - self._membership.ranks.keys():
             self._apply_ready_response(base64.b64decode(membership.ready[incarnation]))
+        for incarnation in gone:
+            self._show_idle(self._membership.ranks[incarnation])
         self._membership = membership
         self.core_engines = [_identity(incarnation) for incarnation in membership.ranks]
         if self.core_engines:
@@ -146,15 +158,24 @@ class ElasticClient(AsyncMPClient):
             self._served_epoch = membership.epoch
             self.current_wave = membership.epoch * WAVES_PER_EPOCH
             self.engines_running = True
+            self._gaps.interrupt(self.ledger)
         moved = self._withdraw()
-        for request_id in self.ledger.orphans():
+        orphans = self.ledger.orphans()
+        self._gaps.interrupt(orphans)
+        for request_id in orphans:
             self._readmit(request_id)
         self._serving.set()
         return Applied(self._take_handover() if begins else None, moved, given_up)
 
+    def _show_idle(self, rank: int) -> None:
+        """vLLM's gauges would say for ever what the rank last did."""
+        self.outputs_queue.put_nowait(EngineCoreOutputs(engine_index=rank, scheduler_stats=SchedulerStats()))
+
     def _void(self, gone: set[int]) -> tuple[str, ...]:
         """Returns the requests that are given up."""
         handover = self.ledger.void(gone)
+        for request_id in handover.given_up:
+            self._gaps.forget(request_id)
         for incarnation in gone:
             for call_id in self._utilities_of.pop(incarnation, set()):
                 if (future := self.utility_results.pop(call_id, None)) is not None and not future.done():
@@ -279,6 +300,7 @@ class ElasticClient(AsyncMPClient):
         """Strike them from the ledger. Returns the attempts under way by the incarnation that makes them."""
         by_owner: dict[int, list[str]] = {}
         for request_id in request_ids:
+            self._gaps.forget(request_id)
             entry = self.ledger.forget(request_id)
             if entry is not None and entry.owner is not None:
                 by_owner.setdefault(entry.owner, []).append(entry.attempt_id)
@@ -318,15 +340,20 @@ class ElasticClient(AsyncMPClient):
             self.current_wave = outputs.wave_complete + 1
             self.engines_running = False
         outputs.engine_index = rank
-        outputs.outputs = [output for output in outputs.outputs if self._deliver(output, incarnation)]
+        now = time.monotonic()
+        outputs.outputs = [output for output in outputs.outputs if self._deliver(output, incarnation, now)]
         if outputs.outputs or outputs.scheduler_stats:
             self.outputs_queue.put_nowait(outputs)
 
-    def _deliver(self, output: EngineCoreOutput, incarnation: int) -> bool:
+    def _deliver(self, output: EngineCoreOutput, incarnation: int, now: float) -> bool:
         """Whether it is for our clients. They know the request, not the attempt."""
         request_id = self.ledger.deliver(output.request_id, incarnation, output.new_token_ids, output.finished)
         if request_id is None:
             return False
+        if output.new_token_ids and (gap := self._gaps.delivered(request_id, now)) is not None:
+            self._closed_gaps.append(gap)
+        if output.finished:
+            self._gaps.forget(request_id)
         output.request_id = request_id
         return True
 
