@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 import zmq
@@ -34,6 +34,10 @@ from elastic_daemon.client_gaps import ClientGaps
 from elastic_daemon.engine.core import WAVES_PER_EPOCH
 from elastic_daemon.engine.resume import resuming_params
 from elastic_daemon.requests import Entry, Handover, Ledger
+from elastic_daemon.trace_settings import ABORTED, GIVEN_UP, MOVED, RANK_LOST
+
+if TYPE_CHECKING:
+    from elastic_daemon.tracing import AttemptTraces
 
 log = structlog.get_logger(__name__)
 
@@ -121,6 +125,8 @@ class ElasticClient(AsyncMPClient):
         self.ledger: Ledger[EngineCoreRequest] = Ledger()
         self._gaps = ClientGaps()
         self._closed_gaps: list[float] = []
+        self.traces: AttemptTraces | None = None
+        """Spans of attempts; None where no traces are wanted."""
 
     # --- membership -------------------------------------------------------------------------------------------------
 
@@ -176,6 +182,10 @@ class ElasticClient(AsyncMPClient):
         handover = self.ledger.void(gone)
         for request_id in handover.given_up:
             self._gaps.forget(request_id)
+        if self.traces is not None:
+            for request_id in handover.given_up:
+                self.traces.end(request_id, GIVEN_UP)
+            self.traces.interrupt(handover.moved, RANK_LOST)
         for incarnation in gone:
             for call_id in self._utilities_of.pop(incarnation, set()):
                 if (future := self.utility_results.pop(call_id, None)) is not None and not future.done():
@@ -197,6 +207,8 @@ class ElasticClient(AsyncMPClient):
         moved = {}
         for incarnation in membership.draining:
             if attempts := self.ledger.withdraw(incarnation):
+                if self.traces is not None:
+                    self.traces.interrupt(self.ledger.orphans(), MOVED)
                 self._in_background(self._send(EngineCoreRequestType.ABORT, list(attempts), incarnation))
             moved[membership.ranks[incarnation]] = len(attempts)
         return moved
@@ -204,6 +216,7 @@ class ElasticClient(AsyncMPClient):
     def _readmit(self, request_id: str) -> None:
         owner = self.ledger.least_loaded(self._membership.takers)
         entry = self.ledger.adopt(request_id, owner)
+        self._trace_attempt(request_id, entry.request, owner, len(entry.output))
         log.info("request_readmitted", request=request_id, rank=self._membership.ranks[owner], tokens=len(entry.output))
         # The next change of membership must not wait for an engine that is dying just now.
         self._in_background(self._add(_attempt(entry), owner))
@@ -233,7 +246,13 @@ class ElasticClient(AsyncMPClient):
         await self.until_serving()
         owner = self.ledger.least_loaded(self._membership.takers)
         self.ledger.admit(request.request_id, request, owner)
+        self._trace_attempt(request.request_id, request, owner, 0)
         await self._add(request, owner)
+
+    def _trace_attempt(self, request_id: str, request: EngineCoreRequest, owner: int, tokens: int) -> None:
+        if self.traces is not None:
+            rank, epoch = self._membership.ranks[owner], self._membership.epoch
+            self.traces.begin(request_id, rank, epoch, tokens, request.trace_headers)
 
     async def _add(self, request: EngineCoreRequest, owner: int) -> None:
         """Send one attempt, unless its request is aborted or moves on before its turn comes."""
@@ -301,6 +320,8 @@ class ElasticClient(AsyncMPClient):
         by_owner: dict[int, list[str]] = {}
         for request_id in request_ids:
             self._gaps.forget(request_id)
+            if self.traces is not None:
+                self.traces.end(request_id, ABORTED)
             entry = self.ledger.forget(request_id)
             if entry is not None and entry.owner is not None:
                 by_owner.setdefault(entry.owner, []).append(entry.attempt_id)
@@ -354,6 +375,10 @@ class ElasticClient(AsyncMPClient):
             self._closed_gaps.append(gap)
         if output.finished:
             self._gaps.forget(request_id)
+        if self.traces is not None:
+            self.traces.token(request_id, len(output.new_token_ids))
+            if output.finished:
+                self.traces.end(request_id, str(output.finish_reason))
         output.request_id = request_id
         return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -21,6 +22,7 @@ from elastic_daemon.engine.plan import ELASTIC_CONFIG, LocalExecutor, RankPlan
 from elastic_daemon.errors import ConfigError
 from elastic_daemon.flags import refusals
 from elastic_daemon.placement import PlacementError, slots_per_rank
+from elastic_daemon.trace_settings import traces_endpoint
 
 CPU_KV_CACHE_BYTES = 256 << 20
 """Default KV cache of a CPU rank. vLLM's own default takes most of the machine's memory, for each rank."""
@@ -79,6 +81,7 @@ def configure(
     args.use_tqdm_on_load = False  # four progress bars at once, in a log
     args.enforce_eager = True
     args.async_scheduling = False
+    args.otlp_traces_endpoint = args.otlp_traces_endpoint or traces_endpoint(os.environ)
     if device == "cpu":
         args.kv_cache_memory_bytes = args.kv_cache_memory_bytes or CPU_KV_CACHE_BYTES
     elif ranks_per_gpu > 1:

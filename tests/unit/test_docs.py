@@ -41,7 +41,7 @@ FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
 PATH = re.compile(r"[\w.-]+(?:/[\w.-]+)*/?")
 SUFFIXES = (".py", ".md", ".sh", ".toml", ".txt")
-FOLDERS = ("elastic_daemon", "watchdog", "tests", "bench", "training", "scripts", "docs", "requirements")
+FOLDERS = ("deploy", "elastic_daemon", "watchdog", "tests", "bench", "training", "scripts", "docs", "requirements")
 
 document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 
@@ -142,6 +142,7 @@ NAMED_FLAGS_OF_VLLM = {
     "--gpu-memory-utilization",
     "--load-format",
     "--max-model-len",
+    "--otlp-traces-endpoint",
 }
 """Further flags of vLLM that documents speak of; that it has them is checked in tests/contract or by its own parser."""
 
@@ -211,7 +212,7 @@ def test_control_routes_are_described() -> None:
 
 
 def test_metrics_are_described() -> None:
-    rows = {name: row for row in prose(METRICS).splitlines() for name in re.findall(r"^\| `(elastic_\w+)`", row)}
+    rows = {name: row for row in prose(METRICS).splitlines() for name in re.findall(r"^\| `(elastic_\w+)` \|", row)}
     assert rows.keys() == EXPORTED.keys()
     for name, (type_, labels) in EXPORTED.items():
         _, _, told_type, told_labels, _, _ = rows[name].split("|")
