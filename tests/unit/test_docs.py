@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 
+from bench.control_plane import parser as control_plane_parser
 from bench.detection import parser as detection_parser
 from bench.elasticity import parser as elasticity_parser
 from bench.gpu_drill import make_parser as gpu_drill_parser
@@ -149,7 +150,14 @@ NAMED_FLAGS_OF_VLLM = {
 
 @document
 def test_flags_exist(path: Path) -> None:
-    benches = bench_parser(), detection_parser(), elasticity_parser(), gpu_drill_parser(), soak_parser()
+    benches = (
+        bench_parser(),
+        control_plane_parser(),
+        detection_parser(),
+        elasticity_parser(),
+        gpu_drill_parser(),
+        soak_parser(),
+    )
     mains = make_parser(), watchdog_parser(), *benches
     known = flags_doc.flags_of(*mains) | VLLM_FLAGS | NAMED_FLAGS_OF_VLLM
     assert set(FLAG.findall(path.read_text(encoding="utf-8"))) - known == set()
