@@ -35,7 +35,7 @@ class Exposition:
             start = starts.get(key)
             if start is None:
                 start = starts[key] = _start(sample.name, sample.labels)
-            lines.append(f"{start}{floatToGoString(sample.value)}\n")
+            lines.append(f"{start}{floatToGoString(sample.value)}\n")  # type: ignore[no-untyped-call]
         return "".join(lines)
 
 
