@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Protocol
 
 from fastapi import FastAPI, Query, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import Scope
 
 from elastic_daemon.control_routes import is_control_path
 from elastic_daemon.dashboard import make_dashboard_router
 from elastic_daemon.errors import ControlClosed
+from elastic_daemon.event_stream import MAX_STREAMS, EventStreams, Patience
 from elastic_daemon.events import KEPT, EventLog
 from elastic_daemon.http_errors import error_response, unavailable
 from elastic_daemon.membership import Status
-from elastic_daemon.metrics import Metrics
+from elastic_daemon.metrics import METRICS_TYPE, Metrics
 from elastic_daemon.operator_routes import OperatorPlane, make_operator_router
 from elastic_daemon.placement_routes import GroupPlane, make_group_router
 
@@ -37,7 +37,8 @@ class ControlPlane(OperatorPlane, GroupPlane, Protocol):
     async def ask_ranks(self, question: str) -> dict[int, Any]: ...
 
 
-def make_control_app(plane: ControlPlane) -> FastAPI:
+def make_control_app(plane: ControlPlane, patience: Patience | None = None) -> FastAPI:
+    """`patience`: with readers of events."""
     # No route for the schema: the front end serves it together with that of vLLM's routes.
     app = FastAPI(title="elastic-daemon control", docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -60,7 +61,9 @@ def make_control_app(plane: ControlPlane) -> FastAPI:
 
     @app.api_route("/metrics", methods=PROBE)
     async def metrics() -> Response:
-        return Response(plane.metrics.render(plane.health()), media_type="text/plain; version=0.0.4")
+        return Response(plane.metrics.render(plane.health()), media_type=METRICS_TYPE)
+
+    streams = EventStreams(plane.events, plane.metrics, patience)
 
     @app.get("/events")
     async def events(
@@ -72,9 +75,12 @@ def make_control_app(plane: ControlPlane) -> FastAPI:
                 since = int(request.headers.get("last-event-id", since))
             except ValueError:
                 return error_response(400, "BadRequestError", "Last-Event-ID: expected the id of an event, a number")
-            return StreamingResponse(_stream(plane.events, since), media_type="text/event-stream")
-        found = plane.events.since(since)
-        return JSONResponse(json.loads(json.dumps(found[-last:] if last else found, default=str)))
+            if streams.is_full:
+                return unavailable(f"{MAX_STREAMS} readers follow the events already")
+            return streams.open(since)
+        found = list(plane.events.after(since))
+        listed = ",".join(event.text for event in (found[-last:] if last else found))
+        return Response(f"[{listed}]", media_type="application/json")
 
     @app.get("/experts")
     async def experts() -> JSONResponse:
@@ -118,8 +124,3 @@ def _no_such_control_route(routes: Sequence[BaseRoute], scope: Scope) -> JSONRes
     if not allowed:
         return error_response(404, "NotFoundError", f"there is no control route {path}")
     return error_response(405, "MethodNotAllowedError", f"{method} is not for {path}", Allow=", ".join(allowed))
-
-
-async def _stream(events: EventLog, since: int) -> AsyncIterator[str]:
-    async for event in events.follow(since):
-        yield f"id: {event['id']}\nevent: {event['event']}\ndata: {json.dumps(event, default=str)}\n\n"

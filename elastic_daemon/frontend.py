@@ -12,12 +12,13 @@ import os
 import signal
 import socket
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import structlog
 import uvicorn
-from prometheus_client import generate_latest
+from prometheus_client import REGISTRY, disable_created_metrics
 from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -31,9 +32,11 @@ from elastic_daemon.engine.client import Applied, ElasticClient, Membership, Not
 from elastic_daemon.engine.configure import Deployment
 from elastic_daemon.engine.openai_app import fail_in_flight, fail_requests, make_app, make_llm
 from elastic_daemon.errors import ConfigError
+from elastic_daemon.exposition import Exposition
 from elastic_daemon.limits import BoundedHttp, SizeLimits
 from elastic_daemon.logs import configure_logging
 from elastic_daemon.messages import MAX_LINE_BYTES, Message, decode, encode
+from elastic_daemon.metrics import METRICS_TYPE
 from elastic_daemon.requests import MAX_DEATHS
 from elastic_daemon.tls import tls_from_message
 
@@ -50,6 +53,7 @@ class ControlProxy:
         self._supervisor = httpx.AsyncClient(
             transport=httpx.AsyncHTTPTransport(uds=socket_path), base_url="http://supervisor", timeout=None
         )
+        self._own_metrics = Exposition(REGISTRY)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and is_control_path(scope["path"]):
@@ -68,11 +72,20 @@ class ControlProxy:
         except httpx.TransportError as error:
             return JSONResponse({"error": f"the supervisor does not answer: {error}"}, 503)
         if request.url.path == "/metrics":
-            own = generate_latest().decode()
-            return Response(own + (await answer.aread()).decode(), answer.status_code, media_type="text/plain")
+            text = self._own_metrics.render() + (await answer.aread()).decode()
+            return Response(text, answer.status_code, media_type=METRICS_TYPE)
         return StreamingResponse(
-            answer.aiter_raw(), answer.status_code, dict(answer.headers), background=BackgroundTask(answer.aclose)
+            _until_broken(answer), answer.status_code, dict(answer.headers), background=BackgroundTask(answer.aclose)
         )
+
+
+async def _until_broken(answer: httpx.Response) -> AsyncIterator[bytes]:
+    """What the supervisor says. A stream that it breaks off ends."""
+    try:
+        async for chunk in answer.aiter_raw():
+            yield chunk
+    except httpx.TransportError as error:
+        log.warning("control_answer_broken_off", path=answer.request.url.path, error=str(error))
 
 
 class HoldGate:
@@ -149,7 +162,7 @@ class Frontend:
             _limits_of(settings),
         )
         app = self._guard = AccessGuard(
-            ControlProxy(gated, spec["http_socket"]), AccessRules.from_message(settings["access"])
+            ControlProxy(self._traced(gated), spec["http_socket"]), AccessRules.from_message(settings["access"])
         )
         self._sizes = SizeLimits(app, settings["max_body_bytes"])
         self._tls = tls_from_message(spec["tls"])
@@ -182,6 +195,16 @@ class Frontend:
             instructions.cancel()
             stats.cancel()
         self._llm.shutdown()
+        if self._client.traces is not None:
+            await asyncio.to_thread(self._client.traces.flush)
+
+    def _traced(self, app: ASGIApp) -> ASGIApp:
+        if self._deployment.config.observability_config.otlp_traces_endpoint is None:
+            return app
+        from elastic_daemon.tracing import AttemptTraces, RequestSpans
+
+        self._client.traces = AttemptTraces()
+        return RequestSpans(app)
 
     def _say(self, type_: str, **fields: Any) -> None:
         self._writer.write(encode({"type": type_, **fields}))
@@ -253,6 +276,7 @@ class Frontend:
                 in_flight=self._client.in_flight,
                 by_rank=self._client.in_flight_by_rank(),
                 refused=self._client.queue.refused,
+                gaps=[round(gap, 4) for gap in self._client.take_gaps()],
             )
             with contextlib.suppress(ConnectionError):
                 await self._writer.drain()
@@ -265,4 +289,5 @@ def _limits_of(settings: Message) -> Limits:
 
 def run_frontend(deployment: Deployment, spec: Message) -> None:
     """Be the front end until told to drain. Called in a fresh fork of the zygote."""
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # nobody looks at them
     asyncio.run(Frontend(deployment, spec).run())

@@ -77,6 +77,8 @@ class FrontendLink:
                 self._metrics.refused(message["refused"] - self._refused)
                 self._refused = message["refused"]
                 self.in_flight_by_rank = {int(rank): count for rank, count in message["by_rank"].items()}
+                for gap in message["gaps"]:
+                    self._metrics.client_gap(gap)
             case "drained":
                 self._tell(p.DrainComplete())
 

@@ -7,10 +7,18 @@ import math
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from elastic_daemon.health import HealthView
-from elastic_daemon.membership import RankState
+from elastic_daemon.membership import RankState, Status
 from elastic_daemon.protocol import RecoveryReport
 
+METRICS_TYPE = "text/plain; version=0.0.4"
+
 PHASE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+GAP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+"""The bar for the gap of a client is 0.2 s; requests may be held for a minute."""
+
+LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 5.0)
+"""The bar is 0.05 s."""
 
 
 class Metrics:
@@ -23,7 +31,35 @@ class Metrics:
         self._safety = Gauge(
             "elastic_expert_safety", "Rank losses that need no disk read (NaN before a placement)", registry=registry
         )
+        self._status = Gauge(
+            "elastic_status", "1 for the status that /health shows, else 0", ["status"], registry=registry
+        )
+        self._wanted = Gauge("elastic_ranks_wanted", "Ranks that are to serve", registry=registry)
+        self._survivable = Gauge(
+            "elastic_survivable_losses",
+            "Rank losses that leave every expert a slot (-1: an expert has none)",
+            registry=registry,
+        )
+        self._watched = Gauge(
+            "elastic_watchdog_up", "0 while nobody watches the GPUs although somebody is to", registry=registry
+        )
         self._in_flight = Gauge("elastic_in_flight", "Requests in flight", registry=registry)
+        self._gap = Histogram(
+            "elastic_client_gap_seconds",
+            "Silence between two tokens of a request with a change of the group in between",
+            registry=registry,
+            buckets=GAP_BUCKETS,
+        )
+        self._lag = Histogram(
+            "elastic_control_loop_lag_seconds",
+            "How late the supervisor's loop turns, sampled ten times a second",
+            registry=registry,
+            buckets=LAG_BUCKETS,
+        )
+        self._streams = Gauge("elastic_event_streams", "Readers of /events as a stream", registry=registry)
+        self._dropped = Counter(
+            "elastic_event_streams_dropped_total", "Readers that were cut off: too slow", registry=registry
+        )
         self._seconds = Histogram(
             "elastic_recovery_seconds",
             "Seconds of a recovery by phase",
@@ -76,6 +112,18 @@ class Metrics:
                 self._preserved.labels(how).inc(number)
             self._lost.inc(counts.lost)
 
+    def client_gap(self, seconds: float) -> None:
+        self._gap.observe(seconds)
+
+    def loop_lag(self, seconds: float) -> None:
+        self._lag.observe(seconds)
+
+    def event_streams(self, number: int) -> None:
+        self._streams.set(number)
+
+    def event_stream_dropped(self) -> None:
+        self._dropped.inc()
+
     def moved(self, requests: int) -> None:
         """Off a draining rank, while the group served."""
         self._preserved.labels("moved").inc(requests)
@@ -83,10 +131,15 @@ class Metrics:
     def render(self, view: HealthView) -> bytes:
         """The text exposition, with gauges as of `view`."""
         self._in_flight.set(view.in_flight)
+        self._watched.set(view.watchdog.trouble is None)
+        for status in Status:
+            self._status.labels(status.value).set(view.status is status)
         snapshot = view.snapshot
+        self._wanted.set(snapshot.target if snapshot is not None else view.target)
         safety = snapshot.expert_safety if snapshot is not None else None
         # Not 0 before the first placement: that would say that the next loss costs a disk read.
         self._safety.set(safety if safety is not None else math.nan)
+        self._survivable.set(snapshot.survivable_losses if snapshot is not None else math.nan)
         if snapshot is not None:
             self._epoch.set(snapshot.epoch)
             for state in RankState:

@@ -12,7 +12,7 @@ we.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -69,6 +69,10 @@ class Ledger(Generic[R]):
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        """The ids of all requests, oldest first."""
+        return iter(tuple(self._entries))
 
     def get(self, request_id: str) -> Entry[R] | None:
         return self._entries.get(request_id)

@@ -31,6 +31,7 @@ from elastic_daemon.gpu_pool import GpuPool
 from elastic_daemon.health import HealthView, url_of
 from elastic_daemon.launcher import Zygote, adopt_orphans, reap_orphans
 from elastic_daemon.logs import configure_logging
+from elastic_daemon.loop_lag import watch_lag
 from elastic_daemon.messages import Message
 from elastic_daemon.metrics import Metrics
 from elastic_daemon.operations import OperationDesk
@@ -218,6 +219,16 @@ class Supervisor:
 
     async def _supervise(self) -> p.Exit:
         """The control loop: sends Tick when something is due, and proves with each turn that it lives."""
+        lag = asyncio.create_task(watch_lag(self.metrics.loop_lag))
+        try:
+            await self._turn()
+        finally:
+            lag.cancel()
+        ended = self._exit.result()
+        self.events.record("stopped", {"code": ended.code, "reason": ended.reason})
+        return ended
+
+    async def _turn(self) -> None:
         while not self._exit.done():
             self.service.turn(self._controller)
             deadline = self._controller.next_deadline() if self._controller is not None else None
@@ -229,9 +240,6 @@ class Supervisor:
             waker.cancel()
             if deadline is not None and time.monotonic() >= deadline:
                 self.tell(p.Tick())
-        ended = self._exit.result()
-        self.events.record("stopped", {"code": ended.code, "reason": ended.reason})
-        return ended
 
     def _hung_up(self, had_terminal: bool) -> None:
         """SIGHUP is an order to reload, and what a terminal that closes sends to whoever was started in it."""
@@ -243,16 +251,21 @@ class Supervisor:
 
     def _stop_requested(self) -> None:
         self.service.stopping(self.settings.shutdown_timeout)
-        self.operations.close("the daemon stops")
+        self._release_readers()
         if self._controller is None:
             self._finish(p.Exit(0, "stopped while starting"))
         else:
             self.tell(p.StopRequested(self.settings.shutdown_timeout))
 
     def _finish(self, ended: p.Exit) -> None:
-        self.operations.close("the daemon stops")
+        self._release_readers()
         if not self._exit.done():
             self._exit.set_result(ended)
+
+    def _release_readers(self) -> None:
+        """Who waits for something would hold up the end of the servers."""
+        self.operations.close("the daemon stops")
+        self.events.end()
 
     # --- events -------------------------------------------------------------------------------------------------------
 

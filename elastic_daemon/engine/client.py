@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 import zmq
@@ -27,12 +27,18 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.utils.network_utils import make_zmq_socket
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
 from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources, _process_utility_output
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from elastic_daemon.admission import Queue
+from elastic_daemon.client_gaps import ClientGaps
 from elastic_daemon.engine.core import WAVES_PER_EPOCH
 from elastic_daemon.engine.resume import resuming_params
 from elastic_daemon.requests import Entry, Handover, Ledger
+from elastic_daemon.trace_settings import ABORTED, GIVEN_UP, MOVED, RANK_LOST
+
+if TYPE_CHECKING:
+    from elastic_daemon.tracing import AttemptTraces
 
 log = structlog.get_logger(__name__)
 
@@ -119,6 +125,10 @@ class ElasticClient(AsyncMPClient):
         self._waiting = 0
         self.ledger: Ledger[EngineCoreRequest] = Ledger()
         self.queue = Queue()
+        self._gaps = ClientGaps()
+        self._closed_gaps: list[float] = []
+        self.traces: AttemptTraces | None = None
+        """Spans of attempts; None where no traces are wanted."""
 
     # --- membership -------------------------------------------------------------------------------------------------
 
@@ -129,6 +139,11 @@ class ElasticClient(AsyncMPClient):
     def in_flight_by_rank(self) -> dict[int, int]:
         return {rank: self.ledger.load(incarnation) for incarnation, rank in self._membership.ranks.items()}
 
+    def take_gaps(self) -> list[float]:
+        """Seconds that clients have waited for their next token across a change of the group, since the last call."""
+        gaps, self._closed_gaps = self._closed_gaps, []
+        return gaps
+
     async def apply(self, membership: Membership) -> Applied:
         """Follow a change of the group, or of who drains in it."""
         if membership.epoch < self._membership.epoch:
@@ -136,6 +151,8 @@ class ElasticClient(AsyncMPClient):
         gone = self._membership.ranks.keys() - membership.ranks.keys()
         for incarnation in membership.ranks.keys() - self._membership.ranks.keys():
             self._apply_ready_response(base64.b64decode(membership.ready[incarnation]))
+        for incarnation in gone:
+            self._show_idle(self._membership.ranks[incarnation])
         self._membership = membership
         self.core_engines = [_identity(incarnation) for incarnation in membership.ranks]
         if self.core_engines:
@@ -149,15 +166,28 @@ class ElasticClient(AsyncMPClient):
             self._served_epoch = membership.epoch
             self.current_wave = membership.epoch * WAVES_PER_EPOCH
             self.engines_running = True
+            self._gaps.interrupt(self.ledger)
         moved = self._withdraw()
-        for request_id in self.ledger.orphans():
+        orphans = self.ledger.orphans()
+        self._gaps.interrupt(orphans)
+        for request_id in orphans:
             self._readmit(request_id)
         self._serving.set()
         return Applied(self._take_handover() if begins else None, moved, given_up)
 
+    def _show_idle(self, rank: int) -> None:
+        """vLLM's gauges would say for ever what the rank last did."""
+        self.outputs_queue.put_nowait(EngineCoreOutputs(engine_index=rank, scheduler_stats=SchedulerStats()))
+
     def _void(self, gone: set[int]) -> tuple[str, ...]:
         """Returns the requests that are given up."""
         handover = self.ledger.void(gone)
+        for request_id in handover.given_up:
+            self._gaps.forget(request_id)
+        if self.traces is not None:
+            for request_id in handover.given_up:
+                self.traces.end(request_id, GIVEN_UP)
+            self.traces.interrupt(handover.moved, RANK_LOST)
         for incarnation in gone:
             for call_id in self._utilities_of.pop(incarnation, set()):
                 if (future := self.utility_results.pop(call_id, None)) is not None and not future.done():
@@ -179,6 +209,8 @@ class ElasticClient(AsyncMPClient):
         moved = {}
         for incarnation in membership.draining:
             if attempts := self.ledger.withdraw(incarnation):
+                if self.traces is not None:
+                    self.traces.interrupt(self.ledger.orphans(), MOVED)
                 self._in_background(self._send(EngineCoreRequestType.ABORT, list(attempts), incarnation))
             moved[membership.ranks[incarnation]] = len(attempts)
         return moved
@@ -186,6 +218,7 @@ class ElasticClient(AsyncMPClient):
     def _readmit(self, request_id: str) -> None:
         owner = self.ledger.least_loaded(self._membership.takers)
         entry = self.ledger.adopt(request_id, owner)
+        self._trace_attempt(request_id, entry.request, owner, len(entry.output))
         log.info("request_readmitted", request=request_id, rank=self._membership.ranks[owner], tokens=len(entry.output))
         # The next change of membership must not wait for an engine that is dying just now.
         self._in_background(self._add(_attempt(entry), owner))
@@ -220,7 +253,13 @@ class ElasticClient(AsyncMPClient):
             raise
         owner = self.ledger.least_loaded(self._membership.takers)
         self.ledger.admit(request.request_id, request, owner)
+        self._trace_attempt(request.request_id, request, owner, 0)
         await self._add(request, owner)
+
+    def _trace_attempt(self, request_id: str, request: EngineCoreRequest, owner: int, tokens: int) -> None:
+        if self.traces is not None:
+            rank, epoch = self._membership.ranks[owner], self._membership.epoch
+            self.traces.begin(request_id, rank, epoch, tokens, request.trace_headers)
 
     async def _add(self, request: EngineCoreRequest, owner: int) -> None:
         """Send one attempt, unless its request is aborted or moves on before its turn comes."""
@@ -288,6 +327,9 @@ class ElasticClient(AsyncMPClient):
         self.queue.leave(request_ids)
         by_owner: dict[int, list[str]] = {}
         for request_id in request_ids:
+            self._gaps.forget(request_id)
+            if self.traces is not None:
+                self.traces.end(request_id, ABORTED)
             entry = self.ledger.forget(request_id)
             if entry is not None and entry.owner is not None:
                 by_owner.setdefault(entry.owner, []).append(entry.attempt_id)
@@ -327,15 +369,24 @@ class ElasticClient(AsyncMPClient):
             self.current_wave = outputs.wave_complete + 1
             self.engines_running = False
         outputs.engine_index = rank
-        outputs.outputs = [output for output in outputs.outputs if self._deliver(output, incarnation)]
+        now = time.monotonic()
+        outputs.outputs = [output for output in outputs.outputs if self._deliver(output, incarnation, now)]
         if outputs.outputs or outputs.scheduler_stats:
             self.outputs_queue.put_nowait(outputs)
 
-    def _deliver(self, output: EngineCoreOutput, incarnation: int) -> bool:
+    def _deliver(self, output: EngineCoreOutput, incarnation: int, now: float) -> bool:
         """Whether it is for our clients. They know the request, not the attempt."""
         request_id = self.ledger.deliver(output.request_id, incarnation, output.new_token_ids, output.finished)
         if request_id is None:
             return False
+        if output.new_token_ids and (gap := self._gaps.delivered(request_id, now)) is not None:
+            self._closed_gaps.append(gap)
+        if output.finished:
+            self._gaps.forget(request_id)
+        if self.traces is not None:
+            self.traces.token(request_id, len(output.new_token_ids))
+            if output.finished:
+                self.traces.end(request_id, str(output.finish_reason))
         output.request_id = request_id
         self.queue.begin(request_id, time.monotonic())
         return True

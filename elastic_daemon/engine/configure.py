@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -21,6 +22,7 @@ from elastic_daemon.engine.plan import LocalExecutor, RankPlan
 from elastic_daemon.errors import ConfigError
 from elastic_daemon.flags import refusals
 from elastic_daemon.placement import PlacementError, slots_per_rank
+from elastic_daemon.trace_settings import traces_endpoint
 
 CPU_KV_CACHE_BYTES = 256 << 20
 """Default KV cache of a CPU rank. vLLM's own default takes most of the machine's memory, for each rank."""
@@ -83,6 +85,7 @@ def configure(
     if not Path(args.model).is_dir() and Path(args.model).is_absolute():
         raise ConfigError(f"no such model directory: {args.model}")
     args.use_tqdm_on_load = False  # four progress bars at once, in a log
+    args.otlp_traces_endpoint = args.otlp_traces_endpoint or traces_endpoint(os.environ)
     if device == "cpu":
         args.enforce_eager = True
         args.kv_cache_memory_bytes = args.kv_cache_memory_bytes or CPU_KV_CACHE_BYTES

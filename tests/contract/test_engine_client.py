@@ -188,3 +188,35 @@ async def test_a_request_that_nobody_survives_is_given_up(world: World) -> None:
     assert applied == Applied(Handover(1, (), ()), None, ("poison",))
     assert replacement == 100 + MAX_DEATHS - 1
     assert world.client.in_flight_by_rank() == {0: 0, 1: 1}
+
+
+async def test_what_a_rank_did_last_is_not_shown_for_ever(world: World) -> None:
+    world.connect(A, B)
+    await world.serve(RANKS)
+    world.epoch += 1
+    await world.serve({B: 1})
+    outputs = await asyncio.wait_for(world.client.get_output_async(), TIMEOUT_S)
+    assert (outputs.engine_index, outputs.outputs) == (0, [])
+    assert outputs.scheduler_stats is not None
+    assert (outputs.scheduler_stats.num_running_reqs, outputs.scheduler_stats.kv_cache_usage) == (0, 0.0)
+
+
+async def test_silence_across_a_change_of_the_group_is_told_once(world: World) -> None:
+    world.connect(A, B)
+    await world.serve(RANKS)
+    await world.begin("r", A, 7)
+    await world.begin("s", B, 7)
+    await world.begin("new", A)
+    world.epoch += 1
+    await world.serve({B: 1})
+    assert (await asyncio.wait_for(world.client.get_output_async(), TIMEOUT_S)).outputs == []
+    moved = [await world.ends[B].added() for _ in range(2)]
+    await asyncio.sleep(0.05)
+    for request_id in (moved[0].request_id, "s", moved[1].request_id):
+        for token in (8, 9):
+            await world.ends[B].say(request_id, token)
+            await world.delivered()
+    gaps = world.client.take_gaps()
+    assert len(gaps) == 2, "one had no token yet"
+    assert all(0.05 <= gap < 5 for gap in gaps)
+    assert world.client.take_gaps() == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -19,6 +20,8 @@ from elastic_daemon.control_routes import CONTROL_PATHS, CONTROL_TEMPLATES
 from tests.e2e.cluster import Cluster, assert_same, run_streams
 
 pytestmark = pytest.mark.e2e
+
+VLLM_METRICS = Path(__file__).parents[1] / "unit" / "data" / "vllm_metrics.json"
 
 
 @pytest.fixture
@@ -79,6 +82,16 @@ def test_metrics_of_engine_and_daemon_come_together(cluster: Cluster, client: op
     assert families["elastic_epoch"].samples[0].value == cluster.health()["epoch"]
     engines = {sample.labels["engine"] for sample in families["vllm:generation_tokens"].samples}
     assert engines == {"0", "1", "2", "3"}
+    recorded = json.loads(VLLM_METRICS.read_text(encoding="utf-8"))["metrics"]
+    told = {
+        name + "_total" * (family.type == "counter"): {
+            "type": family.type,
+            "labels": sorted({label for sample in family.samples for label in sample.labels} - {"le"}),
+        }
+        for name, family in families.items()
+        if name.startswith("vllm:")
+    }
+    assert told == recorded, "tests/unit/data/vllm_metrics.json is what rules and dashboard are held to"
 
 
 def test_start_reads_as_a_story(cluster: Cluster) -> None:

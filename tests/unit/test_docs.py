@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 
+from bench.control_plane import parser as control_plane_parser
 from bench.detection import parser as detection_parser
 from bench.elasticity import parser as elasticity_parser
 from bench.gpu_drill import make_parser as gpu_drill_parser
@@ -24,22 +25,24 @@ from elastic_daemon.control_routes import CONTROL_PATHS
 from elastic_daemon.flags import REFUSED, REFUSED_ON
 from elastic_daemon.health import HealthView
 from elastic_daemon.membership import RankState, Status
-from elastic_daemon.metrics import Metrics
 from elastic_daemon.placement import expert_safety, initial, slots_per_rank, survivable_losses
 from elastic_daemon.protocol import HealthSnapshot, RankHealth, RecoveryKind, RecoveryReport, RequestCounts
 from elastic_daemon.recovery import Timer
 from elastic_daemon.runtime_dir import SOCKET_NAMES
+from tests.unit.test_metrics import EXPORTED
 from watchdog.cli import make_parser as watchdog_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-README, API, ARCHITECTURE = (ROOT / name for name in ("README.md", "docs/api.md", "docs/architecture.md"))
+README, API, ARCHITECTURE, METRICS, EVENTS = (
+    ROOT / name for name in ("README.md", "docs/api.md", "docs/architecture.md", "docs/metrics.md", "docs/events.md")
+)
 
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
 PATH = re.compile(r"[\w.-]+(?:/[\w.-]+)*/?")
 SUFFIXES = (".py", ".md", ".sh", ".toml", ".txt")
-FOLDERS = ("elastic_daemon", "watchdog", "tests", "bench", "training", "scripts", "docs", "requirements")
+FOLDERS = ("deploy", "elastic_daemon", "watchdog", "tests", "bench", "training", "scripts", "docs", "requirements")
 
 document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 
@@ -142,6 +145,7 @@ NAMED_FLAGS_OF_VLLM = {
     "--gpu-memory-utilization",
     "--load-format",
     "--max-model-len",
+    "--otlp-traces-endpoint",
 }
 """Further flags of vLLM that documents speak of; that it has them is checked in tests/contract or by its own parser."""
 FLAGS_OF_SYSTEMD = {"--create"}
@@ -149,7 +153,14 @@ FLAGS_OF_SYSTEMD = {"--create"}
 
 @document
 def test_flags_exist(path: Path) -> None:
-    benches = bench_parser(), detection_parser(), elasticity_parser(), gpu_drill_parser(), soak_parser()
+    benches = (
+        bench_parser(),
+        control_plane_parser(),
+        detection_parser(),
+        elasticity_parser(),
+        gpu_drill_parser(),
+        soak_parser(),
+    )
     mains = make_parser(), watchdog_parser(), *benches
     known = flags_doc.flags_of(*mains) | VLLM_FLAGS | NAMED_FLAGS_OF_VLLM | FLAGS_OF_SYSTEMD
     assert set(FLAG.findall(path.read_text(encoding="utf-8"))) - known == set()
@@ -212,16 +223,24 @@ def test_control_routes_are_described() -> None:
 
 
 def test_metrics_are_described() -> None:
-    totals = {family.name + "_total" * (family.type == "counter") for family in Metrics()._registry.collect()}
-    assert totals <= set(spans(API))
-    assert set(re.findall(r"\belastic_\w+", prose(API))) <= totals
+    rows = {name: row for row in prose(METRICS).splitlines() for name in re.findall(r"^\| `(elastic_\w+)` \|", row)}
+    assert rows.keys() == EXPORTED.keys()
+    for name, (type_, labels) in EXPORTED.items():
+        _, _, told_type, told_labels, _, _ = rows[name].split("|")
+        assert told_type.strip() == type_, name
+        assert set(labels) <= set(re.findall(r"`(\w+)`", told_labels)), name
+    named = {name for path in DOCUMENTS for name in re.findall(r"\belastic_[a-z_]+\b(?![./])", prose(path))}
+    modules = {"elastic_daemon"}
+    assert {name.removesuffix("_bucket").removesuffix("_count") for name in named} - modules <= EXPORTED.keys()
 
 
 def test_events_are_described() -> None:
-    source = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "elastic_daemon").glob("*.py"))
-    events = set(re.findall(r"(?:_record|events\.record)\(\s*\"(\w+)\"", source))
-    assert len(events) > 15
-    assert _in_api(events)
+    sources = [file.read_text(encoding="utf-8") for file in (ROOT / "elastic_daemon").rglob("*.py")]
+    recorded = r"(?:_record|events\.record)\(\s*\"(\w+)\"|StartTarget\(\w+, \"(\w+)\""
+    events = {name for source in sources for match in re.findall(recorded, source) for name in match if name}
+    rows = re.findall(r"^\| (`.+?`) \|", prose(EVENTS), re.MULTILINE)
+    assert len(rows) > 15
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == events
 
 
 def test_runtime_files_are_described() -> None:
