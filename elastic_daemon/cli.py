@@ -13,9 +13,10 @@ from elastic_daemon import __version__
 from elastic_daemon.config import Device, HostExpertCopies, Respread, Restore, default_runtime_dir, load_settings
 from elastic_daemon.errors import ElasticError, wrong_watchdog
 from elastic_daemon.logs import configure_logging
-from elastic_daemon.order_arguments import add_command, add_order_commands, add_target
+from elastic_daemon.order_arguments import add_command, add_order_commands, add_target, add_watch
 from elastic_daemon.plan_arguments import add_plan_command
 from elastic_daemon.watch.upkeep import WatchMode
+from watchdog.completion import add_completion_command
 
 SERVE_EXAMPLES = """\
 examples:
@@ -23,6 +24,8 @@ examples:
   elastic-daemon serve --data-parallel-size 5 --survive-losses 3
   elastic-daemon serve ./model --data-parallel-size 6 --survive-losses 2 --max-model-len 8192
 Any flag that is not listed here goes to vLLM (docs/flags.md says which cannot work).
+exit status: 0 stopped on request; 1 unexpected error; 2 bad flag, variable, file or model; 3 the start cannot succeed;
+4 the front end keeps ending
 """
 
 STATUS_EXAMPLES = """\
@@ -30,7 +33,10 @@ examples:
   elastic-daemon status                                  the daemon in the default runtime directory
   elastic-daemon status --url http://127.0.0.1:8000
   elastic-daemon status --json | jq .last_recovery.seconds
-exit status: 0 while clients are served (ok, degraded, recovering), 1 otherwise, 3 when no daemon answers
+  elastic-daemon status --watch                          until Ctrl-C; on a terminal in place
+  elastic-daemon status --watch 5 --json >> status.jsonl
+exit status: 0 while clients are served (ok, degraded, recovering), 1 otherwise, 2 for bad arguments, 3 when no daemon
+answers
 """
 
 EVENTS_EXAMPLES = """\
@@ -38,7 +44,7 @@ examples:
   elastic-daemon events
   elastic-daemon events --follow | grep rank_excluded
   elastic-daemon events --url http://127.0.0.1:8000
-exit status: 0, or 3 when no daemon answers (with --follow: for a minute)
+exit status: 0 printed; 2 bad arguments; 3 when no daemon answers (with --follow: for a minute)
 """
 
 DRILL_EXAMPLES = """\
@@ -130,6 +136,7 @@ def make_parser() -> argparse.ArgumentParser:
     status = add_command(commands, "status", "show ranks and state of a running daemon", STATUS_EXAMPLES)
     add_target(status)
     status.add_argument("--json", action="store_true", help="print the body of /health as it is")
+    add_watch(status)
 
     add_order_commands(commands)
 
@@ -157,6 +164,7 @@ def make_parser() -> argparse.ArgumentParser:
     drill.add_argument("--seed", type=int, metavar="N", help="of the random choice (default: a new one, shown)")
     drill.add_argument("--json", action="store_true", help="print one JSON object with all numbers")
     add_plan_command(commands)
+    add_completion_command(commands, parser.prog)
     return parser
 
 
