@@ -1,4 +1,4 @@
-"""Command line of `elastic-daemon`: serve, status, scale, drain, exclude, release, automation, events, drill, plan."""
+"""Command line of `elastic-daemon`: serve, config, the orders of an operator, and what shows the state of things."""
 
 from __future__ import annotations
 
@@ -7,25 +7,33 @@ import asyncio
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from elastic_daemon import __version__
-from elastic_daemon.config import Device, HostExpertCopies, Respread, Restore, default_runtime_dir, load_settings
-from elastic_daemon.errors import ElasticError, wrong_watchdog
+from elastic_daemon.config import Settings, Sources
+from elastic_daemon.errors import ConfigError, ElasticError, wrong_watchdog
 from elastic_daemon.logs import configure_logging
-from elastic_daemon.order_arguments import add_command, add_order_commands, add_target, add_watch
+from elastic_daemon.order_arguments import Commands, add_command, add_order_commands, add_target, add_watch
 from elastic_daemon.plan_arguments import add_plan_command
-from elastic_daemon.watch.upkeep import WatchMode
-from watchdog.completion import add_completion_command
+from elastic_daemon.resolve import with_places
+from elastic_daemon.serve_arguments import add_serve_arguments
 
 SERVE_EXAMPLES = """\
 examples:
   elastic-daemon serve                                   the bundled tiny MoE on four CPU ranks
   elastic-daemon serve --data-parallel-size 5 --survive-losses 3
   elastic-daemon serve ./model --data-parallel-size 6 --survive-losses 2 --max-model-len 8192
+  elastic-daemon serve --config elastic-daemon.toml      flags win over $ELASTIC_*, and those over the file
 Any flag that is not listed here goes to vLLM (docs/flags.md says which cannot work).
 exit status: 0 stopped on request; 1 unexpected error; 2 bad flag, variable, file or model; 3 the start cannot succeed;
 4 the front end keeps ending
+"""
+
+CONFIG_EXAMPLES = """\
+examples:
+  elastic-daemon config                                  what `elastic-daemon serve` would take
+  elastic-daemon config --config /etc/elastic-daemon.toml
+  elastic-daemon config --json | jq .port
+exit status: 0 shown; 2 if a setting is wrong
 """
 
 STATUS_EXAMPLES = """\
@@ -74,64 +82,21 @@ def make_parser() -> argparse.ArgumentParser:
     )
     serve.usage = "elastic-daemon serve [MODEL] [options] [any vLLM engine flag]"
     serve.description = "Serve MODEL (a directory or hub id; it comes first), or without one the bundled tiny-moe."
-    serve.add_argument("--data-parallel-size", type=int, metavar="N", help="ranks to serve with (default: 4)")
-    serve.add_argument("--max-ranks", type=int, metavar="M", help="most ranks that can be scaled up to (default: N)")
-    serve.add_argument(
-        "--reset-target", action="store_true", help="forget the number of ranks that was scaled to before this start"
+    add_serve_arguments(serve)
+    serve.add_argument("--print-config", action="store_true", help="show each setting and where it was given, and end")
+
+    config = commands.add_parser(
+        "config",
+        help="show each setting and where it was given",
+        epilog=CONFIG_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
-    serve.add_argument("--device", choices=[device.value for device in Device], help="default: cpu")
-    serve.add_argument(
-        "--ranks-per-gpu", type=int, metavar="R", help="ranks that share a GPU, to test without many (default: 1)"
-    )
-    serve.add_argument(
-        "--survive-losses",
-        type=int,
-        metavar="K",
-        help="size slots so that any N-K ranks hold every expert (default: 1)",
-    )
-    serve.add_argument(
-        "--restore",
-        choices=[restore.value for restore in Restore],
-        help="start lost ranks again and let them rejoin (default: auto)",
-    )
-    serve.add_argument(
-        "--respread",
-        choices=[respread.value for respread in Respread],
-        help="spread copies of experts anew after each change of the group (default: auto)",
-    )
-    serve.add_argument(
-        "--host-expert-copies",
-        choices=[copies.value for copies in HostExpertCopies],
-        help="copy experts that a single rank holds to host memory (default: auto)",
-    )
-    serve.add_argument("--hold-timeout", type=float, metavar="S", help="hold requests this long without capacity (60)")
-    serve.add_argument("--start-timeout", type=float, metavar="S", help="give a rank this long to start (300)")
-    serve.add_argument("--shutdown-timeout", type=float, metavar="S", help="let requests finish this long (5)")
-    serve.add_argument(
-        "--watchdog",
-        choices=[mode.value for mode in WatchMode],
-        help="start and tend a watchdog, expect one that others start, or do without (default: spawn)",
-    )
-    serve.add_argument(
-        "--watchdog-flags", metavar="FLAGS", help='for `elastic-watchdog run`, e.g. --watchdog-flags="--mode observe"'
-    )
-    serve.add_argument("--spare-gpus", type=int, metavar="K", help="idle simulated GPUs on --device cpu (default: 0)")
-    serve.add_argument(
-        "--gpu-probation",
-        type=float,
-        metavar="S",
-        help="a GPU must be healthy this long before a rank starts on it (2)",
-    )
-    serve.add_argument("--state-dir", type=Path, metavar="DIR", help="what is remembered over restarts")
-    serve.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
-    serve.add_argument("--port", type=int, help="port to listen on (default: 8000; 0: any free one)")
-    serve.add_argument(
-        "--api-key", action="append", metavar="KEY", help="require this key (again for more; better: $ELASTIC_API_KEY)"
-    )
-    serve.add_argument(
-        "--admin-key", metavar="KEY", help="require it for scaling and such (seen in `ps`; better: $ELASTIC_ADMIN_KEY)"
-    )
-    serve.add_argument("--runtime-dir", type=Path, metavar="DIR", help=f"default: {default_runtime_dir()}")
+    config.usage = "elastic-daemon config [--json] [MODEL] [options of serve]"
+    config.description = "What `serve` would take, with the same arguments, environment and file. Keys are masked."
+    add_serve_arguments(config)
+    config.add_argument("--json", action="store_true", help="print one JSON object")
 
     status = add_command(commands, "status", "show ranks and state of a running daemon", STATUS_EXAMPLES)
     add_target(status)
@@ -164,11 +129,24 @@ def make_parser() -> argparse.ArgumentParser:
     drill.add_argument("--seed", type=int, metavar="N", help="of the random choice (default: a new one, shown)")
     drill.add_argument("--json", action="store_true", help="print one JSON object with all numbers")
     add_plan_command(commands)
-    add_completion_command(commands, parser.prog)
+    _add_completion_command(commands, parser.prog)
     return parser
 
 
-def serve(arguments: argparse.Namespace, engine_flags: Sequence[str]) -> int:
+def _add_completion_command(commands: Commands[argparse.ArgumentParser], prog: str) -> None:
+    try:
+        from watchdog.completion import add_completion_command
+    except ImportError:  # another package of that name: `serve` says so
+        return
+    add_completion_command(commands, prog)
+
+
+NO_SETTINGS = ("command", "print_config", "json")
+
+TAKES_ALL_FLAGS = ("serve", "config")
+
+
+def serve(sources: Sources) -> int:
     try:
         from elastic_daemon.supervisor import Supervisor
     except ImportError as error:
@@ -176,25 +154,53 @@ def serve(arguments: argparse.Namespace, engine_flags: Sequence[str]) -> int:
             raise wrong_watchdog(error) from error
         raise
 
-    flags = {name: value for name, value in vars(arguments).items() if name != "command"}
-    settings = load_settings({**flags, "engine_flags": tuple(engine_flags)} if engine_flags else flags)
+    loaded = sources.load()
+    export_logging(loaded.settings)
     configure_logging()
-    return asyncio.run(Supervisor(settings).run())
+    try:
+        return asyncio.run(Supervisor(loaded.settings).run())
+    except ConfigError as error:
+        raise ConfigError(with_places(str(error), loaded.given)) from error
+
+
+def export_logging(settings: Settings) -> None:
+    """All processes of the daemon, and its watchdog, log alike: they read the environment."""
+    os.environ["ELASTIC_LOG_LEVEL"] = settings.log_level
+    if settings.log_format is not None:
+        os.environ["ELASTIC_LOG_FORMAT"] = settings.log_format.value
+
+
+def show_config(sources: Sources, as_json: bool) -> int:
+    from elastic_daemon.settings_table import shown, to_json, to_toml
+
+    rows = shown(sources.load())
+    sys.stdout.write(to_json(rows) + "\n" if as_json else to_toml(rows))
+    sys.stdout.flush()
+    return 0
+
+
+def sources_of(arguments: argparse.Namespace, engine_flags: Sequence[str]) -> Sources:
+    """`arguments` of `serve`, and what is left for vLLM."""
+    flags = {name: value for name, value in vars(arguments).items() if name not in NO_SETTINGS}
+    return Sources({**flags, "engine_flags": tuple(engine_flags)} if engine_flags else flags)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     given = list(sys.argv[1:] if argv is None else argv)
     # Taken out by hand: argparse would take the value of an unknown vLLM flag for the model.
-    model = given.pop(1) if given[:1] == ["serve"] and len(given) > 1 and not given[1].startswith("-") else None
+    takes_all = bool(given) and given[0] in TAKES_ALL_FLAGS
+    model = given.pop(1) if takes_all and len(given) > 1 and not given[1].startswith("-") else None
     arguments, rest = parser.parse_known_args(given)
     if model is not None:
         arguments.model = model
-    if rest and arguments.command != "serve":
+    if rest and not takes_all:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        if arguments.command == "serve":
-            code = serve(arguments, rest)
+        if takes_all:
+            sources = sources_of(arguments, rest)
+            shows = arguments.command == "config" or "print_config" in arguments
+            code = show_config(sources, "json" in arguments) if shows else serve(sources)
         else:
             from elastic_daemon.operator_commands import COMMANDS
             from elastic_daemon.order_commands import ORDER_COMMANDS

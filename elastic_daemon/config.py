@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import tempfile
-import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
-from pydantic_settings import (
-    BaseSettings,
-    InitSettingsSource,
-    NoDecode,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-)
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 
 from elastic_daemon.access import AccessRules, is_loopback
 from elastic_daemon.errors import ConfigError
+from elastic_daemon.resolve import (
+    ENGINE_TABLE,
+    Given,
+    as_flags,
+    engine_table,
+    flag_of,
+    from_environment,
+    from_flags,
+    from_toml,
+    resolve,
+)
 from elastic_daemon.watch.upkeep import WatchMode
 
 BUNDLED_MODEL = Path(__file__).parent / "models" / "tiny_moe"
@@ -29,6 +35,11 @@ BUNDLED_FLAGS = ("--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20))
 BUNDLED_SURVIVE_LOSSES = 2
 
 CONFIG_VARIABLE = "ELASTIC_CONFIG"
+
+OTHER_VARIABLES = frozenset(
+    {CONFIG_VARIABLE, "ELASTIC_NVML_SIMULATOR", "ELASTIC_FAULT_TRANSFER", "ELASTIC_FAULT_LINKS"}
+)
+"""Variables of ours that are no settings of `serve`."""
 
 MAX_RANKS = 1024
 
@@ -65,35 +76,71 @@ class Respread(StrEnum):
     OFF = "off"
 
 
-class Settings(BaseSettings):
-    """Everything the supervisor needs to know. `engine_flags` go to vLLM as they are."""
+class LogFormat(StrEnum):
+    JSON = "json"
+    TEXT = "text"
+    JOURNAL = "journal"
 
-    model_config = SettingsConfigDict(env_prefix="ELASTIC_", frozen=True, extra="forbid")
 
-    model: str | None = None
-    data_parallel_size: int = Field(4, ge=1, le=MAX_RANKS)
-    max_ranks: int | None = Field(None, ge=1, le=MAX_RANKS)
-    reset_target: bool = False
-    device: Device = Device.CPU
-    ranks_per_gpu: int = Field(1, ge=1, le=8)
-    survive_losses: int | None = Field(None, ge=0)
-    restore: Restore = Restore.AUTO
-    respread: Respread = Respread.AUTO
-    host_expert_copies: HostExpertCopies = HostExpertCopies.AUTO
-    hold_timeout: float = Field(60.0, ge=0)
-    start_timeout: float = Field(300.0, gt=0)
-    shutdown_timeout: float = Field(5.0, ge=0)
-    watchdog: WatchMode = WatchMode.SPAWN
-    watchdog_flags: Annotated[tuple[str, ...], NoDecode] = ()
-    spare_gpus: int = Field(0, ge=0, le=71)
-    gpu_probation: float = Field(2.0, ge=0)
-    state_dir: Path | None = None
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    runtime_dir: Path = Field(default_factory=default_runtime_dir)
-    api_key: Annotated[tuple[str, ...], NoDecode] = Field((), repr=False)
-    admin_key: SecretStr | None = None
-    engine_flags: Annotated[tuple[str, ...], NoDecode] = ()
+LIVE: dict[str, Any] = {"reloadable": True}
+"""Marks a setting that a reload applies; all others wait for a restart."""
+
+
+class Settings(BaseModel):
+    """Everything the supervisor needs to know. `engine_flags` go to vLLM as they are, after those of `vllm`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str | None = Field(None, description="a directory or hub id; without one the bundled tiny-moe")
+    data_parallel_size: int = Field(4, ge=1, le=MAX_RANKS, description="ranks to serve with")
+    max_ranks: int | None = Field(
+        None, ge=1, le=MAX_RANKS, description="most ranks that can be scaled up to; without it those to serve with"
+    )
+    reset_target: bool = Field(False, description="forget the number of ranks that was scaled to before this start")
+    device: Device = Field(Device.CPU, description="what the ranks compute on")
+    ranks_per_gpu: int = Field(1, ge=1, le=8, description="ranks that share a GPU, to test without many")
+    survive_losses: int | None = Field(
+        None, ge=0, description="size slots so that any N-K ranks hold every expert; without it 1 (tiny-moe: 2)"
+    )
+    restore: Restore = Field(Restore.AUTO, description="start lost ranks again and let them rejoin")
+    respread: Respread = Field(
+        Respread.AUTO, description="spread copies of experts anew after each change of the group"
+    )
+    host_expert_copies: HostExpertCopies = Field(
+        HostExpertCopies.AUTO, description="copy experts that a single rank holds to host memory"
+    )
+    hold_timeout: float = Field(60.0, ge=0, description="hold requests this many seconds without capacity")
+    start_timeout: float = Field(300.0, gt=0, description="give a rank this many seconds to start")
+    shutdown_timeout: float = Field(5.0, ge=0, description="let requests finish for this many seconds")
+    watchdog: WatchMode = Field(
+        WatchMode.SPAWN, description="start and tend a watchdog, expect one that others start, or do without"
+    )
+    watchdog_flags: tuple[str, ...] = Field((), description="flags for `elastic-watchdog run`")
+    spare_gpus: int = Field(0, ge=0, le=71, description="idle simulated GPUs on --device cpu")
+    gpu_probation: float = Field(
+        2.0, ge=0, description="a GPU must be healthy this many seconds before a rank starts on it"
+    )
+    state_dir: Path | None = Field(None, description="where what is remembered over restarts is kept")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
+    runtime_dir: Path = Field(
+        default_factory=default_runtime_dir, description="directory for sockets and scratch files"
+    )
+    api_key: tuple[str, ...] = Field((), repr=False, description="keys, one of which every request must have")
+    admin_key: SecretStr | None = Field(None, description="key for orders: scaling, draining and such")
+    log_level: str = Field("info", description="debug, info, warning, error or critical")
+    log_format: LogFormat | None = Field(None, description="without it: text on a terminal, else JSON lines")
+    engine_flags: tuple[str, ...] = Field((), description="further flags for vLLM, as on a command line")
+    vllm: dict[str, Any] = Field(
+        default_factory=dict, repr=False, description="flags for vLLM by name: a table of the file"
+    )
+
+    @field_validator("log_level")
+    @classmethod
+    def _known_level(cls, value: str) -> str:
+        if value.upper() not in logging.getLevelNamesMapping():
+            raise ValueError("expected debug, info, warning, error or critical")
+        return value.lower()
 
     @field_validator("api_key", mode="before")
     @classmethod
@@ -125,20 +172,6 @@ class Settings(BaseSettings):
     def _split_flags(cls, value: Any) -> Any:
         """One text is taken as a command line."""
         return tuple(shlex.split(value)) if isinstance(value, str) else value
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        assert isinstance(init_settings, InitSettingsSource)
-        file = os.environ.get(CONFIG_VARIABLE)
-        from_file = (InitSettingsSource(settings_cls, _read_toml(Path(file))),) if file else ()
-        return (init_settings, env_settings, *from_file)
 
     @property
     def access(self) -> AccessRules:
@@ -190,19 +223,70 @@ class Settings(BaseSettings):
         """The flags of vLLM's own server for this deployment; the user's come last and win."""
         if self.bundled:
             bundled = ("--model", str(BUNDLED_MODEL), "--served-model-name", BUNDLED_NAME, *BUNDLED_FLAGS)
-            return (*bundled, *self.engine_flags)
-        return ("--model", str(self.model), *self.engine_flags)
+            return (*bundled, *as_flags(self.vllm), *self.engine_flags)
+        return ("--model", str(self.model), *as_flags(self.vllm), *self.engine_flags)
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
-    """Read here, since pydantic's own source ignores a file that does not exist. Raises ConfigError."""
+@dataclass(frozen=True)
+class Loaded:
+    """Settings, and where each that is no default was given."""
+
+    settings: Settings
+    given: dict[str, Given] = field(repr=False)
+    file: Path | None = None
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Flags as the command line had them, and the environment: what a start and each reload read anew from the file."""
+
+    flags: Mapping[str, Any] = field(repr=False)
+    environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
+
+    @property
+    def file(self) -> Path | None:
+        name = self.flags.get("config") or self.environ.get(CONFIG_VARIABLE)
+        return Path(name) if name else None
+
+    def load(self) -> Loaded:
+        """Raises ConfigError: its message names the flag, the variable, or the file with the line."""
+        known = Settings.model_fields.keys() - {ENGINE_TABLE}
+        flags = {name: value for name, value in self.flags.items() if name != "config"}
+        layers = [from_flags(flags, known), from_environment(self.environ, known, OTHER_VARIABLES)]
+        if self.file is not None:
+            layers.append(from_toml(self._read(self.file), str(self.file), known))
+        given = resolve(layers)
+        values: dict[str, Any] = {name: it.value for name, it in given.items() if name in known}
+        if table := engine_table(given):
+            values[ENGINE_TABLE] = table
+        return Loaded(_validated(values, given), given, self.file)
+
+    def _read(self, path: Path) -> str:
+        named = "--config" if self.flags.get("config") else CONFIG_VARIABLE
+        try:
+            return path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror} ({named} names it)") from error
+        except ValueError as error:
+            raise ConfigError(f"{path}: not UTF-8: {error}") from error
+
+
+def _validated(values: dict[str, Any], given: Mapping[str, Given]) -> Settings:
     try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror} ({CONFIG_VARIABLE} names it)") from error
-    except ValueError as error:  # the message of a TOMLDecodeError has line and column
-        raise ConfigError(f"{path}: {error}") from error
+        return Settings(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        label = given[name].label if name in given else flag_of(name)
+        reason = first["msg"].removeprefix("Value error, ")
+        if name in SECRETS:
+            raise ConfigError(f"{label}: {reason}") from None  # the cause shows the value
+        raise ConfigError(f"{label}: {reason} (got {first['input']!r})") from error
+
+
+def load_settings(flags: Mapping[str, Any]) -> Settings:
+    """Settings from given flags (only those that were set), environment and file. Raises ConfigError."""
+    return Sources(flags).load().settings
 
 
 def key_header() -> dict[str, str]:
@@ -215,21 +299,3 @@ def admin_header() -> dict[str, str]:
     """What a client of ours sends with an operator's order: `$ELASTIC_ADMIN_KEY`, else what it always sends."""
     key = os.environ.get("ELASTIC_ADMIN_KEY")
     return {"Authorization": f"Bearer {key}"} if key else key_header()
-
-
-def load_settings(flags: dict[str, Any]) -> Settings:
-    """Settings from given flags (only those that were set), environment and file.
-
-    Raises:
-        ConfigError: names the setting and what is wrong with it.
-    """
-    try:
-        return Settings(**flags)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
-        if first["loc"][:1] and first["loc"][0] in SECRETS:
-            raise ConfigError(f"{name}: {first['msg']}") from None  # the cause shows the value
-        raise ConfigError(f"{name}: {first['msg']} (got {first['input']!r})") from error
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
