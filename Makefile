@@ -5,14 +5,15 @@
 # ARGS             arguments of `make serve`
 # STAGES           test stages to run (unit contract e2e chaos)
 # PYTEST_ARGS      further arguments of pytest
+# PREFIX, SYSCONFDIR, DESTDIR, VENV, DEVICE   of `make install`: scripts/install.sh
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup serve test check format clean distclean
+.PHONY: help setup serve test check format install uninstall clean distclean
 
 # Exported as they came (empty is the same as unset to the scripts).
-export PYTHON TORCH_INDEX_URL STAGES PYTEST_ARGS
+export PYTHON TORCH_INDEX_URL STAGES PYTEST_ARGS PREFIX SYSCONFDIR DESTDIR VENV DEVICE
 unexport ARGS
 
 help: ## list the targets
@@ -32,6 +33,12 @@ check: setup ## lint, check the layout and the types
 
 format: setup ## mend the layout and what the linter can mend
 	@.venv/bin/python -m ruff check --fix-only --quiet . ; .venv/bin/python -m ruff format .
+
+install: ## install daemon and systemd units (PREFIX=/usr/local, DESTDIR=, VENV= of an existing environment)
+	@bash scripts/install.sh install
+
+uninstall: ## take away what install has put there
+	@bash scripts/install.sh uninstall
 
 clean: ## remove caches and build products, keep .venv
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .setup.log

@@ -1,4 +1,7 @@
-"""Structured logs: for people on a terminal, as JSON lines elsewhere (`ELASTIC_LOG_FORMAT=json|text` decides)."""
+"""Structured logs: for people on a terminal, for the journal under systemd, as JSON lines elsewhere.
+
+`ELASTIC_LOG_FORMAT=json|text|journal` decides otherwise.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,33 @@ import structlog
 
 def configure_logging(level: str | None = None) -> None:
     """Events go to standard error: a stable snake_case name plus fields. Idempotent."""
-    form = os.environ.get("ELASTIC_LOG_FORMAT") or ("text" if sys.stderr.isatty() else "json")
+    from watchdog.journal import log_format  # not at the top: `serve` says it clearly where another `watchdog` is
+
     threshold = logging.getLevelNamesMapping()[(level or os.environ.get("ELASTIC_LOG_LEVEL", "info")).upper()]
-    renderer: structlog.types.Processor = (
-        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
-        if form == "text"
-        else structlog.processors.JSONRenderer()
-    )
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
-            renderer,
+            _renderer(log_format()),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(threshold),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
+
+
+def _renderer(form: str) -> structlog.types.Processor:
+    if form == "journal":
+        return _render_for_journal
+    if form == "text":
+        return structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty() and not os.environ.get("NO_COLOR"))
+    return structlog.processors.JSONRenderer()
+
+
+def _render_for_journal(_: object, __: str, event: structlog.types.EventDict) -> str:
+    from watchdog.journal import journal_line
+
+    own = ("event", "level", "timestamp")
+    return journal_line(str(event["event"]), event["level"], {k: v for k, v in event.items() if k not in own})

@@ -37,15 +37,13 @@ from elastic_daemon.processes import Processes
 from elastic_daemon.rank_messages import RankAction, rank_event, rank_message
 from elastic_daemon.runtime_dir import RuntimeDir
 from elastic_daemon.service_control import EXIT_START
+from elastic_daemon.service_manager import ServiceManager
 from elastic_daemon.store import RendezvousStore
 from elastic_daemon.target_store import TargetWriter, load_target, start_target
 from elastic_daemon.tasks import Tasks
 from elastic_daemon.watch.side import WatchdogSide
 
 log = structlog.get_logger(__name__)
-
-LOOP_STALE_S = 5.0
-"""`/livez` fails when the control loop has not turned for this long."""
 
 HEARTBEAT_S = 0.5
 
@@ -67,7 +65,7 @@ class Supervisor:
         self.operations = OperationDesk(self.tell)
         self._targets = TargetWriter(settings)
         self._started = time.monotonic()
-        self._last_turn = time.monotonic()
+        self.service = ServiceManager(settings)
         self._controller: Controller | None = None
         self._peers: dict[p.Identity, Peer] = {}
         self._frontend = FrontendLink(self.events, self.metrics, self.tell, settings.shutdown_timeout)
@@ -121,7 +119,7 @@ class Supervisor:
             self._answering.open_public()
             preparing = asyncio.gather(asyncio.to_thread(RendezvousStore), self._configure(), self._watch.prepare())
             either: set[asyncio.Future[Any]] = {preparing, self._exit}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            await self.service.prepare(either)
             if preparing.done():
                 self._store, policy, _ = await preparing
                 self._tasks.spawn(self._watch.run())
@@ -191,7 +189,7 @@ class Supervisor:
     async def _supervise(self) -> p.Exit:
         """The control loop: sends Tick when something is due, and proves with each turn that it lives."""
         while not self._exit.done():
-            self._last_turn = time.monotonic()
+            self.service.turn(self._controller)
             deadline = self._controller.next_deadline() if self._controller is not None else None
             delay = HEARTBEAT_S if deadline is None else min(HEARTBEAT_S, max(0.0, deadline - time.monotonic()))
             self._wake.clear()
@@ -206,6 +204,7 @@ class Supervisor:
         return ended
 
     def _stop_requested(self) -> None:
+        self.service.stopping()
         self.operations.close("the daemon stops")
         if self._controller is None:
             self._finish(p.Exit(0, "stopped while starting"))
@@ -377,7 +376,7 @@ class Supervisor:
 
     @property
     def is_turning(self) -> bool:
-        return time.monotonic() - self._last_turn < LOOP_STALE_S
+        return self.service.is_turning
 
     def snapshot(self) -> p.HealthSnapshot | None:
         return self._controller.snapshot(time.monotonic()) if self._controller is not None else None

@@ -1,4 +1,6 @@
-"""Structured logs: for people on a terminal, as JSON lines elsewhere (`ELASTIC_LOG_FORMAT=json|text` decides).
+"""Structured logs: for people on a terminal, for the journal under systemd, as JSON lines elsewhere.
+
+`ELASTIC_LOG_FORMAT=json|text|journal` decides otherwise.
 
 The same lines as the daemon's, which structlog writes. Not structlog here: it, and what it imports, would take as much
 memory as the rest of the watchdog.
@@ -12,6 +14,8 @@ import sys
 from datetime import UTC, datetime
 from enum import IntEnum
 from typing import Any
+
+from watchdog.journal import journal_line, log_format
 
 
 class Level(IntEnum):
@@ -27,7 +31,7 @@ class Logger:
 
     def __init__(self) -> None:
         self.threshold = Level.INFO
-        self.text = False
+        self.form = "json"
 
     def info(self, event: str, **fields: Any) -> None:
         self._write(Level.INFO, event, fields)
@@ -42,7 +46,9 @@ class Logger:
         if level < self.threshold:
             return
         now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
-        if self.text:
+        if self.form == "journal":
+            line = journal_line(event, level.name.lower(), fields)
+        elif self.form == "text":
             shown = "".join(f" {name}={value}" for name, value in fields.items())
             line = f"{now} [{level.name.lower():<8}] {event:<30}{shown}"
         else:
@@ -55,6 +61,5 @@ log = Logger()
 
 def configure_logging(level: str | None = None) -> None:
     """Raises KeyError for a level that does not exist. Idempotent."""
-    form = os.environ.get("ELASTIC_LOG_FORMAT") or ("text" if sys.stderr.isatty() else "json")
-    log.text = form == "text"
+    log.form = log_format()
     log.threshold = Level[(level or os.environ.get("ELASTIC_LOG_LEVEL", "info")).upper()]

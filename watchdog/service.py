@@ -27,13 +27,20 @@ from watchdog.fitness import Fitness, Hearing, judge_fitness
 from watchdog.heartbeats import Heartbeats
 from watchdog.logs import log
 from watchdog.memory import give_back
+from watchdog.notify import Notifier, Supervision
 from watchdog.probe import ProbePolicy, Prober, child_environment
 from watchdog.signals import SignalTable
 from watchdog.state import State
-from watchdog.status import WRITE_S, status_path, write_status
+from watchdog.status import WRITE_S, describe, status_path, write_status
 from watchdog.verdict import Policy, Verdict, as_json
 
 WATCH_S = 0.1
+DRIVER_S = 10.0
+"""A driver that has said nothing for so long does not keep the ranks from being watched: it counts as started."""
+
+STOP_S = 15.0
+"""An orderly end takes less."""
+
 BINDINGS_S = 1.0
 LOCK_NAME = "watchdog.lock"
 
@@ -66,6 +73,7 @@ class Service:
         self._client = DaemonClient(settings.runtime_dir)
         self._started = time.time()
         self._delivery = Delivery(self._client, self)
+        self._notifier = Notifier(Supervision.take())
         self._hearing = Hearing()
         self._fitness: tuple[Fitness, ...] | None = None
         self._read_bindings = asyncio.Event()
@@ -73,6 +81,7 @@ class Service:
         self._daemon_error: str | None = "not asked yet"
         self._stop = asyncio.Event()
         self._written = 0.0
+        self._sentence = ""
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -92,6 +101,7 @@ class Service:
                     for task in (self._watch(), self._bind(), self._delivery.run(), self._keep_state())
                 ]
                 await self._stop.wait()
+                self._notifier.stopping(STOP_S)
                 for task in running:
                     task.cancel()
         finally:
@@ -147,6 +157,7 @@ class Service:
     # --- tasks ---------------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
+        begin = time.monotonic()
         while True:
             now = time.monotonic()
             self._prober.tick(now)
@@ -156,7 +167,11 @@ class Service:
             self._review()
             if now - self._written >= WRITE_S:
                 self._written = now
-                write_status(self._settings.runtime_dir, self._status())
+                status = self._status()
+                write_status(self._settings.runtime_dir, status)
+                self._sentence = describe(status)
+            heard = self._prober.listed or self._prober.trouble is not None
+            self._notifier.turn(lambda: self._sentence, serving=heard or now - begin > DRIVER_S)
             await asyncio.sleep(max(0.0, now + WATCH_S - time.monotonic()))
 
     async def _bind(self) -> None:

@@ -46,6 +46,19 @@ def read_status(runtime_dir: Path) -> dict[str, Any]:
     return {**status, "age_s": round(max(0.0, age), 2)}
 
 
+def describe(status: dict[str, Any]) -> str:
+    """One sentence: what is watched, and what is wrong."""
+    gpus, ranks = status["gpus"], status["ranks"]
+    wrong = [f"GPU {gpu['uuid']}: {gpu['verdict']} ({gpu['reason']})" for gpu in gpus if gpu["verdict"] != "ok"]
+    wrong += [f"rank {rank['rank']}: {rank['verdict']} ({rank['reason']})" for rank in ranks if rank["verdict"] != "ok"]
+    if status["driver"]["trouble"]:
+        wrong.append(f"driver: {status['driver']['trouble']}")
+    if not status["daemon"]["reachable"]:
+        wrong.append("daemon not reachable")
+    watching = f"watching {len(gpus)} GPUs and {len(ranks)} ranks, {_group(status)}, mode {status['mode']}"
+    return "; ".join((watching, *wrong))
+
+
 def render(status: dict[str, Any]) -> str:
     """For people: each GPU with verdict and evidence, each rank with its heartbeat."""
     age = status["age_s"]

@@ -142,13 +142,14 @@ NAMED_FLAGS_OF_VLLM = {
     "--max-model-len",
 }
 """Further flags of vLLM that documents speak of; that it has them is checked in tests/contract or by its own parser."""
+FLAGS_OF_SYSTEMD = {"--create"}
 
 
 @document
 def test_flags_exist(path: Path) -> None:
     benches = bench_parser(), detection_parser(), elasticity_parser(), gpu_drill_parser(), soak_parser()
     mains = make_parser(), watchdog_parser(), *benches
-    known = flags_doc.flags_of(*mains) | VLLM_FLAGS | NAMED_FLAGS_OF_VLLM
+    known = flags_doc.flags_of(*mains) | VLLM_FLAGS | NAMED_FLAGS_OF_VLLM | FLAGS_OF_SYSTEMD
     assert set(FLAG.findall(path.read_text(encoding="utf-8"))) - known == set()
 
 

@@ -1,0 +1,192 @@
+"""The units, as `make install` renders them, before systemd's own judges; and what must hold between them and the code.
+
+Nothing here starts anything: no systemd runs these units in the tests.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from elastic_daemon.config import CONFIG_VARIABLE, Device, load_settings
+from elastic_daemon.service_manager import END_S
+from watchdog.service import WATCH_S
+
+ROOT = Path(__file__).resolve().parents[2]
+UNITS = ("elastic-daemon.service", "elastic-watchdog.service")
+MAX_EXPOSURE = 2.5
+
+needs_analyze = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed (Debian and Ubuntu: systemd)"
+)
+unit = pytest.mark.parametrize("name", UNITS)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prefix with everything that `make install` puts there, its programs being those of an environment that exists.
+
+    `systemd-analyze verify` looks for the programs of a unit, so the prefix is where the units say.
+    """
+    prefix = tmp_path_factory.mktemp("prefix")
+    venv = tmp_path_factory.mktemp("venv")
+    (venv / "bin").mkdir()
+    for name in ("python", "elastic-daemon", "elastic-watchdog"):
+        (venv / "bin" / name).write_text("#!/bin/sh\n")
+        (venv / "bin" / name).chmod(0o755)
+    make("install", prefix, venv)
+    return prefix
+
+
+def make(target: str, prefix: Path, venv: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    variables = {"PREFIX": str(prefix), "SYSCONFDIR": str(prefix / "etc"), "VENV": str(venv), **more}
+    return subprocess.run(
+        ["make", "--no-print-directory", target, *(f"{name}={value}" for name, value in variables.items())],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+
+
+def path_of(installed: Path, name: str) -> Path:
+    return installed / "lib" / "systemd" / "system" / name
+
+
+def setting(installed: Path, name: str, key: str) -> list[str]:
+    return re.findall(rf"^{key}=(.*)$", path_of(installed, name).read_text(), re.MULTILINE)
+
+
+def seconds(span: str) -> int:
+    match = re.fullmatch(r"(\d+)(s|min|h)", span)
+    assert match is not None, span
+    return int(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]]
+
+
+@needs_analyze
+def test_systemd_finds_nothing_to_say_about_the_units(installed: Path) -> None:
+    run = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", *(str(path_of(installed, name)) for name in UNITS)],
+        env={**os.environ, "SYSTEMD_UNIT_PATH": f"{path_of(installed, UNITS[0]).parent}:"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+@needs_analyze
+@unit
+def test_exposure_is_low(name: str, installed: Path) -> None:
+    run = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--no-pager", str(path_of(installed, name))],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    found = re.search(rf"Overall exposure level for {re.escape(name)}: ([\d.]+)", run.stdout)
+    assert found is not None, run.stdout
+    assert float(found[1]) <= MAX_EXPOSURE, run.stdout
+
+
+@unit
+def test_nothing_is_left_to_fill_in(name: str, installed: Path) -> None:
+    assert not re.findall(r"^[^#].*@[A-Z]+@", path_of(installed, name).read_text(), re.MULTILINE)
+
+
+@unit
+def test_the_program_of_a_unit_is_installed(name: str, installed: Path) -> None:
+    [command] = setting(installed, name, "ExecStart")
+    assert os.access(command.split()[0], os.X_OK)
+
+
+@unit
+@pytest.mark.parametrize("key", ["RuntimeDirectory", "StateDirectory", "User", "Group"])
+def test_both_units_meet_in_one_place(name: str, key: str, installed: Path) -> None:
+    assert setting(installed, name, key) == ["elastic-daemon"]
+
+
+@unit
+def test_the_end_of_one_unit_does_not_take_the_directory_of_both(name: str, installed: Path) -> None:
+    assert setting(installed, name, "RuntimeDirectoryPreserve") == ["yes"]
+
+
+@unit
+def test_a_service_speaks_for_itself_and_leaves_a_clean_cgroup(name: str, installed: Path) -> None:
+    for key, value in (("Type", "notify"), ("NotifyAccess", "main"), ("KillMode", "mixed"), ("OOMPolicy", "continue")):
+        assert setting(installed, name, key) == [value]
+
+
+@unit
+def test_an_error_in_the_configuration_is_not_tried_again(name: str, installed: Path) -> None:
+    assert setting(installed, name, "RestartPreventExitStatus") == ["2"]
+
+
+def test_the_watchdog_is_another_unit_and_serving_does_not_hang_on_it(installed: Path) -> None:
+    [command] = setting(installed, UNITS[0], "ExecStart")
+    assert command.endswith("serve --watchdog external")
+    assert "elastic-watchdog.service" in setting(installed, UNITS[0], "Wants")[0].split()
+    assert not setting(installed, UNITS[0], "Requires")
+
+
+def test_loops_turn_often_enough_for_their_pings(installed: Path) -> None:
+    [daemon], [watchdog] = (setting(installed, name, "WatchdogSec") for name in UNITS)
+    assert seconds(daemon) >= 20
+    assert seconds(watchdog) >= 20 * WATCH_S
+
+
+def test_a_stop_lasts_as_long_as_the_example_lets_requests_finish(
+    installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("ELASTIC_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(CONFIG_VARIABLE, str(installed / "etc" / "elastic-daemon" / "elastic-daemon.toml"))
+    settings = load_settings({})
+    assert settings.device is Device.CUDA
+    [limit] = setting(installed, UNITS[0], "TimeoutStopSec")
+    assert settings.shutdown_timeout + END_S <= seconds(limit)
+
+
+def test_the_example_is_where_the_unit_looks(installed: Path) -> None:
+    environment = setting(installed, UNITS[0], "Environment")
+    assert f"{CONFIG_VARIABLE}={installed}/etc/elastic-daemon/elastic-daemon.toml" in environment
+
+
+def test_an_install_is_taken_away_again_but_not_the_configuration(tmp_path: Path, installed: Path) -> None:
+    """Into DESTDIR, as packagers do: nothing of the machine itself is touched, and paths do not name DESTDIR."""
+    stage, venv = tmp_path / "stage", tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").symlink_to("/bin/true")
+    make("install", Path("/opt/elastic"), venv, DESTDIR=str(stage), SYSCONFDIR="/etc")
+    files = {str(path.relative_to(stage)) for path in stage.rglob("*") if path.is_file()}
+    below = "opt/elastic"
+    assert files >= {
+        f"{below}/bin/elastic-daemon",
+        f"{below}/bin/elastic-watchdog",
+        f"{below}/lib/systemd/system/elastic-daemon.service",
+        f"{below}/lib/systemd/system/elastic-watchdog.service",
+        f"{below}/lib/sysusers.d/elastic-daemon.conf",
+        f"{below}/lib/tmpfiles.d/elastic-daemon.conf",
+        "etc/elastic-daemon/elastic-daemon.toml",
+        "etc/elastic-daemon/secrets.env",
+    }
+    assert not [file for file in files if str(stage) in (stage / file).read_text()]
+    secrets = stage / "etc/elastic-daemon/secrets.env"
+    assert secrets.stat().st_mode & 0o777 == 0o600
+
+    config = stage / "etc/elastic-daemon/elastic-daemon.toml"
+    config.write_text("port = 1\n")
+    make("install", Path("/opt/elastic"), venv, DESTDIR=str(stage), SYSCONFDIR="/etc")
+    assert config.read_text() == "port = 1\n", "an upgrade must not undo what an operator wrote"
+
+    make("uninstall", Path("/opt/elastic"), venv, DESTDIR=str(stage), SYSCONFDIR="/etc")
+    left = {str(path.relative_to(stage)) for path in stage.rglob("*") if path.is_file()}
+    assert left == {"etc/elastic-daemon/elastic-daemon.toml", "etc/elastic-daemon/secrets.env"}
