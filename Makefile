@@ -3,7 +3,7 @@
 # PYTHON           the Python to build .venv with (3.11 to 3.13; found by itself)
 # TORCH_INDEX_URL  where torch's CPU build is taken from if pip's own sources lack it
 # ARGS             arguments of `make serve`
-# STAGES           test stages to run (unit contract e2e chaos)
+# STAGES           test stages to run (unit contract e2e chaos gpu)
 # PYTEST_ARGS      further arguments of pytest
 # PREFIX, SYSCONFDIR, DESTDIR, VENV, DEVICE   of `make install`: scripts/install.sh
 
@@ -25,7 +25,7 @@ setup: ## build or refresh .venv (PYTHON=python3.12 picks a Python)
 serve: setup ## run the daemon, with ARGS="..." as its arguments
 	@exec .venv/bin/elastic-daemon serve $(ARGS)
 
-test: check ## run the checks, then the unit, contract, e2e and chaos tests
+test: check ## run the checks, then the tests, stage by stage
 	@bash scripts/test.sh
 
 check: setup ## lint, check the layout and the types

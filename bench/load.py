@@ -108,10 +108,17 @@ class Load:
     The end waits for the streams that still run, so that each is compared in full.
     """
 
-    def __init__(self, url: str, reference: Sequence[StreamResult]) -> None:
-        """`reference`: an undisturbed run, one stream for each client."""
-        self.traffic, self.outcome = Traffic(), Outcome()
-        self._reference = reference
+    def __init__(
+        self,
+        url: str,
+        reference: Sequence[StreamResult],
+        outcome: Outcome | None = None,
+        logprobs: int | None = None,
+    ) -> None:
+        """`reference`: an undisturbed run, one stream for each client. `outcome`: where streams are counted."""
+        self.traffic = Traffic()
+        self.outcome = outcome if outcome is not None else Outcome()
+        self._reference, self._logprobs = reference, logprobs
         self._client = stream_client(url)
         self._since = [0.0] * len(reference)
         self._stopping = False
@@ -144,7 +151,9 @@ class Load:
         expected = self._reference[number]
         while not self._stopping:
             self._since[number] = time.monotonic()
-            result = await run_stream(self._client, expected.prompt, expected.tokens, number, self._token)
+            result = await run_stream(
+                self._client, expected.prompt, expected.tokens, number, self._token, self._logprobs
+            )
             self.outcome.count(expected, result)
             if result.error is not None:
                 await asyncio.sleep(PAUSE_AFTER_ERROR_S)

@@ -270,20 +270,26 @@ async def attached_or_started(target: Target, ranks: int | None, display: Displa
 
 
 @contextlib.asynccontextmanager
-async def own_daemon(ranks: int | None, display: Display, options: Sequence[str] = ()) -> AsyncIterator[Daemon]:
+async def own_daemon(
+    ranks: int | None,
+    display: Display,
+    options: Sequence[str] = (),
+    log: Path | None = None,
+    ready_timeout: float = READY_TIMEOUT_S,
+) -> AsyncIterator[Daemon]:
     """Start a daemon with the settings of the environment, and stop it whatever happens. Raises StartError.
 
-    `options`: further arguments of `elastic-daemon serve`.
+    `options`: further arguments of `elastic-daemon serve`. `log`: where its log is to stay.
     """
     # The paths of sockets are limited to 107 bytes, so the directory lies in the temporary one.
     home = Path(tempfile.mkdtemp(prefix="elastic-drill-"))
-    runtime_dir, log = home / "run", home / "daemon.log"
+    runtime_dir, log = home / "run", log or home / "daemon.log"
     display.phase("starting a daemon for the drill")
     process = _start(runtime_dir, log, ranks, options)
     daemon = Daemon(Target(runtime_dir), "", process)
     daemon.log = log
     try:
-        await daemon.until_ready(display, READY_TIMEOUT_S)
+        await daemon.until_ready(display, ready_timeout)
         daemon.url = await daemon.find_url()
         yield daemon
     except (StartError, DaemonUnreachable) as error:

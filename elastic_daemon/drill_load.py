@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -33,14 +33,14 @@ def prompts_for(streams: int) -> list[str]:
 
 
 async def run_streams(
-    url: str, prompts: Sequence[str], tokens: int, on_token: OnToken | None = None
+    url: str, prompts: Sequence[str], tokens: int, on_token: OnToken | None = None, logprobs: int | None = None
 ) -> list[StreamResult]:
     """Stream a greedy completion of exactly `tokens` tokens for each prompt, all at once, from the daemon at `url`.
 
     Never raises for a stream that fails: its result has the error.
     """
     async with stream_client(url) as client:
-        streams = [run_stream(client, prompt, tokens, number, on_token) for number, prompt in enumerate(prompts)]
+        streams = [run_stream(client, prompt, tokens, n, on_token, logprobs) for n, prompt in enumerate(prompts)]
         return await asyncio.gather(*streams)
 
 
@@ -52,10 +52,15 @@ def stream_client(url: str) -> httpx.AsyncClient:
 
 
 async def run_stream(
-    client: httpx.AsyncClient, prompt: str, tokens: int, number: int = 0, on_token: OnToken | None = None
+    client: httpx.AsyncClient,
+    prompt: str,
+    tokens: int,
+    number: int = 0,
+    on_token: OnToken | None = None,
+    logprobs: int | None = None,
 ) -> StreamResult:
-    """One of `run_streams`; `number` is what `on_token` hears."""
-    return await _Stream(number, prompt, on_token).run(client, tokens)
+    """One of `run_streams`; `number` is what `on_token` hears. `logprobs`: how many to ask for at each position."""
+    return await _Stream(number, prompt, on_token).run(client, tokens, logprobs)
 
 
 class _Stream:
@@ -65,14 +70,17 @@ class _Stream:
         self._number, self._prompt, self._on_token = number, prompt, on_token
         self._token_ids: list[int] = []
         self._texts: list[str] = []
+        self._logprobs: list[Mapping[int, float]] = []
         self._arrivals: list[float] = []
         self._usage: int | None = None
         self._finish_reason: str | None = None
         self._error: str | None = None
 
-    async def run(self, client: httpx.AsyncClient, tokens: int) -> StreamResult:
+    async def run(self, client: httpx.AsyncClient, tokens: int, logprobs: int | None = None) -> StreamResult:
         body = {"prompt": self._prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
         body |= {"stream_options": {"include_usage": True}, "return_token_ids": True}
+        if logprobs is not None:
+            body |= {"logprobs": logprobs, "return_tokens_as_token_ids": True}
         started = time.monotonic()
         try:
             async with client.stream("POST", "/v1/completions", json=body) as answer:
@@ -94,6 +102,7 @@ class _Stream:
             started=started,
             ended=time.monotonic(),
             arrivals=tuple(self._arrivals),
+            logprobs=tuple(self._logprobs),
         )
 
     async def _read(self, answer: httpx.Response) -> None:
@@ -119,6 +128,10 @@ class _Stream:
                 self._arrivals.append(time.monotonic())
                 self._token_ids += token_ids
                 self._texts.append(choice["text"])
+                for position in (choice.get("logprobs") or {}).get("top_logprobs") or []:
+                    self._logprobs.append(
+                        {int(key.removeprefix("token_id:")): value for key, value in position.items()}
+                    )
                 if self._on_token is not None:
                     self._on_token(self._number, len(token_ids) or 1)
 

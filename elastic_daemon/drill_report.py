@@ -22,6 +22,7 @@ class StreamResult:
     """What one streaming client saw. Times are monotonic seconds; `arrivals` has one for each chunk with output.
 
     `token_ids` is empty where the server sends none. `error`: why the stream ended early, None if it did not.
+    `logprobs`: where they were asked for, of the likeliest tokens at each position, by token id.
     """
 
     prompt: str
@@ -33,6 +34,7 @@ class StreamResult:
     started: float
     ended: float
     arrivals: tuple[float, ...]
+    logprobs: tuple[Mapping[int, float], ...] = ()
 
     @property
     def tokens(self) -> int:

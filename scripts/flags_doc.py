@@ -17,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from bench.gpu_drill import make_parser as gpu_drill_parser  # noqa: E402
 from bench.recovery import parser as bench_parser  # noqa: E402
 from elastic_daemon.cli import make_parser  # noqa: E402
 from elastic_daemon.config import BUNDLED_FLAGS  # noqa: E402
@@ -49,7 +50,7 @@ def daemon_flags() -> dict[str, str]:
 
 def exercised() -> dict[str, list[str]]:
     """Flags that end-to-end and chaos tests start a daemon with -> the files of those tests."""
-    others = flags_of(watchdog_parser(), bench_parser()) - set(daemon_flags())
+    others = flags_of(watchdog_parser(), bench_parser(), gpu_drill_parser()) - set(daemon_flags())
     found: defaultdict[str, set[str]] = defaultdict(set)
     for folder in TESTED_FOLDERS:
         for path in sorted((ROOT / folder).glob("*.py")):

@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-ALL_STAGES=(unit contract e2e chaos)
+ALL_STAGES=(unit contract e2e chaos gpu)
 read -ra stages <<<"${STAGES:-${ALL_STAGES[*]}}"
 read -ra pytest_args <<<"${PYTEST_ARGS:-}"
 

@@ -40,6 +40,7 @@ class Background:
         self._send = send
         runner = worker.model_runner
         self._respreading = Respreading(self._rank, runner.eplb_state, send, worker.column)
+        runner.eplb_state.on_plan = lambda table: self._respreading.balance(self._epoch, table)
         runner.eplb_state.on_change = lambda: send("column", epoch=self._epoch, column=worker.column().tolist())
         self._storing = (
             Storing(self._rank, runner.expert_slots, copies, worker.column, send, wake) if copies is not None else None

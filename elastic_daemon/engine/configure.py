@@ -10,7 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm.config import VllmConfig
+from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.platforms import current_platform
@@ -27,6 +27,12 @@ CPU_KV_CACHE_BYTES = 256 << 20
 
 SHARED_GPU_KV_CACHE_BYTES = 1 << 30
 """Default KV cache of a rank that shares its GPU: what is free cannot be measured while others allocate."""
+
+EXPERT_OPS = ("vllm::moe_forward", "vllm::moe_forward_shared")
+"""What an expert layer is in a compiled model, dispatch and combine included."""
+
+QUANTIZATION = ("fp8",)
+"""Methods whose expert weights, scales included, are repaired as they were loaded."""
 
 WORKERS = {
     "cpu": "elastic_daemon.engine.cpu_worker.ElasticCPUWorker",
@@ -77,13 +83,14 @@ def configure(
     if not Path(args.model).is_dir() and Path(args.model).is_absolute():
         raise ConfigError(f"no such model directory: {args.model}")
     args.use_tqdm_on_load = False  # four progress bars at once, in a log
-    args.enforce_eager = True
-    args.async_scheduling = False
     if device == "cpu":
+        args.enforce_eager = True
         args.kv_cache_memory_bytes = args.kv_cache_memory_bytes or CPU_KV_CACHE_BYTES
     elif ranks_per_gpu > 1:
         args.kv_cache_memory_bytes = args.kv_cache_memory_bytes or SHARED_GPU_KV_CACHE_BYTES
         args.gpu_memory_utilization /= ranks_per_gpu
+    if not args.enforce_eager:
+        _keep_collectives_out_of_graphs(args.compilation_config)
     redundant = args.eplb_config.num_redundant_experts
     args.eplb_config.num_redundant_experts = 0  # vLLM checks it against balancing that it believes CPUs cannot do
     args.enable_eplb = args.enable_expert_parallel = False  # always on here, likewise
@@ -94,10 +101,38 @@ def configure(
     experts = config.model_config.get_num_experts()
     if not config.model_config.is_moe or experts < 2:
         raise ConfigError(f"{args.model} is a dense model: without experts there is nothing to shrink")
+    _check_quantization(config, device)
     slots = _slots(experts, ranks, survive_losses, redundant)
     _make_elastic(config, ranks, max_ranks or ranks, slots * ranks - experts, device)
     name = args.served_model_name[0] if args.served_model_name else args.model
     return Deployment(args, config, name, experts, slots, 0 if device == "cpu" else ranks_per_gpu)
+
+
+def _keep_collectives_out_of_graphs(compilation: CompilationConfig) -> None:
+    """CUDA graphs of everything between the expert layers: a graph that held a collective would end with its group.
+
+    So graphs stay valid over a change of the group, and a rank can capture them before it has one.
+    """
+    mode = compilation.cudagraph_mode
+    if mode is None:
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    elif mode not in (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE):
+        raise ConfigError(
+            f"--compilation-config cudagraph_mode {mode.name}: a full graph holds the collectives of its group, which "
+            "end with it; use PIECEWISE, which is the default here, or --enforce-eager"
+        )
+
+
+def _split_at_experts(compilation: CompilationConfig) -> None:
+    if compilation.splitting_ops:
+        compilation.splitting_ops += [op for op in EXPERT_OPS if op not in compilation.splitting_ops]
+
+
+def _check_quantization(config: VllmConfig, device: str) -> None:
+    method = config.model_config.quantization
+    if method is not None and (device == "cpu" or method not in QUANTIZATION):
+        proven = f"; proven are {', '.join(QUANTIZATION)}" if device != "cpu" else ", on CPU of none"
+        raise ConfigError(f"quantization {method!r}: repair of such experts is not proven{proven}")
 
 
 def _slots(experts: int, ranks: int, survive_losses: int, redundant: int) -> int:
@@ -131,20 +166,21 @@ def _parse(arguments: Sequence[str]) -> Namespace:
 
 def _make_elastic(config: VllmConfig, ranks: int, max_ranks: int, redundant: int, device: str) -> None:
     # Set after validation: vLLM refuses load balancing on CPU, and reserves ports for groups that the daemon builds.
+    _split_at_experts(config.compilation_config)
     parallel = config.parallel_config
     parallel.data_parallel_size = ranks
     parallel.elastic_ep_max_dp_size = max_ranks
     parallel.enable_expert_parallel = True
     parallel.enable_eplb = True
     parallel.eplb_config.num_redundant_experts = redundant
-    parallel.eplb_config.use_async = False
     parallel.eplb_config.communicator = "torch_nccl"  # never made: ours takes its place
     parallel.all2all_backend = "allgather_reducescatter"
     parallel.disable_nccl_for_dp_synchronization = True  # what hosts agree on stays off the device
     parallel.worker_cls = WORKERS[device]
     config.kernel_config.enable_flashinfer_autotune = False  # it tunes by timing, alone: never the same on two ranks
     parallel.distributed_executor_backend = LocalExecutor
-    config.scheduler_config.scheduler_cls = "elastic_daemon.engine.scheduler.ElasticScheduler"
+    kind = "ElasticAsyncScheduler" if config.scheduler_config.async_scheduling else "ElasticScheduler"
+    config.scheduler_config.scheduler_cls = f"elastic_daemon.engine.scheduler.{kind}"
 
 
 def for_rank(config: VllmConfig, plan: RankPlan) -> VllmConfig:

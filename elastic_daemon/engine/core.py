@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import faulthandler
 import os
 import queue
-import signal
 import threading
 import time
 import traceback
@@ -21,8 +19,7 @@ from typing import Any
 
 import msgspec
 import structlog
-import torch
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import Store
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.logging_utils.dump_input import dump_engine_exception
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -35,14 +32,14 @@ from elastic_daemon.engine.background import Background, open_copies
 from elastic_daemon.engine.experts import SlotContent
 from elastic_daemon.engine.faults import break_links
 from elastic_daemon.engine.gloo import AbortableProcessGroup
-from elastic_daemon.engine.heartbeat import BeatingQueue, Page, Steps, get_beating, open_page, step_phase
+from elastic_daemon.engine.heartbeat import BeatingQueue, Page, Steps, get_beating
 from elastic_daemon.engine.plan import LocalExecutor, rank_plan
-from elastic_daemon.engine.probe import probe
 from elastic_daemon.engine.resume import restore_output
 from elastic_daemon.engine.scheduler import ElasticScheduler
+from elastic_daemon.engine.stream_counters import StreamCounters
 from elastic_daemon.engine.tiers import Loaded, load_slots
 from elastic_daemon.engine.worker import executor_worker
-from elastic_daemon.errors import ControlClosed, Fenced, PeerLost
+from elastic_daemon.errors import Fenced, PeerLost
 from elastic_daemon.messages import ControlClient, Message
 from elastic_daemon.placement import Placement
 from watchdog.heartbeat.layout import Phase
@@ -84,6 +81,7 @@ class ElasticEngineCore(DPEngineCoreProc):
         store: Store,
         page: Page,
         steps: Steps,
+        counters: StreamCounters | None,
         host_copies_dir: str | None,
     ) -> None:
         self._addresses = addresses
@@ -108,7 +106,8 @@ class ElasticEngineCore(DPEngineCoreProc):
         self.enable_fault_tolerance = True
         self.ft_sentinel = Parking(self)
         self.worker = executor_worker(self.model_executor)
-        self.model_executor.before_step = lambda scheduled: self._steps.begin(step_phase(scheduled))
+        self.worker.counters = counters
+        self.model_executor.before_step = steps.launch
         self._copies = open_copies(host_copies_dir, self.worker)
         self._background = Background(self.worker, self._copies, steps, control.send, self._wake)
 
@@ -144,7 +143,7 @@ class ElasticEngineCore(DPEngineCoreProc):
     def _process_aborts_queue(self) -> None:
         """Called when the output of a step is there, before it counts: what a fenced step computed must not."""
         self._raise_if_fenced()
-        self._steps.end()
+        self._steps.land()
         super()._process_aborts_queue()
 
     def execute_dummy_batch(self) -> None:
@@ -235,12 +234,14 @@ class ElasticEngineCore(DPEngineCoreProc):
         self.run_busy_loop()
 
     def leave(self, error: BaseException) -> None:
-        """End the current epoch here: nothing of its last step counts."""
+        """End the current epoch here: nothing of a step in flight counts."""
         self._page.set_phase(Phase.PARKED)
         traceback.clear_frames(error.__traceback__)
         self._background.void()
         self.worker.leave_group()
-        kept = self.scheduler.void_step()
+        if self.batch_queue is not None:
+            self.batch_queue.clear()
+        kept = self.scheduler.void_steps()
         self.dp_group, self.step_counter = None, 0
         log.info("parked", rank=self.plan.rank, epoch=self.epoch, kept=kept, because=str(error).splitlines()[0][:200])
 
@@ -365,36 +366,3 @@ class Parking:
             raise error
         core.leave(error)
         core.park()
-
-
-def connect_store(host: str, port: int) -> Store:
-    """The rank's one client of the supervisor's rendezvous store."""
-    return TCPStore(host, port, is_master=False, wait_for_workers=False)
-
-
-def run_rank(config: VllmConfig, spec: Message) -> None:
-    """Be rank `spec["rank"]` until the process ends. Called in a fresh fork of the zygote."""
-    faulthandler.register(signal.SIGUSR1)  # the supervisor asks for the stacks of a rank before it gives it up
-    control = ControlClient(spec["control"])
-    per_step = config.device_config.device_type != "cpu"
-    page = open_page(spec, per_step)
-    page.set_phase(Phase.LOADING)
-    try:
-        control.send("hello", role="rank", rank=spec["rank"], incarnation=spec["incarnation"])
-        device = config.device_config.device_type
-        probe(torch.device(device) if device == "cpu" else torch.device(device, rank_plan(config).gpu))
-        store = PrefixStore(spec["store_prefix"], connect_store(spec["store_host"], spec["store_port"]))
-        core = ElasticEngineCore(
-            config,
-            spec["incarnation"],
-            EngineZmqAddresses(inputs=[spec["input_address"]], outputs=[spec["output_address"]]),
-            control,
-            store,
-            page,
-            Steps(page, per_step),
-            spec.get("host_copies_dir"),
-        )
-        core.serve()
-    except ControlClosed:
-        page.close()
-        log.warning("supervisor_gone", rank=spec["rank"])

@@ -36,8 +36,11 @@ class ElasticEplbState(EplbState):
     on_transfer: TransferHook | None = None
     on_change: Callable[[], None] | None = None
     """Called on all ranks when balancing has changed what they hold."""
+    on_plan: Callable[[IntArray], None] | None = None
+    """Called on all ranks at the same step with the table [layers, N * S] that they are to move to layer by layer, if
+    balancing is asynchronous; else all layers move within the step."""
     postponed = False
-    """Experts move for another reason, on all ranks alike: balancing waits for its next turn."""
+    """Experts are on the move, on all ranks alike: balancing waits for its next turn."""
 
     def adopt(self, model_config: ModelConfig, model: MixtureOfExperts, physical_to_logical: IntArray) -> None:
         """Start over with `physical_to_logical` [layers, N * S] and the group sizes of a new epoch.
@@ -47,6 +50,7 @@ class ElasticEplbState(EplbState):
         first = not self.model_states
         if first:
             self.add_model(model, model_config)
+            self.is_async = False  # vLLM's way: a thread with a communicator of its own, which nobody could abort
         state = self.model_states[model_config.compute_hash()]
         if first:
             state.communicator = EpochTransfers(get_eplb_group())
@@ -127,6 +131,8 @@ class ElasticEplbState(EplbState):
     ) -> None:
         """Balance experts by the load of the window, layer by layer, each layer whole or not at all.
 
+        With vLLM's `use_async`, its default, a layer moves after each step from here on, and no step waits for more.
+
         By our own policy: vLLM's knows no ranks, and takes the last copy but one from experts that few tokens want.
         """
         if is_profile or self.postponed:
@@ -142,6 +148,9 @@ class ElasticEplbState(EplbState):
             old = state.physical_to_logical_map.cpu().numpy()
             new = rebalance(load.cpu().numpy(), old, group.size())
             moved = int((new != old).sum())
+            if moved and self.parallel_config.eplb_config.use_async and self.on_plan is not None:
+                self.on_plan(new)
+                return
             for layer in self.layers_unlike(new):
                 self.move(layer, new[layer])
             if group.rank() == 0:

@@ -22,7 +22,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.interfaces import MixtureOfExperts, get_mixture_of_experts_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from elastic_daemon.engine.host_copies import HostCopies
+from elastic_daemon.engine.host_copies import HostCopies, as_bytes
 from elastic_daemon.errors import StartError
 from elastic_daemon.placement import IntArray
 
@@ -233,5 +233,5 @@ def _slots(layer: RoutedExperts) -> int:
 def _digest(weights: Mapping[str, torch.Tensor], row: int) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(weights):
-        digest.update(weights[name][row].contiguous().view(torch.uint8).cpu().numpy())
+        digest.update(as_bytes(weights[name][row]).cpu().numpy())  # a scale may be a single number
     return digest.hexdigest()

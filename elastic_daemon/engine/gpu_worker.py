@@ -88,4 +88,5 @@ class ElasticGPUWorker(ElasticWorker, Worker):
     def connect(
         self, store: Store, prefix: str, position: int, members: int, is_void: Callable[[], bool], page: Page
     ) -> NcclGroup:
-        return NcclGroup(store, prefix, position, members, self.device, is_void, page)
+        count = self.counters.count() if self.counters is not None else None
+        return NcclGroup(store, prefix, position, members, self.device, is_void, page, count)

@@ -6,7 +6,9 @@ two looks into its queue, a waiting one between two looks at its collective, a p
 
 from __future__ import annotations
 
+import mmap
 import queue
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -30,6 +32,8 @@ T = TypeVar("T")
 class Page(Protocol):
     """A rank's page, `watchdog.heartbeat.page.HeartbeatWriter` or `NoPage`; the former says when to call what."""
 
+    granularity: Granularity
+
     def begin_epoch(self, epoch: int, phase: Phase = Phase.IDLE) -> None: ...
     def set_phase(self, phase: Phase) -> None: ...
     def beat(self) -> None: ...
@@ -42,6 +46,8 @@ class Page(Protocol):
 
 class NoPage:
     """For a rank that nobody watches."""
+
+    granularity = Granularity.COLLECTIVE
 
     def begin_epoch(self, epoch: int, phase: Phase = Phase.IDLE) -> None:
         pass
@@ -68,17 +74,17 @@ class NoPage:
         pass
 
 
-def open_page(spec: Message, per_step: bool) -> Page:
+def open_page(spec: Message, prepare: Callable[[mmap.mmap], Granularity] | None = None) -> Page:
     """The page of this process, in `spec["heartbeat_dir"]`; without that field, none.
 
-    `per_step`: collectives run on a device, behind the host's back. A page that cannot be made is an error in the log,
-    and no reason to serve with one rank less.
+    `prepare`: maps the page for a device, if collectives run on one, behind the host's back, and says what is counted.
+    A page that cannot be made is an error in the log, and no reason to serve with one rank less.
     """
     if (directory := spec.get("heartbeat_dir")) is None:
         return NoPage()
-    granularity = Granularity.STEP if per_step else Granularity.COLLECTIVE
+    place = (Path(directory), spec["rank"], spec["incarnation"])
     try:
-        return HeartbeatWriter(Path(directory), spec["rank"], spec["incarnation"], granularity)
+        return HeartbeatWriter(*place) if prepare is None else HeartbeatWriter(*place, prepare)
     except PageNotCreated as error:
         log.error("heartbeat_page_failed", rank=spec["rank"], error=str(error))
         return NoPage()
@@ -117,27 +123,41 @@ def step_phase(scheduled: SchedulerOutput) -> Phase:
 class Steps:
     """Steps of the current epoch on a page. All members of an epoch step together, so all count alike."""
 
-    def __init__(self, page: Page, per_step: bool) -> None:
-        """`per_step`: each step counts as one collective, which ends when its output has come back to the host."""
+    def __init__(self, page: Page) -> None:
+        """Where the page counts steps, each is one collective, which ends when its output has come back to the host."""
         self._page = page
-        self._per_step = per_step
+        self._per_step = page.granularity is Granularity.STEP
         self._count = 0
-        self._under_way = False
+        self._in_flight: deque[bool] = deque()
 
     def begin_epoch(self, epoch: int) -> None:
         self._count = 0
-        self._under_way = False
+        self._in_flight.clear()
         self._page.begin_epoch(epoch)
 
     def begin(self, phase: Phase) -> None:
+        """A step begins whose end the host waits for."""
         self._count += 1
         self._page.start_step(self._count, phase)
         if self._per_step:
-            self._under_way = True
             self._page.enter(Collective.STEP)
 
     def end(self) -> None:
-        """The host has what the step came to. Nothing if no step is under way."""
-        if self._under_way:
-            self._under_way = False
+        """The step that began last is complete."""
+        if self._per_step:
             self._page.complete(Collective.STEP)
+
+    def launch(self, scheduled: SchedulerOutput) -> None:
+        """A step begins whose output is asked for later, when others may have been launched behind it.
+
+        One with nothing to compute has no collectives, and does not count.
+        """
+        counts = scheduled.total_num_scheduled_tokens > 0
+        self._in_flight.append(counts)
+        if counts:
+            self.begin(step_phase(scheduled))
+
+    def land(self) -> None:
+        """The output of the oldest step in flight is there. Nothing if the epoch that launched it is over."""
+        if self._in_flight and self._in_flight.popleft():
+            self.end()

@@ -17,10 +17,12 @@ import structlog
 import torch
 from torch.distributed import PrefixStore, ProcessGroupNCCL, Store
 
-from elastic_daemon.engine.gloo import COLLECTIVE_TIMEOUT, GlooGroup, never
+from elastic_daemon.engine.gloo import COLLECTIVE_TIMEOUT, KINDS, GlooGroup, never
 from elastic_daemon.engine.heartbeat import Page
 from elastic_daemon.engine.nccl_errors import ErrorPoll, async_error_of
+from elastic_daemon.engine.stream_counters import CollectiveCount
 from elastic_daemon.errors import PeerLost
+from watchdog.heartbeat.layout import Collective
 
 log = structlog.get_logger(__name__)
 
@@ -37,28 +39,40 @@ RANK_ENVIRONMENT = {
 class NcclWork:
     """A collective that was put on a stream. `work` is None where the current stream has it already."""
 
-    def __init__(self, work: Any) -> None:
+    def __init__(self, work: Any, complete: Callable[[], None]) -> None:
+        """`complete`: puts the count of completed collectives on the stream."""
         self._work = work
+        self._complete = complete
 
     def wait(self, *_: Any) -> bool:
         """Let the stream wait, not the host. Raises PeerLost if NCCL already knows that the communicator is broken."""
         try:
-            return self._work is None or bool(self._work.wait())
+            waited = self._work is None or bool(self._work.wait())
         except RuntimeError as error:
             raise PeerLost(str(error)) from error
+        self._complete()
+        return waited
 
 
 class NcclProcessGroup:
     """An NCCL process group that another thread may abort. Passes for a torch ProcessGroup where vLLM wants one."""
 
-    def __init__(self, store: Store, position: int, members: int, device: torch.device) -> None:
-        """Meet the others and make the communicator, first collective included.
+    def __init__(
+        self,
+        store: Store,
+        position: int,
+        members: int,
+        device: torch.device,
+        count: CollectiveCount | None = None,
+    ) -> None:
+        """Meet the others and make the communicator, first collective included, which does not count.
 
         Raises:
             PeerLost: NCCL could not connect all members.
         """
         self._device = device
         self._position, self._members = position, members
+        self._count = count
         self._void = False
         self._aborted = False
         self._abort_lock = threading.Lock()
@@ -131,10 +145,18 @@ class NcclProcessGroup:
     def _start(self, name: str, *arguments: Any) -> NcclWork:
         if self._void:
             raise PeerLost("the group was aborted")
+        kind = KINDS[name]
+        if self._count is not None:
+            self._count.enter(kind)
         try:
-            return NcclWork(getattr(self._group, name)(*arguments))
+            work = getattr(self._group, name)(*arguments)
         except RuntimeError as error:
             raise PeerLost(str(error)) from error
+        return NcclWork(work, lambda: self._complete(kind))
+
+    def _complete(self, kind: Collective) -> None:
+        if self._count is not None:
+            self._count.complete(kind)
 
 
 class NcclGroup:
@@ -149,12 +171,12 @@ class NcclGroup:
         device: torch.device,
         is_void: Callable[[], bool] = never,
         page: Page | None = None,
+        count: CollectiveCount | None = None,
     ) -> None:
         """Meet the other members at `store` under `prefix`, first over gloo: NCCL has no patience of its own.
 
         `page`: heartbeat of this rank. What the hosts agree on is counted in it, and NCCL's asynchronous error is
-        reported there. Collectives on the device are not counted: when one is put on the stream says nothing about when
-        it runs, so the engine core counts whole steps.
+        reported there. `count`: counts collectives on the device, where it can; else the engine core counts steps.
 
         Raises:
             PeerLost: a member did not show up in time.
@@ -163,7 +185,7 @@ class NcclGroup:
         self.host = self._gloo.host
         started = time.monotonic()
         try:
-            self.device = NcclProcessGroup(PrefixStore(f"{prefix}/nccl", store), position, members, device)
+            self.device = NcclProcessGroup(PrefixStore(f"{prefix}/nccl", store), position, members, device, count)
         except PeerLost:
             self._gloo.close()
             raise

@@ -40,13 +40,13 @@ def rank_plan(config: VllmConfig) -> RankPlan:
 class LocalExecutor(UniProcExecutor):
     """Core and worker in one process. The rank's own torch group meets in a file: nothing listens on TCP.
 
-    `before_step`: called with what a step is to compute, before it does; not when that is nothing.
+    `before_step`: called with what a step is to compute, before it does.
     """
 
     before_step: Callable[[SchedulerOutput], None] | None = None
 
     def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:
-        if self.before_step is not None and scheduler_output.total_num_scheduled_tokens > 0:
+        if self.before_step is not None:
             self.before_step(scheduler_output)
         return super().execute_model(scheduler_output, non_block)
 

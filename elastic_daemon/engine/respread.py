@@ -67,6 +67,8 @@ class Mover(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
+    """`serial` is NO_PLAN for one that the ranks have computed themselves."""
+
     epoch: int
     serial: int
     table: IntArray
@@ -132,6 +134,13 @@ class Respreading:
             return
         plan, self._held = self._held, None
         assert plan is not None and plan.serial == serial
+        self._start(plan)
+
+    def balance(self, epoch: int, table: IntArray) -> None:
+        """All ranks have come to `table` at this step, and none is moving: they begin without asking."""
+        self._start(Plan(epoch, NO_PLAN, table))
+
+    def _start(self, plan: Plan) -> None:
         self._progress = _Progress(plan, deque(self._mover.layers_unlike(plan.table)))
         self._mover.postponed = True
 
@@ -161,7 +170,7 @@ class Respreading:
     def _report(self, progress: _Progress) -> None:
         plan, seconds = progress.plan, progress.seconds
         log.info(
-            "experts_respread",
+            "experts_rearranged" if plan.serial == NO_PLAN else "experts_respread",
             rank=self._rank,
             epoch=plan.epoch,
             serial=plan.serial,
@@ -171,8 +180,12 @@ class Respreading:
             longest_s=round(progress.longest_s, 4),
             gb_per_s=gb_per_s(progress.bytes, seconds),
         )
+        column = self._column().tolist()
+        if plan.serial == NO_PLAN:
+            self._send("column", epoch=plan.epoch, column=column)
+            return
         done: dict[str, Any] = {"epoch": plan.epoch, "serial": plan.serial, "seconds": seconds}
-        self._send("respread_done", **done, column=self._column().tolist(), bytes=progress.bytes)
+        self._send("respread_done", **done, column=column, bytes=progress.bytes)
 
 
 def gb_per_s(size: int, seconds: float) -> float:

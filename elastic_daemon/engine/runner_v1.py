@@ -11,9 +11,14 @@ from elastic_daemon.engine.worker import ElasticModelRunner
 
 class ElasticRunnerV1(ElasticModelRunner):
     requests: dict[str, Any]
+    input_batch: Any
 
     def _forget_requests(self) -> None:
         self.execute_model_state = None
         gone = SchedulerOutput.make_empty()
         gone.finished_req_ids = set(self.requests)
         self._update_states(gone)  # type: ignore[attr-defined]  # of vLLM's GPUModelRunner, the other base
+        # What a step in flight was to sample, on the device and on its way to the host.
+        batch = self.input_batch
+        batch.prev_sampled_token_ids = batch.prev_req_id_to_index = None
+        batch.sampled_token_ids_cpu = batch.async_copy_ready_event = None

@@ -1,9 +1,13 @@
-"""vLLM's scheduler, able to take back a step that never finished."""
+"""vLLM's schedulers, able to take back steps that never finished."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
+from typing import Any
 
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
@@ -11,16 +15,16 @@ from elastic_daemon.engine.resume import remember_output
 
 
 class ElasticScheduler(Scheduler):
-    """Scheduler for synchronous scheduling: at most one step is in flight, so at most one is void."""
+    """One step at a time: at most one is in flight, so at most one is void."""
 
-    def void_step(self) -> int:
+    def void_steps(self) -> int:
         """Return all requests to their last completed step and queue them for recomputation.
 
-        The prefix cache keeps what was computed. Blocks that the void step registered when it was scheduled hold
+        The prefix cache keeps what was computed. Blocks that void steps registered when they were scheduled hold
         nothing and leave the cache, or a later request would read garbage. Returns the number of requests kept.
         """
         now = time.monotonic()
-        self.kv_cache_manager.evict_blocks(self._blocks_of_void_step())
+        self.kv_cache_manager.evict_blocks(self._blocks_of_void_steps())
         while self.running:
             self._preempt_request(self.running.pop(), now, drop_stale_output=True)
         for request in self.requests.values():
@@ -30,13 +34,15 @@ class ElasticScheduler(Scheduler):
         self.reset_preempted_req_ids.clear()
         return len(self.requests)
 
-    def _blocks_of_void_step(self) -> set[int]:
-        void: set[int] = set()
-        for request in self.running:
-            computed = request.num_computed_tokens - request.num_in_flight_tokens
-            for blocks in self.kv_cache_manager.get_block_ids(request.request_id):
-                void.update(blocks[computed // self.block_size :])
-        return void
+    def _blocks_of_void_steps(self) -> set[int]:
+        return set().union(*map(self._blocks_in_flight, self.running))
+
+    def _blocks_in_flight(self, request: Request) -> set[int]:
+        """Blocks of a request that hold, in part at least, what steps in flight are to compute."""
+        # Below 0 where it has been preempted since: of such a request more is in flight than it counts as computed.
+        computed = max(0, request.num_computed_tokens - request.num_in_flight_tokens)
+        groups = self.kv_cache_manager.get_block_ids(request.request_id)
+        return {block for blocks in groups for block in blocks[computed // self.block_size :]}
 
     def _start_over(self, request: Request) -> None:
         # The worker forgets all requests, so each is new to it: it comes back with its output as output.
@@ -47,3 +53,38 @@ class ElasticScheduler(Scheduler):
         request.num_stale_output_tokens = 0
         request.num_output_placeholders = 0
         request.drop_stale_output = False
+
+
+class ElasticAsyncScheduler(ElasticScheduler, AsyncScheduler):
+    """Plans a step before the output of the one before is there: several may be in flight, and all are void then.
+
+    A request may lose its blocks while a step that fills them is in flight: it was aborted, or preempted. The cache
+    goes on offering them; so those that a void step was to fill have to be known after the request has gone.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._planned = self._completed = 0
+        self._given_up: deque[tuple[int, set[int]]] = deque()
+        """Blocks given up while they were in flight, with the number of steps that were planned by then."""
+
+    def schedule(self, *arguments: Any, **options: Any) -> SchedulerOutput:
+        self._planned += 1
+        return super().schedule(*arguments, **options)
+
+    def update_from_output(self, *arguments: Any, **options: Any) -> Any:
+        self._completed += 1
+        while self._given_up and self._given_up[0][0] <= self._completed:
+            self._given_up.popleft()
+        return super().update_from_output(*arguments, **options)
+
+    def _free_request_blocks(self, request: Request) -> None:
+        if request.num_in_flight_tokens > 0:
+            self._given_up.append((self._planned, self._blocks_in_flight(request)))
+        super()._free_request_blocks(request)
+
+    def _blocks_of_void_steps(self) -> set[int]:
+        void = super()._blocks_of_void_steps().union(*(blocks for _, blocks in self._given_up))
+        self._given_up.clear()
+        self._completed = self._planned
+        return void

@@ -32,6 +32,7 @@ from elastic_daemon.engine.faults import transfer_fault
 from elastic_daemon.engine.groups import EpochConnections, EpochGroups
 from elastic_daemon.engine.heartbeat import Page
 from elastic_daemon.engine.plan import rank_plan
+from elastic_daemon.engine.stream_counters import StreamCounters
 from elastic_daemon.placement import IntArray, Placement, initial
 
 
@@ -89,6 +90,8 @@ class ElasticWorker:
     parallel_config: ParallelConfig
     model_runner: Any
     groups: EpochGroups
+    counters: StreamCounters | None = None
+    """Counts collectives on a device, where there is one."""
 
     def install_groups(self, device: torch.device) -> None:
         """Replace vLLM's groups of this rank alone by ones that an epoch can bind."""

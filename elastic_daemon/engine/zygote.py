@@ -126,8 +126,8 @@ class Zygote:
 
     def _rank(self, request: dict[str, Any]) -> None:
         from elastic_daemon.engine.configure import for_rank
-        from elastic_daemon.engine.core import run_rank
         from elastic_daemon.engine.plan import RankPlan
+        from elastic_daemon.engine.rank_process import run_rank
 
         rank, members = request["rank"], tuple(request["members"])
         gpu = use_gpu(request["gpu"], request["gpu_index"], self._deployment.gpu(rank))

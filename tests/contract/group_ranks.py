@@ -63,7 +63,7 @@ class GroupRank:
 
     def watch(self, directory: str, rank: int) -> None:
         """Write a heartbeat from the next group on."""
-        self._page = open_page({"heartbeat_dir": directory, "rank": rank, "incarnation": rank + 1}, per_step=False)
+        self._page = open_page({"heartbeat_dir": directory, "rank": rank, "incarnation": rank + 1})
         self._page.begin_epoch(1)
 
     def build(self, prefix: str, position: int, members: int) -> int:

@@ -38,6 +38,7 @@ class ServingRank(GroupRank):
         self.sent: list[Message] = []
         self.steps = 0
         self._busy = True
+        self._balanced: tuple[int, IntArray] | None = None
 
     def hold_experts(self, placement: Placement) -> None:
         """Load this rank's column of `placement` and set up balancing over it."""
@@ -59,7 +60,7 @@ class ServingRank(GroupRank):
             column=self._column,
         )
         send = lambda type_, **rest: self.sent.append({"type": type_, **rest})  # noqa: E731
-        self._background = Background(worker, None, Steps(NoPage(), per_step=True), send, int)
+        self._background = Background(worker, None, Steps(NoPage()), send, int)
         self._background.begin_epoch(EPOCH)
 
     def _model_state(self, placement: Placement) -> EplbModelState:
@@ -93,6 +94,10 @@ class ServingRank(GroupRank):
     def finish_requests(self) -> None:
         self._busy = False
 
+    def balance_in_step(self, step: int, placement: Placement) -> None:
+        """In that step balancing comes to `placement`, as on all ranks."""
+        self._balanced = (step, placement.physical_to_logical())
+
     def serve(self) -> int:
         """Step until no rank has a reason to go on, as the busy loop of an engine. Returns the number of steps."""
         while self._step():
@@ -108,6 +113,9 @@ class ServingRank(GroupRank):
             self._background.take(self._orders.popleft())
         self.gather()
         self.steps += 1
+        if self._balanced is not None and self._balanced[0] == self.steps:
+            assert self._eplb.on_plan is not None
+            self._eplb.on_plan(self._balanced[1])
         self._background.advance()
         running, _ = self._background.sync(self._groups.dp.cpu_group, self._busy, False)
         return running

@@ -146,6 +146,21 @@ def test_plans_of_another_epoch_or_size_are_not_followed(group: list[RankProcess
     assert all(not state(rank)["sent"] for rank in group)
 
 
+def test_balancing_moves_a_layer_after_each_step_and_then_a_waiting_plan(group: list[RankProcess]) -> None:
+    all_do(group, "finish_requests")
+    all_do(group, "balance_in_step", 1, WANTED)
+    for rank in group:
+        order(rank, respread(1, HELD))
+        rank.start("serve")
+    assert {checked(rank.answer()) for rank in group} == {LAYERS + LAYERS}
+    assert_all_hold(group, HELD)
+    for rank in group:
+        column, done = state(rank)["sent"]
+        assert (column["type"], column["epoch"]) == ("column", EPOCH)
+        assert column["column"] == WANTED.columns[WANTED.ranks[group.index(rank)]].tolist()
+        assert (done["type"], done["serial"]) == ("respread_done", 1)
+
+
 @pytest.mark.parametrize("after_layers", range(LAYERS))
 def test_a_death_leaves_each_layer_whole(group: list[RankProcess], after_layers: int) -> None:
     """The last rank makes no further step once `after_layers` layers have moved, and is killed. In a ring of three all

@@ -5,19 +5,26 @@ MODE `idle` turns an idle loop, `busy` updates without a pause, `torn` stops its
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import sys
 import time
 from pathlib import Path
 
-from watchdog.heartbeat.layout import ENTERED, SEQUENCE, Collective, Phase
+from watchdog.heartbeat.layout import ENTERED, SEQUENCE, Collective, Granularity, Phase
 from watchdog.heartbeat.page import HeartbeatWriter
 
 
 def main() -> None:
     rank, mode = int(sys.argv[2]), sys.argv[3]
-    writer = HeartbeatWriter(Path(sys.argv[1]), rank, incarnation=10 + rank)
+    mapped: list[mmap.mmap] = []
+
+    def keep(page: mmap.mmap) -> Granularity:
+        mapped.append(page)
+        return Granularity.COLLECTIVE
+
+    writer = HeartbeatWriter(Path(sys.argv[1]), rank, 10 + rank, keep)
     writer.begin_epoch(3)
     print("ready", flush=True)
     step = 0
@@ -31,7 +38,7 @@ def main() -> None:
             writer.enter(kind)
             writer.complete(kind)
         if mode == "torn" and step == 1000:
-            words = memoryview(writer.buffer).cast("Q")
+            words = memoryview(mapped[0]).cast("Q")
             words[SEQUENCE] += 1
             words[ENTERED] += 1
             os.kill(os.getpid(), signal.SIGSTOP)

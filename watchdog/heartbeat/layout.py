@@ -151,6 +151,12 @@ class Snapshot:
         """The collective that the rank is in."""
         return next((kind for kind in Collective if self.entered[kind] != self.completed[kind]), None)
 
+    @property
+    def waited_for(self) -> Collective | None:
+        """The collective that the main thread is in: the hosts sync while the device is inside another one."""
+        syncing = self.entered[Collective.SYNC] != self.completed[Collective.SYNC]
+        return Collective.SYNC if syncing else self.collective
+
 
 def ahead(one: int, other: int) -> int:
     """How far counter `one` is ahead of `other`, negative if behind. Counters wrap around at 2**64."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 from time import monotonic_ns
 
@@ -65,19 +66,27 @@ class HeartbeatWriter:
         "_waited",
         "_words",
         "_worked",
+        "granularity",
         "path",
     )
 
     def __init__(
-        self, runtime_dir: Path, rank: int, incarnation: int, granularity: Granularity = Granularity.COLLECTIVE
+        self,
+        runtime_dir: Path,
+        rank: int,
+        incarnation: int,
+        prepare: Callable[[mmap.mmap], Granularity] = lambda page: Granularity.COLLECTIVE,
     ) -> None:
         """Make the page, in phase STARTING and epoch 0. It replaces a page that another daemon's life left there.
+
+        `prepare`: called with the mapped page before any reader sees it; says what will be counted. A device that it
+        maps the page for writes the counters itself, in stream order (words 16 to 23 but for those of SYNC).
 
         Raises PageNotCreated.
         """
         self.path = page_path(runtime_dir, incarnation)
         try:
-            self._file = _create(self.path, rank, incarnation, granularity)
+            self._file, self.granularity = _create(self.path, rank, incarnation, prepare)
         except OSError as error:
             raise PageNotCreated(f"heartbeat page {self.path}: {error.strerror}") from error
         self._words = memoryview(self._file).cast("Q")
@@ -85,14 +94,6 @@ class HeartbeatWriter:
         self._worked = self._waited = 0
         self._reset_counters()
         self._mark = self._entered_at = monotonic_ns()
-
-    @property
-    def buffer(self) -> mmap.mmap:
-        """The mapped page, for a device that writes the counters itself, in stream order (words 16 to 23).
-
-        `enter` and `complete` are not called then.
-        """
-        return self._file
 
     def begin_epoch(self, epoch: int, phase: Phase = Phase.IDLE) -> None:
         """Become a member of a group: counters, step and times of work start anew."""
@@ -190,7 +191,9 @@ class HeartbeatWriter:
         self._worked = self._waited = 0
 
 
-def _create(path: Path, rank: int, incarnation: int, granularity: Granularity) -> mmap.mmap:
+def _create(
+    path: Path, rank: int, incarnation: int, prepare: Callable[[mmap.mmap], Granularity]
+) -> tuple[mmap.mmap, Granularity]:
     """A new page under its final name, with its header in place: no reader ever sees half a header."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
@@ -198,6 +201,7 @@ def _create(path: Path, rank: int, incarnation: int, granularity: Granularity) -
     try:
         os.posix_fallocate(fd, 0, PAGE_BYTES)  # a full file system is an error here, and no SIGBUS later
         page = mmap.mmap(fd, PAGE_BYTES)
+        granularity = prepare(page)
         pid = os.getpid()
         header = (layout.MAGIC, layout.VERSION, PAGE_BYTES, rank, incarnation, pid, start_time(pid), granularity)
         now = monotonic_ns()
@@ -212,4 +216,4 @@ def _create(path: Path, rank: int, incarnation: int, granularity: Granularity) -
         raise
     finally:
         os.close(fd)
-    return page
+    return page, granularity

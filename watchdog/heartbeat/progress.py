@@ -97,7 +97,7 @@ class Progress:
         track.silent_s = 0.0
         track.disturbed = False
         same_position = _position(before) == _position(page)
-        if same_position and not before.torn and not page.torn and (collective := page.collective) is not None:
+        if same_position and not before.torn and not page.torn and (collective := page.waited_for) is not None:
             self.looked_up.add(collective)
         track.stuck_s = track.stuck_s + credit_s if same_position else 0.0
         return track

@@ -26,6 +26,7 @@ ENGINE_CORE = (
         f"{_CORE}.DPEngineCoreProc",
         "base of ElasticEngineCore",
         attributes=(
+            "batch_queue",
             "current_wave",
             "dp_group",
             "dp_rank",

@@ -108,6 +108,11 @@ EXPERTS = (
         f"{_MOE}.runner.moe_runner.MoERunner._set_moe_config", "the group size of an epoch", ("self", "new_moe_config")
     ),
     ReliedOn(
+        f"{_MOE}.runner.moe_runner._moe_forward",
+        "is vllm::moe_forward in a compiled model, which is split there: dispatch and combine are never captured",
+    ),
+    ReliedOn(f"{_MOE}.runner.moe_runner._moe_forward_shared", "is vllm::moe_forward_shared, likewise"),
+    ReliedOn(
         f"{_MOE}.config.FusedMoEConfig",
         "replaced with every epoch",
         attributes=(

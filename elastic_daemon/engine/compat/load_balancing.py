@@ -15,6 +15,7 @@ LOAD_BALANCING = (
             "expert_load_window_size",
             "expert_load_window_step",
             "expert_rearrangement_step",
+            "is_async",
             "model_states",
             "parallel_config",
         ),

@@ -19,12 +19,23 @@ MODEL_RUNNER = (
         ("self", "scheduler_output"),
     ),
     ReliedOn(
+        f"{_WORKER}.gpu_input_batch.InputBatch",
+        "forgets what a step in flight was to sample",
+        attributes=(
+            "async_copy_ready_event",
+            "prev_req_id_to_index",
+            "prev_sampled_token_ids",
+            "sampled_token_ids_cpu",
+        ),
+    ),
+    ReliedOn(
         f"{_WORKER}.cpu_model_runner.CPUModelRunner",
         "base of ElasticCPUModelRunner",
         attributes=(
             "device",
             "eplb_state",
             "execute_model_state",
+            "input_batch",
             "model",
             "model_config",
             "parallel_config",

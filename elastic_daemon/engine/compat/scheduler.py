@@ -9,7 +9,7 @@ _SCHED = "vllm.v1.core.sched"
 SCHEDULER = (
     ReliedOn(
         f"{_SCHED}.scheduler.Scheduler",
-        "base of ElasticScheduler, which takes back a step",
+        "base of ElasticScheduler, which takes back steps",
         attributes=(
             "block_size",
             "finished_req_ids",
@@ -25,6 +25,22 @@ SCHEDULER = (
         "queues a running request for recomputation",
         ("self", "request", "timestamp", "drop_stale_output"),
     ),
+    ReliedOn(
+        f"{_SCHED}.scheduler.Scheduler._free_request_blocks",
+        "overridden: a request gives up its blocks, maybe while a step in flight fills them",
+        ("self", "request"),
+    ),
+    ReliedOn(
+        f"{_SCHED}.scheduler.Scheduler.schedule",
+        "overridden: plans a step, and update_from_output is called once for each",
+        ("self", "throttle_prefills"),
+    ),
+    ReliedOn(
+        f"{_SCHED}.scheduler.Scheduler.update_from_output",
+        "overridden: a step is complete",
+        ("self", "scheduler_output", "model_runner_output"),
+    ),
+    ReliedOn(f"{_SCHED}.async_scheduler.AsyncScheduler", "base of ElasticAsyncScheduler"),
     ReliedOn(
         "vllm.v1.core.kv_cache_manager.KVCacheManager.evict_blocks",
         "blocks that a void step registered hold nothing",

@@ -1,0 +1,269 @@
+"""What each part does, and what it makes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+
+from bench.command import say
+from bench.gpu import driver
+from bench.gpu.life import Life, Strikes, under_load
+from bench.gpu.results import Bar, Findings, ms
+from elastic_daemon.errors import ElasticError
+from watchdog.errors import NotRunning
+from watchdog.status import read_status
+
+FIRST_TOKEN_BAR_S, JOIN_BAR_S = 2.0, 2.0
+HANG_BAR_S = 5.0
+LEAK_BAR_MIB = 64.0
+REST_S = 3.0
+REARRANGE_TIMEOUT_S = 60.0
+LOOK_S = 2.0
+
+CAPTURED = r"(?i)graph captur\w+ finished|captur\w+ (cuda ?)?graphs?\b|CUDA graph pool memory"
+REARRANGED = r'"event": "experts_rearranged"'
+
+
+@contextlib.asynccontextmanager
+async def disturbed(life: Life, findings: Findings) -> AsyncIterator[Strikes]:
+    """Under load; then all streams are judged, and all experts looked at."""
+    async with under_load(life) as (strikes, judged):
+        try:
+            yield strikes
+        finally:
+            findings.figures["streams"] = {**judged.to_json(), "at_the_end": False}
+    wrong = await life.wrong_slots()
+    seen = judged.to_json()
+    findings.figures["streams"] = {name: seen[name] for name in ("streams", "lost", "refused", "changed", "near_ties")}
+    findings.problems += [str(change) for change in judged.changes[:3]]
+    findings.problems += [] if judged.changed else judged.examples[:3]
+    findings.bars += [
+        Bar("streams", ">=", 1, judged.streams),
+        Bar("lost", "==", 0, judged.lost + judged.refused),
+        Bar("changed", "==", 0, judged.changed),
+        Bar("wrong expert slots", "==", 0, wrong),
+    ]
+    if judged.changed and life.calm.get("staggered", {}).get("changed"):
+        findings.problems.append("undisturbed streams of this life differ too")
+
+
+def victims(life: Life, trials: int) -> list[int]:
+    """Rank 0 is the second of them, and any other than the first."""
+    ranks = life.setting.ranks
+    order = [ranks - 1, 0, *range(1, ranks - 1)] if ranks > 1 else [0]
+    return [order[number % len(order)] for number in range(trials)]
+
+
+def _trials(life: Life, standard: int) -> int:
+    return life.setting.trials or standard
+
+
+async def _kills(life: Life, findings: Findings, strikes: Strikes, trials: int) -> None:
+    for rank in victims(life, trials):
+        trial = await strikes.kill(rank)
+        findings.trials.append(trial)
+        say(f"  SIGKILL of rank {rank}: {_line(trial)}")
+
+
+def _line(trial: dict[str, Any]) -> str:
+    def of(name: str) -> str:
+        return "-" if trial.get(name) is None else f"{ms(trial[name]):g}"
+
+    joins = ", ".join(f"{ms(pause):g}" for pause in trial["join_pause_s"]) or "-"
+    return (
+        f"detected {of('detect_s')}, fence {of('fence_s')}, regroup {of('regroup_s')}, repair {of('repair_s')}, total "
+        f"{of('total_s')}, first token {of('first_token_s')}, pause at join {joins}, back after {of('back_s')} ms"
+    )
+
+
+def _strike_figures(findings: Findings) -> dict[str, float | None]:
+    names = ("detect", "fence", "regroup", "repair", "resume", "total", "first_token", "back")
+    worst = {name: findings.spread(name) for name in names}
+    worst |= {name: findings.spread(name) for name in ("loss_pause", "join_pause")}
+    return worst
+
+
+async def kill(life: Life, findings: Findings) -> None:
+    async with disturbed(life, findings) as strikes:
+        await _kills(life, findings, strikes, _trials(life, 5))
+    worst = _strike_figures(findings)
+    findings.bars.append(Bar("kill to first token, s", "<=", FIRST_TOKEN_BAR_S, worst["first_token"]))
+
+
+async def hang(life: Life, findings: Findings) -> None:
+    async with disturbed(life, findings) as strikes:
+        for rank in victims(life, _trials(life, 2)):
+            trial = await strikes.stop(rank)
+            findings.trials.append(trial)
+            say(f"  SIGSTOP of rank {rank}: named {trial['named']}, {_line(trial)}")
+    worst = _strike_figures(findings)
+    named = sum(trial["named"] == [trial["rank"]] == trial["excluded"] for trial in findings.trials)
+    findings.bars += [
+        Bar("hung rank alone named and excluded", "==", len(findings.trials), named),
+        Bar("stop to exclusion, s", "<=", HANG_BAR_S, worst["detect"]),
+    ]
+
+
+async def rejoin(life: Life, findings: Findings) -> None:
+    async with disturbed(life, findings) as strikes:
+        await _kills(life, findings, strikes, _trials(life, 3))
+    worst = _strike_figures(findings)
+    findings.bars.append(Bar("pause at rejoin, s", "<=", JOIN_BAR_S, worst["join_pause"]))
+
+
+async def scale(life: Life, findings: Findings) -> None:
+    ranks = life.setting.ranks
+    async with disturbed(life, findings) as strikes:
+        for _ in range(_trials(life, 2)):
+            for size in (max(1, ranks // 2), ranks):
+                trial = await strikes.resize(size)
+                findings.trials.append(trial)
+                say(f"  to {size} ranks: {trial['took_s']:.1f} s, pauses {_pauses(trial)} ms")
+    for name in ("took", "loss_pause", "other_pause"):
+        findings.spread(name)
+    findings.bars.append(Bar("pause at join, s", "<=", JOIN_BAR_S, findings.spread("join_pause")))
+
+
+def _pauses(trial: dict[str, Any]) -> list[float]:
+    return [ms(pause) for name in ("loss_pause_s", "join_pause_s", "other_pause_s") for pause in trial[name]]
+
+
+async def eplb(life: Life, findings: Findings) -> None:
+    """Kills while experts are rearranged every few steps."""
+    async with disturbed(life, findings) as strikes:
+        await _rearranged(life, 1)
+        for rank in victims(life, _trials(life, 2)):
+            before = len(life.logged(REARRANGED))
+            trial = await strikes.kill(rank)
+            await _rearranged(life, len(life.logged(REARRANGED)) + 1)
+            trial["rearrangements"] = len(life.logged(REARRANGED)) - before
+            findings.trials.append(trial)
+            say(f"  {trial['rearrangements']} rearrangements, SIGKILL of rank {rank}: {_line(trial)}")
+    worst = _strike_figures(findings)
+    done = [json.loads(line) for line in life.logged(REARRANGED)]
+    moved = sum(event["moved"] for event in done)
+    findings.figures |= {"rearrangements": len(done), "experts moved": moved}
+    findings.figures["rearrangement ms, worst"] = max((ms(event["seconds"]) for event in done), default=None)
+    findings.bars += [
+        Bar("kill to first token, s", "<=", FIRST_TOKEN_BAR_S, worst["first_token"]),
+        Bar("experts moved", ">=", 1, moved),
+    ]
+
+
+async def _rearranged(life: Life, times: int) -> None:
+    deadline = time.monotonic() + REARRANGE_TIMEOUT_S
+    while len(life.logged(REARRANGED)) < times:
+        if time.monotonic() > deadline:
+            raise ElasticError(f"no rearrangement of experts within {REARRANGE_TIMEOUT_S:g} s of load")
+        await asyncio.sleep(0.2)
+
+
+async def graphs(life: Life, findings: Findings) -> None:
+    await kill(life, findings)
+    if life.setting.device == "cuda":
+        captured = life.logged(CAPTURED)
+        findings.figures["lines of the log on captured graphs"] = len(captured)
+        if captured:
+            say(f"  {captured[-1][:300]}")
+        else:
+            findings.problems.append("the log does not tell that graphs were captured: were steps eager?")
+
+
+async def fp8(life: Life, findings: Findings) -> None:
+    await kill(life, findings)
+    health = await life.daemon.health()
+    findings.figures["model"] = f"{health['model']}, {life.setting.model}"
+
+
+async def leak(life: Life, findings: Findings) -> None:
+    unit = "GPU MiB" if driver.ask() is not None else "PSS MiB (no GPU)"
+    await asyncio.sleep(REST_S)
+    memory = [driver.memory_mib(life.pid)]
+    say(f"  {unit}: {memory[0]:.0f}")
+    for rank in victims(life, _trials(life, 5)):
+        async with under_load(life) as (strikes, judged):
+            trial = await strikes.kill(rank)
+        await asyncio.sleep(REST_S)
+        memory.append(driver.memory_mib(life.pid))
+        trial |= {"memory_mib": memory[-1], "lost": judged.lost + judged.refused, "changed": judged.changed}
+        findings.trials.append(trial)
+        say(f"  SIGKILL of rank {rank}, and back: {unit} {memory[-1]:.0f}")
+    findings.figures[unit] = [round(one, 1) for one in memory]
+    findings.figures["growth MiB"] = {"in all": memory[-1] - memory[0], "after the first cycle": memory[-1] - memory[1]}
+    findings.bars += [
+        Bar("lost", "==", 0, sum(trial["lost"] for trial in findings.trials)),
+        Bar("changed", "==", 0, sum(trial["changed"] for trial in findings.trials)),
+        Bar("growth after the first cycle, MiB", "<=", LEAK_BAR_MIB, memory[-1] - memory[1]),
+    ]
+
+
+async def nvml(life: Life, findings: Findings) -> None:
+    runtime_dir = life.daemon.control.runtime_dir
+    command = [sys.executable, "-m", "watchdog.cli", "status", "--runtime-dir", str(runtime_dir)]
+    said = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=30, check=False)
+    say("  " + said.stdout.strip().replace("\n", "\n  "))
+    if said.returncode:
+        findings.problems.append(f"elastic-watchdog status: {said.returncode}: {said.stderr.strip()[:300]}")
+    await _bound(life, findings)
+    verdicts: Counter[str] = Counter()
+    async with disturbed(life, findings) as strikes:
+        mark, until, next_word = strikes.feed.mark(), time.monotonic() + life.setting.watch_minutes * 60, 0.0
+        while (left := until - time.monotonic()) > 0:
+            with contextlib.suppress(NotRunning):
+                status = read_status(runtime_dir)
+                bad = [*status["gpus"], *status["ranks"]]
+                verdicts.update(f"{one['verdict']}: {one['reason']}" for one in bad if one["verdict"] != "ok")
+                findings.trials = [{"status": status}]
+            if time.monotonic() >= next_word:
+                next_word = time.monotonic() + 30
+                say(f"  watched, {left:.0f} s left; verdicts so far: {dict(verdicts) or 'none'}")
+            await asyncio.sleep(min(left, LOOK_S))
+        events = strikes.feed.since(mark)
+    acted = [event for event in events if event["event"] in ("verdict", "rank_excluded", "watchdog_down")]
+    findings.figures |= {"minutes watched": life.setting.watch_minutes, "verdicts": dict(verdicts) or "none but ok"}
+    findings.bars += [
+        Bar("looks with a verdict", "==", 0, sum(verdicts.values())),
+        Bar("verdicts sent, exclusions, deaths of the watchdog", "==", 0, len(acted)),
+    ]
+    findings.problems += [str(event)[:300] for event in acted[:2]]
+    _answers(findings)
+
+
+async def _bound(life: Life, findings: Findings) -> None:
+    """Ranks are on the GPUs that the driver knows, and their processes are those that it sees."""
+    health, seen = await life.daemon.health(), driver.ask()
+    bound = {row["rank"]: row["gpu"] for row in health["ranks"]}
+    findings.figures["GPUs of ranks"] = ", ".join(sorted({str(gpu) for gpu in bound.values()}))
+    if seen is None:
+        findings.figures["processes"] = "no real driver to ask"
+        return
+    mapping = driver.Mapping(
+        {row["rank"]: pid for row in health["ranks"] for pid in row["pids"]},
+        {pid: used for gpu in seen.gpus for pid, used in gpu.processes.items()},
+    )
+    findings.figures["processes"] = mapping.verdict
+    say(f"  processes: {mapping.verdict}")
+    known = {gpu.uuid for gpu in seen.gpus}
+    findings.bars += [
+        Bar("ranks bound to a GPU of the driver", "==", len(bound), sum(gpu in known for gpu in bound.values())),
+        Bar("processes of the driver contradict ours", "==", False, not mapping.agrees),
+    ]
+
+
+def _answers(findings: Findings) -> None:
+    """Which signals the driver gave a value for, in the last look."""
+    gpus = findings.trials[-1]["status"]["gpus"] if findings.trials else []
+    for gpu in gpus[:1]:
+        readings = gpu["reading"]
+        findings.figures["signals answered"] = sorted(name for name, value in readings.items() if value is not None)
+        findings.figures["not supported"] = gpu["unsupported"]
+        findings.figures["events heard"] = gpu["listening"]
+    if not gpus:
+        findings.problems.append("the watchdog saw no GPU")

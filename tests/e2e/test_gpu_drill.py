@@ -1,0 +1,44 @@
+"""The GPU drill itself, tried on CPU ranks: it proves the script, and nothing about GPUs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.gpu import fp8
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+DRILL = (sys.executable, "-m", "bench.gpu_drill")
+SMALL = ("--device", "cpu", "--ranks", "3", "--trials", "1", "--watch-minutes", "0.05", "--tokens", "60")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*DRILL, *arguments], capture_output=True, text=True, timeout=280, check=False)
+
+
+def test_trial_run(tmp_path: Path) -> None:
+    said = run("--part", "kill,nvml,scale", "--out", str(tmp_path), "--variant", "small", *SMALL)
+    assert said.returncode == 0, said.stderr[-4000:]
+    results = [json.loads((tmp_path / f"{part}-small.json").read_text()) for part in ("kill", "nvml", "scale")]
+    assert [one["verdict"] for one in results] == ["passed"] * 3
+    assert all(one["trial"] and not one["gpu"] for one in results)
+    assert len(list(tmp_path.glob("*.log"))) == 1, "parts with the same flags share one daemon"
+
+    report = run("--report", str(tmp_path))
+    assert report.stdout.count("**trial run on CPU**") == 3
+    again = run("--part", "kill", "--out", str(tmp_path), "--variant", "small", *SMALL)
+    assert again.returncode == 0 and "there is a result" in again.stderr
+
+
+def test_refused_cell_is_a_result_with_its_reason(tmp_path: Path) -> None:
+    fp8.make(fp8.BUNDLED_MODEL, tmp_path / "model")
+    said = run("--part", "fp8", "--model", str(tmp_path / "model"), "--out", str(tmp_path), *SMALL)
+    assert said.returncode == 0, said.stderr[-4000:]
+    found = json.loads((tmp_path / "fp8.json").read_text())
+    assert found["verdict"] == "refused"
+    assert "fp8" in found["refused"]
