@@ -18,7 +18,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from elastic_daemon.control_routes import is_control_path, is_order
+from elastic_daemon.control_routes import is_control_path, is_order, is_page
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/metrics"})
 """For probes and scrapers, which have no key."""
@@ -61,7 +61,7 @@ class AccessRules:
         """Why to refuse a request, if at all."""
         if is_order(method, path):
             return self._order_refusal(headers)
-        if path in OPEN_PATHS or path == STATUS_ONLY_PATH:
+        if path in OPEN_PATHS or path == STATUS_ONLY_PATH or is_page(path):
             return None
         known = self.has_key(headers.get("authorization"))
         if self.keys:

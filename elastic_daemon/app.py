@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import Scope
 
 from elastic_daemon.control_routes import is_control_path
+from elastic_daemon.dashboard import make_dashboard_router
 from elastic_daemon.errors import ControlClosed
-from elastic_daemon.events import EventLog
+from elastic_daemon.events import KEPT, EventLog
 from elastic_daemon.http_errors import error_response, unavailable
 from elastic_daemon.membership import Status
 from elastic_daemon.metrics import Metrics
 from elastic_daemon.operator_routes import OperatorPlane, make_operator_router
+from elastic_daemon.placement_routes import GroupPlane, make_group_router
 
 PROBE = ["GET", "HEAD"]
 """Methods of the routes that load balancers probe."""
 
 
-class ControlPlane(OperatorPlane, Protocol):
+class ControlPlane(OperatorPlane, GroupPlane, Protocol):
     """What the routes need of the supervisor."""
 
     events: EventLog
@@ -61,15 +63,18 @@ def make_control_app(plane: ControlPlane) -> FastAPI:
         return Response(plane.metrics.render(plane.health()), media_type="text/plain; version=0.0.4")
 
     @app.get("/events")
-    async def events(request: Request, since: int = 0) -> Response:
-        """Events after id `since`: a JSON list, or a stream for `Accept: text/event-stream`."""
+    async def events(
+        request: Request, since: int = 0, last: Annotated[int | None, Query(ge=1, le=KEPT)] = None
+    ) -> Response:
+        """Events after id `since`, at most the `last` ones: a JSON list. For `Accept: text/event-stream` a stream."""
         if "text/event-stream" in request.headers.get("accept", ""):
             try:
                 since = int(request.headers.get("last-event-id", since))
             except ValueError:
                 return error_response(400, "BadRequestError", "Last-Event-ID: expected the id of an event, a number")
             return StreamingResponse(_stream(plane.events, since), media_type="text/event-stream")
-        return JSONResponse(json.loads(json.dumps(plane.events.since(since), default=str)))
+        found = plane.events.since(since)
+        return JSONResponse(json.loads(json.dumps(found[-last:] if last else found, default=str)))
 
     @app.get("/experts")
     async def experts() -> JSONResponse:
@@ -90,6 +95,8 @@ def make_control_app(plane: ControlPlane) -> FastAPI:
             return unavailable(str(error))
 
     app.include_router(make_operator_router(plane))
+    app.include_router(make_group_router(plane))
+    app.include_router(make_dashboard_router())
 
     @app.api_route("/{path:path}", methods=["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
     async def not_served(request: Request, path: str) -> JSONResponse:

@@ -14,6 +14,9 @@ READ_PATHS = frozenset(
         "/experts",
         "/experts/verify",
         "/operations",
+        "/placement",
+        "/recoveries",
+        "/dashboard",
         "/is_scaling_elastic_ep",
     }
 )
@@ -24,6 +27,7 @@ CONTROL_PATHS = READ_PATHS | {"/scale_elastic_ep", "/automation"}
 CONTROL_TEMPLATES = frozenset(
     {
         "/operations/{operation}",
+        "/dashboard/{file}",
         "/ranks/{rank}/exclude",
         "/ranks/{rank}/drain",
         "/ranks/{rank}/release",
@@ -34,13 +38,18 @@ CONTROL_TEMPLATES = frozenset(
 _PART = r"(?!\.{1,2}(?:/|$))(?:(?![/?#%\\])[!-~])+"
 """No dot segments, and nothing that delimits a URL or has no place in one: what is forwarded is what was checked."""
 
-_UNDER_PREFIX = re.compile(rf"/(?:operations/{_PART}|(?:ranks|gpus)/{_PART}/{_PART})")
+_UNDER_PREFIX = re.compile(rf"/(?:(?:operations|dashboard)/{_PART}|(?:ranks|gpus)/{_PART}/{_PART})")
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 def is_control_path(path: str) -> bool:
     return path in CONTROL_PATHS or _UNDER_PREFIX.fullmatch(path) is not None
+
+
+def is_page(path: str) -> bool:
+    """The dashboard's own files: they are the same in every deployment."""
+    return path == "/dashboard" or (path.startswith("/dashboard/") and is_control_path(path))
 
 
 def is_order(method: str, path: str) -> bool:

@@ -13,6 +13,7 @@ from elastic_daemon.departure import Departure, Operation
 from elastic_daemon.gpu_pool import GpuPool
 from elastic_daemon.membership import IN_GROUP, Membership, Rank, RankState, Status
 from elastic_daemon.placement import Placement, expert_safety, survivable_losses
+from elastic_daemon.placement_view import PlacementView
 from elastic_daemon.policy import Policy
 from elastic_daemon.protocol import (
     Action,
@@ -176,6 +177,15 @@ class ControlState:
             last_shrink=self._last.get(RecoveryKind.SHRINK),
             last_grow=self._last.get(RecoveryKind.GROW),
         )
+
+    @property
+    def placement(self) -> PlacementView | None:
+        """What the group holds now, as far as is known; None before the first group."""
+        if self._placement is None:
+            return None
+        in_group = {row.rank for row in self._group}
+        left = tuple(rank for rank in self._placement.ranks if rank in in_group)
+        return PlacementView(self.epoch, self._placement, left, frozenset(self._host_copies))
 
     @property
     def _group(self) -> tuple[Rank, ...]:

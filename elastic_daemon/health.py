@@ -120,8 +120,10 @@ def url_of(host: str, port: int) -> str:
 
 
 def _report(report: RecoveryReport | None) -> dict[str, Any] | None:
-    if report is None:
-        return None
+    return report_json(report) if report is not None else None
+
+
+def report_json(report: RecoveryReport) -> dict[str, Any]:
     counts = report.requests
     requests = (
         None

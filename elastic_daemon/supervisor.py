@@ -32,9 +32,11 @@ from elastic_daemon.messages import Message
 from elastic_daemon.metrics import Metrics
 from elastic_daemon.operations import OperationDesk
 from elastic_daemon.placement import Source, minimum_ranks
+from elastic_daemon.placement_view import PlacementView
 from elastic_daemon.policy import Policy
 from elastic_daemon.processes import Processes
 from elastic_daemon.rank_messages import RankAction, rank_event, rank_message
+from elastic_daemon.recovery_history import RecoveryHistory
 from elastic_daemon.runtime_dir import RuntimeDir
 from elastic_daemon.service_control import EXIT_START
 from elastic_daemon.service_manager import ServiceManager
@@ -58,6 +60,7 @@ class Supervisor:
         self.settings = settings
         self.events = EventLog()
         self.metrics = Metrics()
+        self.recoveries = RecoveryHistory()
         self.model = settings.model or "tiny-moe"
         self.min_ranks = 1
         self.max_ranks = settings.most_ranks
@@ -337,8 +340,10 @@ class Supervisor:
         self.events.record(action.name, action.fields)
 
     def _recovery_done(self, action: p.RecoveryDone) -> None:
-        self.metrics.recovery(action.report)
         report = action.report
+        self.metrics.recovery(report)
+        active = len(self._frontend.published.active) if self._frontend.published is not None else 0
+        self.recoveries.record(report, active, time.time())
         seconds = {phase: round(spent, 4) for phase, spent in report.seconds.items()}
         self.events.record(
             "recovery_done", {"epoch": report.epoch, "kind": report.kind, "ranks": report.ranks, "seconds": seconds}
@@ -380,6 +385,9 @@ class Supervisor:
 
     def snapshot(self) -> p.HealthSnapshot | None:
         return self._controller.snapshot(time.monotonic()) if self._controller is not None else None
+
+    def placement(self) -> PlacementView | None:
+        return self._controller.placement if self._controller is not None else None
 
     @property
     def rank_pids(self) -> dict[p.Identity, int]:

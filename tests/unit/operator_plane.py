@@ -16,7 +16,9 @@ from elastic_daemon.membership import Status
 from elastic_daemon.metrics import Metrics
 from elastic_daemon.operations import OperationDesk
 from elastic_daemon.placement import initial
+from elastic_daemon.placement_view import PlacementView
 from elastic_daemon.policy import Policy
+from elastic_daemon.recovery_history import RecoveryHistory
 
 LAYERS = 2
 POLICY = Policy(target=4, experts=16, slots=8, max_ranks=6, join_delay_s=0.0)
@@ -29,6 +31,7 @@ class OperatorPlane:
     def __init__(self, policy: Policy = POLICY) -> None:
         self.events = EventLog()
         self.metrics = Metrics()
+        self.recoveries = RecoveryHistory()
         self.is_turning = True
         self.min_ranks, self.max_ranks = 2, policy.max_ranks
         self.automation = True
@@ -49,6 +52,9 @@ class OperatorPlane:
     def health(self) -> HealthView:
         snapshot = self.controller.snapshot(self._now) if self.controller is not None else None
         return HealthView(snapshot, "tiny-moe", 4, 0, {}, {}, 1e9)
+
+    def placement(self) -> PlacementView | None:
+        return self.controller.placement if self.controller is not None else None
 
     async def ask_ranks(self, question: str) -> dict[int, Any]:
         return {}

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
@@ -25,7 +26,23 @@ ORDERS = (
     "/automation",
     "/operations/op-1",
 )
-OPERATOR_READS = ("/operations", "/operations/op-1", "/automation", "/experts/verify", "/ranks/1/drain")
+PAGES = ("/dashboard", "/dashboard/main.js", "/dashboard/no-such-file")
+NO_PAGES = (
+    "/dashboard/",
+    "/dashboard/a/b",
+    "/dashboard/../events",
+    "/dashboard/..",
+    "/dashboardx",
+)
+OPERATOR_READS = (
+    "/placement",
+    "/recoveries",
+    "/operations",
+    "/operations/op-1",
+    "/automation",
+    "/experts/verify",
+    "/ranks/1/drain",
+)
 
 
 def client(rules: AccessRules) -> httpx.AsyncClient:
@@ -223,6 +240,18 @@ async def test_operator_reads(path: str) -> None:
     assert await read(AccessRules((), loopback=False, admin_key=ADMIN_KEY), ADMIN_KEY) == 200
     keyed = AccessRules((API_KEY,), loopback=False, admin_key=ADMIN_KEY)
     assert [await read(keyed, key) for key in (None, "wrong", API_KEY, ADMIN_KEY)] == [401, 401, 200, 200]
+
+
+@pytest.mark.parametrize("rules", [AccessRules((API_KEY,), True), AccessRules((), False), AccessRules((), True)])
+async def test_the_page_is_open_and_what_it_shows_is_not(rules: AccessRules) -> None:
+    nobody = Headers({})
+    for path in PAGES:
+        assert rules.refusal("GET", path, nobody) is rules.refusal("HEAD", path, nobody) is None
+    for path in NO_PAGES:
+        assert (rules.refusal("GET", path, nobody) is None) is not bool(rules.keys), f"{path}: as for any other path"
+    for path in ("/placement", "/recoveries", "/events"):
+        assert (rules.refusal("GET", path, nobody) is None) is (rules.loopback and not rules.keys)
+    assert await order(rules, "/dashboard/main.js", host="evil.example") in (401, 403)
 
 
 async def test_to_ask_whether_it_scales_is_no_order() -> None:

@@ -158,6 +158,9 @@ async def test_events_since(plane: Plane, client: httpx.AsyncClient) -> None:
     assert [e["id"] for e in (await client.get("/events", params={"since": 2})).json()] == [3]
     assert (await client.get("/events", params={"since": 3})).json() == []
     assert (await client.get("/events", params={"since": "x"})).status_code == 422
+    assert [e["id"] for e in (await client.get("/events", params={"last": 2})).json()] == [2, 3]
+    assert [e["id"] for e in (await client.get("/events", params={"since": 2, "last": 2})).json()] == [3]
+    assert {(await client.get("/events", params={"last": last})).status_code for last in (0, -1, "x", 2001)} == {422}
 
 
 async def test_events_are_kept_up_to_a_limit(plane: Plane, client: httpx.AsyncClient) -> None:
@@ -296,7 +299,7 @@ async def test_probes_with_head(plane: Plane, client: httpx.AsyncClient, path: s
 
 ALLOWED = {
     **dict.fromkeys(CONTROL_PATHS | CONTROL_TEMPLATES, "GET"),
-    **dict.fromkeys(("/health", "/livez", "/readyz", "/metrics"), "GET, HEAD"),
+    **dict.fromkeys(("/health", "/livez", "/readyz", "/metrics", "/dashboard", "/dashboard/{file}"), "GET, HEAD"),
     "/automation": "GET, POST",
     "/scale_elastic_ep": "POST",
     "/is_scaling_elastic_ep": "POST",
@@ -336,6 +339,9 @@ def test_all_routes_are_known_as_control_paths(plane: Plane) -> None:
         "/",
         "/operations/",
         "/operations/a/b",
+        "/dashboard/",
+        "/dashboard/a/b",
+        "/dashboard/../events",
         "/operations/../scale_elastic_ep",
         "/operations/..",
         "/operations/.",
@@ -359,6 +365,7 @@ def test_other_paths_are_none(path: str) -> None:
 
 def test_whatever_may_change_something_is_an_order() -> None:
     read = {"/health", "/livez", "/readyz", "/metrics", "/events", "/experts", "/experts/verify", "/operations"}
+    read |= {"/placement", "/recoveries", "/dashboard"}
     for path in CONTROL_PATHS | CONTROL_TEMPLATES:
         for method in ("POST", "PUT", "DELETE", "PATCH", "TRACE", "MADE-UP"):
             assert is_order(method, path.replace("{", "").replace("}", "")) is (
