@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def render() -> str:
 
 
 def _command(parser: argparse.ArgumentParser) -> Iterator[str]:
-    yield from (f"### {parser.prog}", "", " ".join((parser.description or "").split()), "")
+    yield from (f"### {parser.prog}", "", _wrapped(parser.description or ""), "")
     yield from ("| argument | |", "|---|---|")
     for action in parser._actions:
         if isinstance(action, argparse._HelpAction):
@@ -72,9 +73,14 @@ def _command(parser: argparse.ArgumentParser) -> Iterator[str]:
     examples, _, status = epilog.partition("exit status: ")
     yield from ("", "```console", *_console(examples), "```", "")
     if notes := [line for line in examples.splitlines() if line and not line.startswith((" ", "example"))]:
-        yield from (" ".join(notes).replace("  ", " "), "")
+        yield from (_wrapped(" ".join(notes)), "")
     if status:
-        yield from (f"Exit status: {' '.join(status.split())}.", "")
+        yield from (_wrapped(f"Exit status: {status}."), "")
+
+
+def _wrapped(text: str) -> str:
+    words = " ".join(text.split()).replace(" .", ".")
+    return textwrap.fill(words, 118, break_long_words=False, break_on_hyphens=False)
 
 
 def _flags(parser: argparse.ArgumentParser) -> Iterator[str]:
