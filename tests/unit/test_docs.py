@@ -212,7 +212,9 @@ def test_command_lines_use_flags_of_their_command(path: Path) -> None:
 
 def test_every_flag_of_serve_is_in_the_configuration() -> None:
     text = CONFIGURATION.read_text(encoding="utf-8")
-    assert not [flag for flag in _flags(_subcommands()["serve"]) - {"-h", "--help", "--print-config"} if f"`{flag}`" not in text]
+    assert not [
+        flag for flag in _flags(_subcommands()["serve"]) - {"-h", "--help", "--print-config"} if f"`{flag}`" not in text
+    ]
 
 
 @document
