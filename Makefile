@@ -5,7 +5,7 @@
 # ARGS             arguments of `make serve`
 # STAGES           test stages to run (unit contract e2e chaos gpu)
 # PYTEST_ARGS      further arguments of pytest
-# PREFIX, SYSCONFDIR, DESTDIR, VENV, DEVICE   of `make install`: scripts/install.sh
+# PREFIX, SYSCONFDIR, DESTDIR, VENV   of `make install`: scripts/install.sh
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -13,7 +13,7 @@ SHELL := /bin/bash
 .PHONY: help setup serve test check format install uninstall clean distclean
 
 # Exported as they came (empty is the same as unset to the scripts).
-export PYTHON TORCH_INDEX_URL STAGES PYTEST_ARGS PREFIX SYSCONFDIR DESTDIR VENV DEVICE
+export PYTHON TORCH_INDEX_URL STAGES PYTEST_ARGS PREFIX SYSCONFDIR DESTDIR VENV
 unexport ARGS
 
 help: ## list the targets

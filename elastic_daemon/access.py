@@ -6,6 +6,7 @@ The supervisor's Unix socket is not guarded: its directory is private.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import ipaddress
 import json
@@ -101,8 +102,14 @@ class AccessRules:
 def _is_one_of(authorization: str | None, keys: Sequence[str]) -> bool:
     scheme, _, given = (authorization or "").partition(" ")
     # All are compared, so that the time taken does not tell which one was nearly right.
-    matches = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
+    # Digests, since a comparison of different lengths is over at once.
+    digest = _digest(given)
+    matches = [hmac.compare_digest(digest, _digest(key)) for key in keys]
     return scheme.lower() == "bearer" and any(matches)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
 def is_loopback(host: str) -> bool:
@@ -138,22 +145,20 @@ class AccessGuard:
 
     def __init__(self, app: ASGIApp, rules: AccessRules) -> None:
         self._app = app
-        self._rules = rules
+        self.rules = rules
+        """May be replaced while it serves."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        rules = self.rules
         if scope["type"] not in ("http", "websocket"):
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
-        if refusal := self._rules.refusal(scope.get("method", "GET"), scope["path"], headers):
+        if refusal := rules.refusal(scope.get("method", "GET"), scope["path"], headers):
             status, reason = refusal
             type_ = "AuthenticationError" if status in (401, 403) else "BadRequestError"
             body = {"error": {"message": reason, "type": type_, "code": status}}
             return await JSONResponse(body, status)(scope, receive, send)
-        if (
-            scope["path"] == STATUS_ONLY_PATH
-            and self._rules.keys
-            and not self._rules.has_key(headers.get("authorization"))
-        ):
+        if scope["path"] == STATUS_ONLY_PATH and rules.keys and not rules.has_key(headers.get("authorization")):
             send = _StatusOnly(send)
         await self._app(scope, receive, send)
 

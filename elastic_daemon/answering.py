@@ -6,14 +6,18 @@ They answer on a socket of its own always, and on the public one while no front 
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from elastic_daemon.access import AccessGuard, AccessRules
+from elastic_daemon.access import AccessGuard
+from elastic_daemon.config import Settings
 from elastic_daemon.errors import StartError
+from elastic_daemon.limits import BoundedHttp, SizeLimits
 from elastic_daemon.tasks import Tasks
+from elastic_daemon.tls import Tls
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -29,24 +33,36 @@ class Answering:
     """`app` for the public, `internal` for this user. `listener`: the public socket, shared with the front end."""
 
     def __init__(
-        self, app: ASGIApp, internal: ASGIApp, listener: socket.socket, rules: AccessRules, tasks: Tasks
+        self, app: ASGIApp, internal: ASGIApp, listener: socket.socket, settings: Settings, tasks: Tasks
     ) -> None:
-        self._app = app
+        self._guard = AccessGuard(app, settings.access)
+        self._limits = SizeLimits(self._guard, settings.max_body_size)
+        self._tls = settings.tls
         self._internal_app = internal
         self._listener = listener
-        self._rules = rules
         self._tasks = tasks
         self._internal: uvicorn.Server | None = None
         self._public: uvicorn.Server | None = None
 
     def open_internal(self, path: str) -> None:
         """Answer on the Unix socket at `path`, which only this user can reach: without keys."""
-        self._internal = self._serve(self._internal_app, uds=path)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(path)
+        os.chmod(path, 0o600)  # uvicorn would open it to everybody
+        listener.listen(2048)
+        self._internal = self._serve(self._internal_app, listener)
 
     def open_public(self) -> None:
         """Accept on the public socket too, until `close_public`."""
         if self._public is None:
-            self._public = self._serve(AccessGuard(self._app, self._rules), sockets=[self._listener.dup()])
+            self._public = self._serve(self._limits, self._listener.dup(), self._tls)
+
+    def adopt(self, settings: Settings) -> None:
+        """Raises ConfigError when the certificate cannot be read any more."""
+        if self._tls is not None and self._public is not None and (context := self._public.config.ssl) is not None:
+            self._tls.load_into(context)
+        self._guard.rules = settings.access
+        self._limits.max_body_bytes = settings.max_body_size
 
     def close_public(self) -> None:
         if self._public is not None:
@@ -58,13 +74,17 @@ class Answering:
         if self._internal is not None:
             self._internal.should_exit = True
 
-    def _serve(
-        self, app: ASGIApp, uds: str | None = None, sockets: list[socket.socket] | None = None
-    ) -> uvicorn.Server:
+    def _serve(self, app: ASGIApp, listener: socket.socket, tls: Tls | None = None) -> uvicorn.Server:
         config = uvicorn.Config(
-            app, uds=uds, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=1
+            app,
+            lifespan="off",
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=1,
+            http=BoundedHttp,
+            **(tls.uvicorn_options if tls is not None else {}),
         )
         server = uvicorn.Server(config)
         server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
-        self._tasks.spawn(server.serve(sockets=sockets))
+        self._tasks.spawn(server.serve(sockets=[listener]))
         return server

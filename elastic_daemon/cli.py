@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+import structlog
+
 from elastic_daemon import __version__
 from elastic_daemon.config import Settings, Sources
 from elastic_daemon.errors import ConfigError, ElasticError, wrong_watchdog
@@ -155,10 +157,13 @@ def serve(sources: Sources) -> int:
         raise
 
     loaded = sources.load()
+    os.umask(0o077)  # what the daemon writes is for its user only
     export_logging(loaded.settings)
     configure_logging()
+    for doubt in loaded.doubts:
+        structlog.get_logger("elastic_daemon").warning("key_exposed", reason=doubt)
     try:
-        return asyncio.run(Supervisor(loaded.settings).run())
+        return asyncio.run(Supervisor(loaded.settings, sources).run())
     except ConfigError as error:
         raise ConfigError(with_places(str(error), loaded.given)) from error
 

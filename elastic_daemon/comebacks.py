@@ -19,6 +19,9 @@ class Comebacks:
         self._failures: Counter[int] = Counter()
         self._losses: dict[int, deque[float]] = {}
 
+    def adopt(self, policy: Policy) -> None:
+        self._policy = policy
+
     def served(self, rank: int) -> None:
         """It is a member that steps: its failures before are forgiven."""
         self._failures[rank] = 0

@@ -27,6 +27,7 @@ from elastic_daemon.resolve import (
     from_toml,
     resolve,
 )
+from elastic_daemon.tls import Tls
 from elastic_daemon.watch.upkeep import WatchMode
 
 BUNDLED_MODEL = Path(__file__).parent / "models" / "tiny_moe"
@@ -82,6 +83,11 @@ class LogFormat(StrEnum):
     JOURNAL = "journal"
 
 
+def _can_be_sent(key: str) -> bool:
+    """In a header, as it is."""
+    return bool(key) and all("!" <= character <= "~" for character in key)
+
+
 LIVE: dict[str, Any] = {"reloadable": True}
 """Marks a setting that a reload applies; all others wait for a restart."""
 
@@ -102,23 +108,36 @@ class Settings(BaseModel):
     survive_losses: int | None = Field(
         None, ge=0, description="size slots so that any N-K ranks hold every expert; without it 1 (tiny-moe: 2)"
     )
-    restore: Restore = Field(Restore.AUTO, description="start lost ranks again and let them rejoin")
+    restore: Restore = Field(
+        Restore.AUTO, description="start lost ranks again and let them rejoin", json_schema_extra=LIVE
+    )
     respread: Respread = Field(
-        Respread.AUTO, description="spread copies of experts anew after each change of the group"
+        Respread.AUTO,
+        description="spread copies of experts anew after each change of the group",
+        json_schema_extra=LIVE,
     )
     host_expert_copies: HostExpertCopies = Field(
         HostExpertCopies.AUTO, description="copy experts that a single rank holds to host memory"
     )
-    hold_timeout: float = Field(60.0, ge=0, description="hold requests this many seconds without capacity")
-    start_timeout: float = Field(300.0, gt=0, description="give a rank this many seconds to start")
-    shutdown_timeout: float = Field(5.0, ge=0, description="let requests finish for this many seconds")
+    hold_timeout: float = Field(
+        60.0, ge=0, description="hold requests this many seconds without capacity", json_schema_extra=LIVE
+    )
+    start_timeout: float = Field(
+        300.0, gt=0, description="give a rank this many seconds to start", json_schema_extra=LIVE
+    )
+    shutdown_timeout: float = Field(
+        5.0, ge=0, description="let requests finish for this many seconds", json_schema_extra=LIVE
+    )
     watchdog: WatchMode = Field(
         WatchMode.SPAWN, description="start and tend a watchdog, expect one that others start, or do without"
     )
     watchdog_flags: tuple[str, ...] = Field((), description="flags for `elastic-watchdog run`")
     spare_gpus: int = Field(0, ge=0, le=71, description="idle simulated GPUs on --device cpu")
     gpu_probation: float = Field(
-        2.0, ge=0, description="a GPU must be healthy this many seconds before a rank starts on it"
+        2.0,
+        ge=0,
+        description="a GPU must be healthy this many seconds before a rank starts on it",
+        json_schema_extra=LIVE,
     )
     state_dir: Path | None = Field(None, description="where what is remembered over restarts is kept")
     host: str = Field("127.0.0.1", description="address to listen on")
@@ -126,14 +145,53 @@ class Settings(BaseModel):
     runtime_dir: Path = Field(
         default_factory=default_runtime_dir, description="directory for sockets and scratch files"
     )
-    api_key: tuple[str, ...] = Field((), repr=False, description="keys, one of which every request must have")
-    admin_key: SecretStr | None = Field(None, description="key for orders: scaling, draining and such")
-    log_level: str = Field("info", description="debug, info, warning, error or critical")
+    api_key: tuple[str, ...] = Field(
+        (), repr=False, description="keys, one of which every request must have", json_schema_extra=LIVE
+    )
+    admin_key: SecretStr | None = Field(
+        None, description="key for orders: scaling, draining and such", json_schema_extra=LIVE
+    )
+    api_key_file: Path | None = Field(
+        None, description="a file with more such keys, one a line", json_schema_extra=LIVE
+    )
+    admin_key_file: Path | None = Field(None, description="a file with the admin key", json_schema_extra=LIVE)
+    max_waiting: int = Field(
+        4096,
+        ge=1,
+        description="refuse requests (503) while this many wait for their answer to begin",
+        json_schema_extra=LIVE,
+    )
+    queue_timeout: float = Field(
+        600.0,
+        gt=0,
+        description="refuse a request (503) that would wait longer than this many seconds",
+        json_schema_extra=LIVE,
+    )
+    max_body_size: int = Field(
+        64 << 20, ge=1024, description="refuse larger bodies (413), in bytes", json_schema_extra=LIVE
+    )
+    ssl_keyfile: Path | None = Field(None, description="serve with TLS: file with the private key")
+    ssl_certfile: Path | None = Field(
+        None, validate_default=True, description="serve with TLS: file with the certificate, and its chain"
+    )
+    ssl_ca_certs: Path | None = Field(None, description="file with the authorities of clients' certificates")
+    ssl_cert_reqs: int = Field(
+        0, ge=0, le=2, description="clients' certificates: 0 not asked for, 1 checked, 2 required"
+    )
+    ssl_ciphers: str | None = Field(None, description="TLS ciphers, as OpenSSL names them")
+    log_level: str = Field("info", description="debug, info, warning, error or critical", json_schema_extra=LIVE)
     log_format: LogFormat | None = Field(None, description="without it: text on a terminal, else JSON lines")
     engine_flags: tuple[str, ...] = Field((), description="further flags for vLLM, as on a command line")
     vllm: dict[str, Any] = Field(
         default_factory=dict, repr=False, description="flags for vLLM by name: a table of the file"
     )
+
+    @field_validator("ssl_certfile")
+    @classmethod
+    def _certificate_for_key(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is None and info.data.get("ssl_keyfile") is not None:
+            raise ValueError("--ssl-keyfile is given: the certificate is needed too")
+        return value
 
     @field_validator("log_level")
     @classmethod
@@ -148,6 +206,13 @@ class Settings(BaseModel):
         """The environment gives several keys separated by commas."""
         return tuple(key for key in value.split(",") if key) if isinstance(value, str) else value
 
+    @field_validator("api_key")
+    @classmethod
+    def _fit_as_keys(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(map(_can_be_sent, value)):
+            raise ValueError("expected printable ASCII characters without spaces, one at least, in each key")
+        return value
+
     @field_validator("max_ranks")
     @classmethod
     def _room_for_all(cls, value: int | None, info: ValidationInfo) -> int | None:
@@ -161,7 +226,7 @@ class Settings(BaseModel):
     def _fit_to_send(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
         """An empty key is an error: whoever sets one wants to close the control routes."""
         key = value.get_secret_value() if value is not None else None
-        if key is not None and (not key or not all("!" <= character <= "~" for character in key)):
+        if key is not None and not _can_be_sent(key):
             raise ValueError("expected printable ASCII characters without spaces, one at least")
         if key in info.data.get("api_key", ()):
             raise ValueError("it must not be an API key too: those who have that one would be admins")
@@ -177,6 +242,13 @@ class Settings(BaseModel):
     def access(self) -> AccessRules:
         admin_key = self.admin_key.get_secret_value() if self.admin_key is not None else None
         return AccessRules(self.api_key, is_loopback(self.host), admin_key)
+
+    @property
+    def tls(self) -> Tls | None:
+        if self.ssl_certfile is None:
+            return None
+        key, authorities = (str(path) if path else None for path in (self.ssl_keyfile, self.ssl_ca_certs))
+        return Tls(str(self.ssl_certfile), key, authorities, self.ssl_cert_reqs, self.ssl_ciphers)
 
     @property
     def simulated_state_dir(self) -> Path:
@@ -229,11 +301,12 @@ class Settings(BaseModel):
 
 @dataclass(frozen=True)
 class Loaded:
-    """Settings, and where each that is no default was given."""
+    """Settings, and where each that is no default was given. `doubts`: what an operator should know of the keys."""
 
     settings: Settings
     given: dict[str, Given] = field(repr=False)
     file: Path | None = None
+    doubts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -259,7 +332,14 @@ class Sources:
         values: dict[str, Any] = {name: it.value for name, it in given.items() if name in known}
         if table := engine_table(given):
             values[ENGINE_TABLE] = table
-        return Loaded(_validated(values, given), given, self.file)
+        doubts = [f"{given[name].label}: others on this machine can read it in `ps`" for name in flags.keys() & SECRETS]
+        for file in filter(None, (self.file if given.keys() & SECRETS else None, *_read_keys(values, given))):
+            if file.stat().st_mode & 0o044:
+                doubts.append(f"{file}: others on this machine can read the keys in it: chmod 600")
+        settings = _validated(values, given)
+        if settings.tls is not None:
+            settings.tls.check()
+        return Loaded(settings, given, self.file, tuple(sorted(doubts)))
 
     def _read(self, path: Path) -> str:
         named = "--config" if self.flags.get("config") else CONFIG_VARIABLE
@@ -269,6 +349,32 @@ class Sources:
             raise ConfigError(f"{path}: {error.strerror} ({named} names it)") from error
         except ValueError as error:
             raise ConfigError(f"{path}: not UTF-8: {error}") from error
+
+
+def _read_keys(values: dict[str, Any], given: dict[str, Given]) -> list[Path]:
+    """Put the keys of key files among `values`. Returns these files. Raises ConfigError."""
+    files = []
+    for setting in ("api_key", "admin_key"):
+        if (named := given.get(f"{setting}_file")) is None:
+            continue
+        files.append(path := Path(str(named.value)))
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{named.label}: {path} cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8'}"
+            ) from None
+        keys = [line for line in lines if line and not line.startswith("#")]
+        if not keys:
+            raise ConfigError(f"{named.label}: {path} has no key in it")
+        if setting == "admin_key" and (len(keys) > 1 or setting in values):
+            raise ConfigError(f"{named.label}: there is one admin key, given once")
+        before = values.get(setting, ())
+        before = [key for key in before.split(",") if key] if isinstance(before, str) else before
+        values[setting] = (*before, *keys) if setting == "api_key" else keys[0]
+        if setting not in given or setting == "admin_key":
+            given[setting] = Given(None, str(path), str(path))
+    return files
 
 
 def _validated(values: dict[str, Any], given: Mapping[str, Given]) -> Settings:

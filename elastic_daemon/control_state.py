@@ -91,6 +91,11 @@ class ControlState:
         self._last: dict[RecoveryKind, RecoveryReport] = {}
         self._last_recovery: RecoveryReport | None = None
 
+    def be_patient(self, policy: Policy) -> None:
+        """Durations, and what is done by itself, change while the daemon serves; experts, slots and ranks do not."""
+        self._policy = policy
+        self._comebacks.adopt(policy)
+
     @property
     def target(self) -> int:
         return len(self._wanted)

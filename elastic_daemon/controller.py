@@ -20,6 +20,7 @@ from elastic_daemon import protocol as p
 from elastic_daemon.control_state import Frontend, Phase
 from elastic_daemon.deadlines import Wait
 from elastic_daemon.membership import MEMBERS, Rank, RankState
+from elastic_daemon.policy import Policy
 from elastic_daemon.recovery import Fault, Remedy
 from elastic_daemon.scaling_control import ScalingControl
 from elastic_daemon.service_control import EXIT_STOPPED
@@ -33,6 +34,15 @@ class Controller(ScalingControl):
         self._deadlines.arm(Wait.START, now + self._policy.start_timeout_s)
         self._fill()
         self._start_frontend()
+        return self._flush()
+
+    def adopt(self, policy: Policy, now: float) -> tuple[p.Action, ...]:
+        """Go on with another policy for the same deployment. What is being waited for keeps its deadline."""
+        self._now = max(self._now, now)
+        if self._phase is Phase.EXITED:
+            return ()
+        self.be_patient(policy)
+        self._go_on()
         return self._flush()
 
     def handle(self, event: p.Event, now: float) -> tuple[p.Action, ...]:

@@ -9,7 +9,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-OURS = frozenset({"data_parallel_size", "host", "port", "api_key"})
+OURS = frozenset(
+    {
+        "data_parallel_size",
+        "host",
+        "port",
+        "api_key",
+        "ssl_keyfile",
+        "ssl_certfile",
+        "ssl_ca_certs",
+        "ssl_cert_reqs",
+        "ssl_ciphers",
+    }
+)
 """vLLM flags that the daemon reads itself and hands on where they matter."""
 
 
@@ -62,9 +74,7 @@ REFUSED = (
     Refusal("enable_mm_embeds", "only text reaches a replayed request"),
     Refusal("middleware", "it would run outside the daemon's access rules", ([],)),
     Refusal("uds", "the supervisor owns the listening socket", (None,)),
-    Refusal("ssl_keyfile", "the daemon does not speak TLS yet: put a proxy in front", (None,)),
-    Refusal("ssl_certfile", "the daemon does not speak TLS yet: put a proxy in front", (None,)),
-    Refusal("ssl_ca_certs", "the daemon does not speak TLS yet: put a proxy in front", (None,)),
+    Refusal("enable_ssl_refresh", "certificate and key are read anew on SIGHUP"),
     Refusal("grpc", "only the OpenAI HTTP front end is supported"),
 )
 

@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import socket
+import time
 from typing import Any
 
 import httpx
@@ -24,12 +25,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from elastic_daemon.access import AccessGuard, AccessRules
+from elastic_daemon.admission import Limits, Queue
 from elastic_daemon.control_routes import is_control_path
 from elastic_daemon.engine.client import Applied, ElasticClient, Membership, NotServed, membership_from_message
 from elastic_daemon.engine.configure import Deployment
 from elastic_daemon.engine.openai_app import fail_in_flight, fail_requests, make_app, make_llm
+from elastic_daemon.errors import ConfigError
+from elastic_daemon.limits import BoundedHttp, SizeLimits
+from elastic_daemon.logs import configure_logging
 from elastic_daemon.messages import MAX_LINE_BYTES, Message, decode, encode
 from elastic_daemon.requests import MAX_DEATHS
+from elastic_daemon.tls import tls_from_message
 
 log = structlog.get_logger(__name__)
 
@@ -89,6 +95,30 @@ class HoldGate:
         await self._app(scope, receive, send)
 
 
+class AdmissionGate:
+    """ASGI middleware that refuses requests for inference which would wait too long, before they wait at all."""
+
+    def __init__(self, app: ASGIApp, queue: Queue, limits: Limits) -> None:
+        self._app = app
+        self._queue = queue
+        self.limits = limits
+        """May be replaced while it serves."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self._app(scope, receive, send)
+        seconds = self._queue.retry_after(self.limits, time.monotonic())
+        if seconds is not None:
+            message = f"{self._queue.waiting} requests wait already: come again in {seconds} s"
+            body = {"error": {"message": message, "type": "ServiceUnavailableError", "code": 503}}
+            return await JSONResponse(body, 503, {"Retry-After": str(seconds)})(scope, receive, send)
+        arrived = self._queue.arrive()
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            arrived()
+
+
 class Frontend:
     """Ties vLLM's server, the engine client and the supervisor's instructions together."""
 
@@ -97,6 +127,9 @@ class Frontend:
         self._spec = spec
         self._lost = 0  # requests given up since the group last served
         self._client: ElasticClient
+        self._guard: AccessGuard
+        self._gate: AdmissionGate
+        self._sizes: SizeLimits
         self._llm: AsyncLLM
         self._server: uvicorn.Server
         self._writer: asyncio.StreamWriter
@@ -106,13 +139,30 @@ class Frontend:
         reader, self._writer = await asyncio.open_unix_connection(spec["control"], limit=MAX_LINE_BYTES)
         self._say("hello", role="frontend")
         self._client = ElasticClient(
-            self._deployment.config, spec["input_address"], spec["output_address"], spec["hold_timeout_s"]
+            self._deployment.config, spec["input_address"], spec["output_address"], spec["settings"]["hold_timeout_s"]
         )
         self._llm = make_llm(self._deployment, self._client)
-        gated = HoldGate(await make_app(self._deployment, self._llm), self._client)
-        app = AccessGuard(ControlProxy(gated, spec["http_socket"]), AccessRules.from_message(spec["access"]))
+        settings = spec["settings"]
+        gated = self._gate = AdmissionGate(
+            HoldGate(await make_app(self._deployment, self._llm), self._client),
+            self._client.queue,
+            _limits_of(settings),
+        )
+        app = self._guard = AccessGuard(
+            ControlProxy(gated, spec["http_socket"]), AccessRules.from_message(settings["access"])
+        )
+        self._sizes = SizeLimits(app, settings["max_body_bytes"])
+        self._tls = tls_from_message(spec["tls"])
         self._server = uvicorn.Server(
-            uvicorn.Config(app, lifespan="on", log_level="warning", access_log=False, timeout_keep_alive=30)
+            uvicorn.Config(
+                self._sizes,
+                lifespan="on",
+                log_level="warning",
+                access_log=False,
+                timeout_keep_alive=30,
+                http=BoundedHttp,
+                **(self._tls.uvicorn_options if self._tls is not None else {}),
+            )
         )
         self._server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
         loop = asyncio.get_running_loop()
@@ -144,14 +194,30 @@ class Frontend:
             message = decode(line)
             if message["type"] == "membership":
                 await self._apply(message)
+            elif message["type"] == "settings":
+                self._adopt(message)
             elif message["type"] == "drain":
                 self._server.config.timeout_graceful_shutdown = max(1, int(message["timeout_s"]))
                 self._stop()
         self._stop()
 
+    def _adopt(self, settings: Message) -> None:
+        """What has changed in a reload."""
+        self._guard.rules = AccessRules.from_message(settings["access"])
+        self._client.hold_timeout_s = settings["hold_timeout_s"]
+        self._gate.limits = _limits_of(settings)
+        self._sizes.max_body_bytes = settings["max_body_bytes"]
+        if self._tls is not None and self._server.config.ssl is not None:
+            try:
+                self._tls.load_into(self._server.config.ssl)
+            except ConfigError as error:  # it goes on with the certificate that it has
+                log.warning("certificate_unreadable", reason=str(error))
+        configure_logging(settings["log_level"])
+
     async def _apply(self, message: Message) -> None:
         membership = membership_from_message(message)
         applied = await self._client.apply(membership)
+        self._client.queue.departures.serving(membership.serving, time.monotonic())
         if applied.given_up:
             error = NotServed(f"given up after {MAX_DEATHS} ranks died computing it")
             self._lost += fail_requests(self._llm, self._client, applied.given_up, error)
@@ -182,10 +248,19 @@ class Frontend:
 
     async def _report_stats(self) -> None:
         while True:
-            self._say("stats", in_flight=self._client.in_flight, by_rank=self._client.in_flight_by_rank())
+            self._say(
+                "stats",
+                in_flight=self._client.in_flight,
+                by_rank=self._client.in_flight_by_rank(),
+                refused=self._client.queue.refused,
+            )
             with contextlib.suppress(ConnectionError):
                 await self._writer.drain()
             await asyncio.sleep(STATS_INTERVAL_S)
+
+
+def _limits_of(settings: Message) -> Limits:
+    return Limits(settings["max_waiting"], settings["queue_timeout_s"])
 
 
 def run_frontend(deployment: Deployment, spec: Message) -> None:

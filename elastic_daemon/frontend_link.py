@@ -25,12 +25,24 @@ class FrontendLink:
         self._metrics = metrics
         self._tell = tell
         self._stop_timeout_s = stop_timeout_s
+        self._refused = 0  # by the front end that there is
+        self._settings: Message | None = None
         self._peer: Peer | None = None
         self._ready: dict[int, str] = {}  # by incarnation: how vLLM's client gets to know a rank
 
     def connected(self, peer: Peer) -> None:
         self._peer = peer
+        self._refused = 0
+        if self._settings is not None:  # they may have changed since it was forked
+            self._peer.send("settings", **self._settings)
         self._send_membership()
+
+    def adopt(self, settings: Message, stop_timeout_s: float) -> None:
+        """What changes while it serves, for this front end and those after it. Secret."""
+        self._settings = settings
+        self._stop_timeout_s = stop_timeout_s
+        if self._peer is not None:
+            self._peer.send("settings", **settings)
 
     def gone(self) -> None:
         self._peer = None
@@ -62,6 +74,8 @@ class FrontendLink:
                 self._tell(p.FrontendMoved(message["epoch"], tuple(message["draining"])))
             case "stats":
                 self.in_flight = message["in_flight"]
+                self._metrics.refused(message["refused"] - self._refused)
+                self._refused = message["refused"]
                 self.in_flight_by_rank = {int(rank): count for rank, count in message["by_rank"].items()}
             case "drained":
                 self._tell(p.DrainComplete())

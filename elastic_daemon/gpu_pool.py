@@ -31,6 +31,10 @@ class GpuPool:
         self._probation_s = probation_s
         self._rank_on: dict[int, str] = {}
 
+    def try_out(self, probation_s: float) -> None:
+        """From now on a GPU must be healthy this long before it is used."""
+        self._probation_s = probation_s
+
     @property
     def is_known(self) -> bool:
         return bool(self._gpus)

@@ -52,7 +52,13 @@ class Metrics:
             )
             for unit in ("bytes", "seconds")
         }
+        self._refused = Counter(
+            "elastic_requests_refused_total", "Requests that would have waited too long (503)", registry=registry
+        )
         self._lost = Counter("elastic_requests_lost_total", "Requests that a recovery lost", registry=registry)
+
+    def refused(self, requests: int) -> None:
+        self._refused.inc(requests)
 
     def verdict(self, signal: str, verdict: str) -> None:
         self._verdicts.labels(signal, verdict).inc()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -66,7 +66,7 @@ def from_environment(environ: Mapping[str, str], known: Collection[str], others:
         name = variable.removeprefix(PREFIX).lower()
         if name in known and variable == variable_of(name):
             found[name] = Given(value, variable, variable)
-        elif close := _nearest(name, known, variable_of, TYPO_LIKENESS):
+        elif close := _nearest(name, known, variable_of):
             raise ConfigError(f"{variable}: no such setting{close}")
     return found
 
@@ -135,8 +135,8 @@ def key_lines(text: str) -> dict[tuple[str, ...], int]:
     return found
 
 
-def _nearest(name: str, known: Collection[str], spell: Any, likeness: float = 0.6) -> str:
-    close = get_close_matches(name, sorted(known), 1, likeness)
+def _nearest(name: str, known: Collection[str], spell: Callable[[str], str]) -> str:
+    close = get_close_matches(name, sorted(known), 1, TYPO_LIKENESS)
     return f"; did you mean {spell(close[0])}?" if close else ""
 
 

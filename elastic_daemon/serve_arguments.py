@@ -18,6 +18,7 @@ METAVARS = {
     "survive_losses": "K",
     "spare_gpus": "K",
     "watchdog_flags": "FLAGS",
+    "max_body_size": "BYTES",
     "host": "HOST",
     "port": "PORT",
     "api_key": "KEY",
@@ -57,7 +58,7 @@ def _shape(name: str) -> dict[str, Any]:
     if name in REPEATED:
         return {"action": "append", "metavar": METAVARS[name]}
     if Path in kinds:
-        return {"type": Path, "metavar": "DIR"}
+        return {"type": Path, "metavar": "DIR" if name.endswith("_dir") else "FILE"}
     if float in kinds:
         return {"type": float, "metavar": METAVARS.get(name, "S")}
     if int in kinds:

@@ -38,7 +38,6 @@ class ServiceManager:
     def __init__(self, settings: Settings) -> None:
         self.notifier = Notifier(Supervision.take())
         self._prepare_s = settings.start_timeout
-        self._end_s = settings.shutdown_timeout + END_S
         self._last_turn = time.monotonic()
 
     @property
@@ -62,8 +61,9 @@ class ServiceManager:
         if controller is not None:
             self.notifier.turn(lambda: sentence(controller), serving=controller.status in SERVING)
 
-    def stopping(self) -> None:
-        self.notifier.stopping(self._end_s)
+    def stopping(self, drain_s: float) -> None:
+        """An orderly end begins. `drain_s`: what running requests get."""
+        self.notifier.stopping(drain_s + END_S)
 
 
 def sentence(controller: Described) -> str:

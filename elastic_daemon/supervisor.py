@@ -8,9 +8,11 @@ back, in order.
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
@@ -19,7 +21,7 @@ import structlog
 from elastic_daemon import protocol as p
 from elastic_daemon.answering import Answering, bind
 from elastic_daemon.app import make_control_app
-from elastic_daemon.config import Device, HostExpertCopies, Respread, Restore, Settings
+from elastic_daemon.config import Device, HostExpertCopies, Respread, Restore, Settings, Sources
 from elastic_daemon.control_server import ControlServer, Peer
 from elastic_daemon.controller import Controller
 from elastic_daemon.errors import ElasticError
@@ -28,6 +30,7 @@ from elastic_daemon.frontend_link import FrontendLink
 from elastic_daemon.gpu_pool import GpuPool
 from elastic_daemon.health import HealthView, url_of
 from elastic_daemon.launcher import Zygote, adopt_orphans, reap_orphans
+from elastic_daemon.logs import configure_logging
 from elastic_daemon.messages import Message
 from elastic_daemon.metrics import Metrics
 from elastic_daemon.operations import OperationDesk
@@ -37,6 +40,7 @@ from elastic_daemon.policy import Policy
 from elastic_daemon.processes import Processes
 from elastic_daemon.rank_messages import RankAction, rank_event, rank_message
 from elastic_daemon.recovery_history import RecoveryHistory
+from elastic_daemon.reload import Reloader
 from elastic_daemon.runtime_dir import RuntimeDir
 from elastic_daemon.service_control import EXIT_START
 from elastic_daemon.service_manager import ServiceManager
@@ -55,8 +59,29 @@ REGROUP_TIMEOUT_S = {Device.CPU: 3.0, Device.CUDA: 15.0}
 """NCCL connects in a third of a second when it is warm, and in seconds when ranks share a GPU and have just started."""
 
 
+def has_terminal() -> bool:
+    """Whether this process belongs to a terminal that is still there."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+def with_settings(policy: Policy, settings: Settings) -> Policy:
+    """With what a reload may change as `settings` have it."""
+    return replace(
+        policy,
+        start_timeout_s=settings.start_timeout,
+        hold_timeout_s=settings.hold_timeout,
+        restore=settings.restore is Restore.AUTO,
+        respread=settings.respread is Respread.AUTO,
+    )
+
+
 class Supervisor:
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, sources: Sources | None = None) -> None:
+        """`sources`: what the settings came from, to be read anew on SIGHUP."""
         self.settings = settings
         self.events = EventLog()
         self.metrics = Metrics()
@@ -75,12 +100,14 @@ class Supervisor:
         self._exit: asyncio.Future[p.Exit]
         self._tasks = Tasks(lambda error: self._finish(p.Exit(1, error)))
         self._wake = asyncio.Event()
+        self.reloader = Reloader(sources, settings, self._adopt, self.events)
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
     async def run(self) -> int:
         """Serve until stopped. Returns the exit code; raises ElasticError when the start fails at once."""
         loop = asyncio.get_running_loop()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
         self._exit = loop.create_future()
         self._runtime = RuntimeDir(self.settings.runtime_dir)
         try:
@@ -116,10 +143,10 @@ class Supervisor:
             control = ControlServer(self._on_message, self._on_hello)
             await control.start(self._runtime.control_socket)
             app = make_control_app(self)
-            rules = self.settings.access
-            self._answering = Answering(app, self._watch.routes_before(app), self._listener, rules, self._tasks)
+            self._answering = Answering(app, self._watch.routes_before(app), self._listener, self.settings, self._tasks)
             self._answering.open_internal(self._runtime.http_socket)
             self._answering.open_public()
+            loop.add_signal_handler(signal.SIGHUP, self._hung_up, has_terminal())
             preparing = asyncio.gather(asyncio.to_thread(RendezvousStore), self._configure(), self._watch.prepare())
             either: set[asyncio.Future[Any]] = {preparing, self._exit}
             await self.service.prepare(either)
@@ -168,23 +195,23 @@ class Supervisor:
         start = start_target(settings, load_target(settings), self.min_ranks, self.max_ranks)
         if start.event is not None:
             self.events.record(start.event, start.fields)
-        return Policy(
-            target=start.target,
-            max_ranks=self.max_ranks,
-            experts=answer["experts"],
-            slots=answer["slots"],
-            start_timeout_s=settings.start_timeout,
-            regroup_timeout_s=REGROUP_TIMEOUT_S[settings.device],
-            hold_timeout_s=settings.hold_timeout,
-            restore=settings.restore is Restore.AUTO,
-            respread=settings.respread is Respread.AUTO,
-            host_copies=settings.host_expert_copies is HostExpertCopies.AUTO,
+        return with_settings(
+            Policy(
+                target=start.target,
+                max_ranks=self.max_ranks,
+                experts=answer["experts"],
+                slots=answer["slots"],
+                regroup_timeout_s=REGROUP_TIMEOUT_S[settings.device],
+                host_copies=settings.host_expert_copies is HostExpertCopies.AUTO,
+            ),
+            settings,
         )
 
     def _begin(self, policy: Policy) -> None:
         settings = self.settings
-        gpus = GpuPool(self._watch.gpus.uuids, settings.ranks_per_gpu, settings.gpu_probation)
-        self._controller = Controller(policy, time.monotonic(), gpus)
+        self._policy = with_settings(policy, settings)  # which may have been reloaded meanwhile
+        self._gpus = GpuPool(self._watch.gpus.uuids, settings.ranks_per_gpu, settings.gpu_probation)
+        self._controller = Controller(self._policy, time.monotonic(), self._gpus)
         self._carry_out(self._controller.start(time.monotonic()))
         if not self.automation:
             self.tell(p.AutomationSwitched(False))
@@ -206,8 +233,16 @@ class Supervisor:
         self.events.record("stopped", {"code": ended.code, "reason": ended.reason})
         return ended
 
+    def _hung_up(self, had_terminal: bool) -> None:
+        """SIGHUP is an order to reload, and what a terminal that closes sends to whoever was started in it."""
+        if had_terminal and not has_terminal():
+            return self._stop_requested()
+        self.service.notifier.reloading()
+        self.reloader.reload()
+        self.service.notifier.ready()
+
     def _stop_requested(self) -> None:
-        self.service.stopping()
+        self.service.stopping(self.settings.shutdown_timeout)
         self.operations.close("the daemon stops")
         if self._controller is None:
             self._finish(p.Exit(0, "stopped while starting"))
@@ -227,6 +262,30 @@ class Supervisor:
         if self._controller is not None and not self._exit.done():
             self._carry_out(self._controller.handle(event, time.monotonic()))
             self._wake.set()
+
+    def _adopt(self, settings: Settings, names: tuple[str, ...]) -> None:
+        """Go on with settings of which `names` have changed."""
+        self._answering.adopt(settings)  # first: it may find that a certificate cannot be used
+        self.settings = settings
+        if "log_level" in names:
+            configure_logging(settings.log_level)
+        self._frontend.adopt(self._frontend_settings(), settings.shutdown_timeout)
+        if self._controller is not None and not self._exit.done():
+            self._gpus.try_out(settings.gpu_probation)
+            self._policy = with_settings(self._policy, settings)
+            self._carry_out(self._controller.adopt(self._policy, time.monotonic()))
+            self._wake.set()
+
+    def _frontend_settings(self) -> Message:
+        settings = self.settings
+        return {
+            "access": settings.access.to_message(),
+            "hold_timeout_s": settings.hold_timeout,
+            "log_level": settings.log_level,
+            "max_waiting": settings.max_waiting,
+            "queue_timeout_s": settings.queue_timeout,
+            "max_body_bytes": settings.max_body_size,
+        }
 
     def set_automation(self, enabled: bool) -> None:
         self.automation = enabled
@@ -323,8 +382,8 @@ class Supervisor:
             control=self._runtime.control_socket,
             http_socket=self._runtime.http_socket,
             listen_fd=self._listener.fileno(),
-            hold_timeout_s=self.settings.hold_timeout,
-            access=self.settings.access.to_message(),
+            settings=self._frontend_settings(),
+            tls=self.settings.tls.to_message() if self.settings.tls is not None else None,
             **self._zmq_addresses,
         )
 
@@ -402,7 +461,7 @@ class Supervisor:
             in_flight_by_rank=self._frontend.in_flight_by_rank,
             pids=self.rank_pids,
             epoch_start=datetime.now(UTC).timestamp() - time.monotonic(),
-            url=url_of(self.settings.host, self.port),
+            url=url_of(self.settings.host, self.port, secure=self.settings.tls is not None),
             watchdog=self._watch.view,
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,9 +116,11 @@ def _ours() -> Iterator[str]:
     own = daemon_flags()
     yield "## Read by the daemon\n"
     shared = sorted("--" + flag.replace("_", "-") for flag in OURS)
-    yield (
-        f"vLLM has flags of the same name for {', '.join(f'`{flag}`' for flag in shared if flag in own)};\n"
-        "here the daemon reads them, as `elastic-daemon serve --help` says."
+    yield textwrap.fill(
+        f"vLLM has flags of the same name for {', '.join(f'`{flag}`' for flag in shared if flag in own)}; "
+        "here the daemon reads them, as `elastic-daemon serve --help` says.",
+        120,
+        break_on_hyphens=False,
     )
     yield "`--enable-expert-parallel` and `--enable-eplb` need not be given: both are always on."
     yield ""

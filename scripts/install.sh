@@ -6,8 +6,8 @@
 # PREFIX      where it goes (/usr/local)
 # SYSCONFDIR  where elastic-daemon/elastic-daemon.toml is (/etc)
 # DESTDIR     a root to stage into, for packagers; no file names it
-# VENV        an environment that has the daemon; without it, one is made in PREFIX/lib/elastic-daemon/venv
-# DEVICE      the engine of that environment: cuda or cpu (cuda)
+# VENV        an environment that has the daemon; without it, one for NVIDIA GPUs is made, with PyPI's packages, in
+#             PREFIX/lib/elastic-daemon/venv
 # PYTHON      the Python to make it with (python3)
 #
 # It copies files and starts nothing: what is left to do is printed.
@@ -17,7 +17,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PREFIX="${PREFIX:-/usr/local}"
 SYSCONFDIR="${SYSCONFDIR:-/etc}"
 DESTDIR="${DESTDIR:-}"
-DEVICE="${DEVICE:-cuda}"
 PYTHON="${PYTHON:-python3}"
 
 BINDIR="$PREFIX/bin"
@@ -27,10 +26,12 @@ TMPFILESDIR="$PREFIX/lib/tmpfiles.d"
 DOCDIR="$PREFIX/share/doc/elastic-daemon"
 CONFDIR="$SYSCONFDIR/elastic-daemon"
 OWN_VENV="$PREFIX/lib/elastic-daemon/venv"
-COMPLETIONS=(
-  "completions/elastic-daemon.bash:share/bash-completion/completions/elastic-daemon"
-  "completions/_elastic-daemon:share/zsh/site-functions/_elastic-daemon"
-  "completions/elastic-daemon.fish:share/fish/vendor_completions.d/elastic-daemon.fish"
+
+# Where each shell looks for what completes a program, @ being its name.
+declare -A COMPLETIONS=(
+  [bash]=share/bash-completion/completions/@
+  [zsh]=share/zsh/site-functions/_@
+  [fish]=share/fish/vendor_completions.d/@.fish
 )
 
 fail() {
@@ -63,21 +64,31 @@ put_program() {
   chmod 0755 "$DESTDIR$BINDIR/$1"
 }
 
+# put_completions NAME MODULE VENV: if the program can run here and makes them.
+put_completions() {
+  local shell script target
+  for shell in "${!COMPLETIONS[@]}"; do
+    script="$("$3/bin/python" -I -m "$2" completion "$shell" 2>/dev/null)" || continue
+    [[ -n "$script" ]] || continue
+    target="$DESTDIR$PREFIX/${COMPLETIONS[$shell]//@/$1}"
+    install -d "$(dirname "$target")"
+    printf '%s\n' "$script" >"$target"
+  done
+}
+
 make_venv() {
-  case "$DEVICE" in
-    cuda | cpu) ;;
-    *) fail "DEVICE=$DEVICE: cuda or cpu" ;;
-  esac
   "$PYTHON" -I -m venv "$DESTDIR$OWN_VENV"
-  "$DESTDIR$OWN_VENV/bin/python" -I -m pip --disable-pip-version-check --no-input install ".[$DEVICE]"
+  "$DESTDIR$OWN_VENV/bin/python" -I -m pip --disable-pip-version-check --no-input install ".[cuda]"
 }
 
 install_all() {
-  local venv="${VENV:-$OWN_VENV}"
+  local venv="${VENV:-$OWN_VENV}" runnable="${VENV:-$DESTDIR$OWN_VENV}"
   if [[ -z "${VENV:-}" ]]; then make_venv; fi
   [[ -n "$DESTDIR" || -x "$venv/bin/python" ]] || fail "$venv has no bin/python: name an environment with VENV="
   put_program elastic-daemon elastic_daemon.cli "$venv"
   put_program elastic-watchdog watchdog.cli "$venv"
+  put_completions elastic-daemon elastic_daemon.cli "$runnable"
+  put_completions elastic-watchdog watchdog.cli "$runnable"
   put_rendered 0644 systemd/elastic-daemon.service "$UNITDIR/elastic-daemon.service"
   put_rendered 0644 systemd/elastic-watchdog.service "$UNITDIR/elastic-watchdog.service"
   put 0644 systemd/sysusers.conf "$SYSUSERSDIR/elastic-daemon.conf"
@@ -86,10 +97,6 @@ install_all() {
   put_once 0600 systemd/secrets.env "$CONFDIR/secrets.env"
   put 0644 docs/deploy.md "$DOCDIR/deploy.md"
   put 0644 docs/watchdog.md "$DOCDIR/watchdog.md"
-  local pair
-  for pair in "${COMPLETIONS[@]}"; do
-    if [[ -f "${pair%%:*}" ]]; then put 0644 "${pair%%:*}" "$PREFIX/${pair#*:}"; fi
-  done
   printf '[install] installed below %s\n' "$DESTDIR$PREFIX"
   cat <<EOT
 [install] left to do on the machine that is to serve, as root:
@@ -103,14 +110,15 @@ EOT
 
 # Only what install puts there; configuration, state and caches stay.
 uninstall_all() {
-  local pair
+  local target folder
   rm -f "$DESTDIR$BINDIR/elastic-daemon" "$DESTDIR$BINDIR/elastic-watchdog" \
     "$DESTDIR$UNITDIR/elastic-daemon.service" "$DESTDIR$UNITDIR/elastic-watchdog.service" \
     "$DESTDIR$SYSUSERSDIR/elastic-daemon.conf" "$DESTDIR$TMPFILESDIR/elastic-daemon.conf" \
     "$DESTDIR$DOCDIR/deploy.md" "$DESTDIR$DOCDIR/watchdog.md"
-  for pair in "${COMPLETIONS[@]}"; do rm -f "$DESTDIR$PREFIX/${pair#*:}"; done
+  for target in "${COMPLETIONS[@]}"; do
+    rm -f "$DESTDIR$PREFIX/${target//@/elastic-daemon}" "$DESTDIR$PREFIX/${target//@/elastic-watchdog}"
+  done
   if [[ -f "$DESTDIR$OWN_VENV/pyvenv.cfg" ]]; then rm -rf "$DESTDIR$OWN_VENV"; fi
-  local folder
   for folder in "$DOCDIR" "$PREFIX/lib/elastic-daemon"; do
     if [[ -d "$DESTDIR$folder" ]]; then rmdir --ignore-fail-on-non-empty "$DESTDIR$folder"; fi
   done

@@ -10,6 +10,7 @@ WatchdogError
     +-- DaemonUnreachable    no daemon on the socket
     +-- DaemonNotReady       it cannot take this in yet (5xx): to be tried again
     +-- StaleEpoch           the daemon is in another epoch than the verdict
++-- RasError                 NCCL RAS cannot be asked, or does not answer as it should
 """
 
 from __future__ import annotations
@@ -54,4 +55,8 @@ class DaemonNotReady(DaemonError):
 
 
 class StaleEpoch(DaemonError):
+    pass
+
+
+class RasError(WatchdogError):
     pass

@@ -15,6 +15,7 @@ from watchdog.heartbeat.layout import ProcessState, Snapshot
 from watchdog.heartbeat.nccl import describe
 from watchdog.heartbeat.reader import PageReader
 from watchdog.logs import log
+from watchdog.ras import RasWitness
 from watchdog.verdict import RankView
 
 
@@ -42,8 +43,10 @@ class RankState:
 
 
 class Heartbeats:
-    def __init__(self) -> None:
+    def __init__(self, ras: RasWitness | None = None) -> None:
         self._judge = HeartbeatJudge()
+        self._ras = ras or RasWitness()
+        self._suspicious = False
         self._readers: dict[Path, PageReader] = {}
         self._wrong: dict[Path, str] = {}
         """What was last said about a page that cannot be read: once is enough."""
@@ -62,7 +65,9 @@ class Heartbeats:
             if (page := self._read(binding)) is not None:
                 pages[binding.incarnation] = page
         self.newest_epoch = max((page.epoch for page in pages.values()), default=0)
-        findings = self._judge.observe(now, list(pages.values()), bindings.epoch or None)
+        unheard = self._ras.unheard(self._suspicious, now)
+        findings = self._judge.observe(now, list(pages.values()), bindings.epoch or None, unheard)
+        self._suspicious = any(one.kind in (FindingKind.HUNG, FindingKind.NOBODY) for one in findings)
         self._note_standstill(findings)
         self.states = []
         for binding in bindings.ranks:
@@ -72,6 +77,7 @@ class Heartbeats:
         for reader in self._readers.values():
             reader.close()
         self._readers.clear()
+        self._ras.close()
 
     def _forget(self, bindings: Bindings) -> None:
         paths = {binding.heartbeat for binding in bindings.ranks}
@@ -170,4 +176,6 @@ def _detail(finding: Finding) -> dict[str, Any]:
         detail |= {"seconds": round(finding.seconds, 2), "limit_s": round(finding.limit_s, 2)}
         if witnesses := finding.evidence.get("nccl_witnesses"):
             detail["nccl_errors_at_ranks"] = witnesses
+        if finding.evidence.get("nccl_unheard"):
+            detail["nccl_unheard"] = True
     return detail

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from bench.command import say
 from bench.gpu import driver
 from bench.gpu.life import Life, Strikes, under_load
 from bench.gpu.results import Bar, Findings, ms
+from bench.gpu.tokens import Judged
 from elastic_daemon.errors import ElasticError
 from watchdog.errors import NotRunning
 from watchdog.status import read_status
@@ -28,7 +28,6 @@ REARRANGE_TIMEOUT_S = 60.0
 LOOK_S = 2.0
 
 CAPTURED = r"(?i)graph captur\w+ finished|captur\w+ (cuda ?)?graphs?\b|CUDA graph pool memory"
-REARRANGED = r'"event": "experts_rearranged"'
 
 
 @contextlib.asynccontextmanager
@@ -38,10 +37,10 @@ async def disturbed(life: Life, findings: Findings) -> AsyncIterator[Strikes]:
         try:
             yield strikes
         finally:
-            findings.figures["streams"] = {**judged.to_json(), "at_the_end": False}
+            findings.figures["streams"] = counts(judged)  # all that is known where the part ends here
     wrong = await life.wrong_slots()
-    seen = judged.to_json()
-    findings.figures["streams"] = {name: seen[name] for name in ("streams", "lost", "refused", "changed", "near_ties")}
+    findings.figures["streams"] = counts(judged)
+    findings.figures |= {"changes": judged.to_json()["changes"]} if judged.changes else {}
     findings.problems += [str(change) for change in judged.changes[:3]]
     findings.problems += [] if judged.changed else judged.examples[:3]
     findings.bars += [
@@ -52,6 +51,11 @@ async def disturbed(life: Life, findings: Findings) -> AsyncIterator[Strikes]:
     ]
     if judged.changed and life.calm.get("staggered", {}).get("changed"):
         findings.problems.append("undisturbed streams of this life differ too")
+
+
+def counts(judged: Judged) -> dict[str, Any]:
+    body = judged.to_json()
+    return {name: body[name] for name in ("streams", "lost", "refused", "changed", "near_ties")}
 
 
 def victims(life: Life, trials: int) -> list[int]:
@@ -83,7 +87,7 @@ def _line(trial: dict[str, Any]) -> str:
     )
 
 
-def _strike_figures(findings: Findings) -> dict[str, float | None]:
+def strike_figures(findings: Findings) -> dict[str, float | None]:
     names = ("detect", "fence", "regroup", "repair", "resume", "total", "first_token", "back")
     worst = {name: findings.spread(name) for name in names}
     worst |= {name: findings.spread(name) for name in ("loss_pause", "join_pause")}
@@ -93,7 +97,7 @@ def _strike_figures(findings: Findings) -> dict[str, float | None]:
 async def kill(life: Life, findings: Findings) -> None:
     async with disturbed(life, findings) as strikes:
         await _kills(life, findings, strikes, _trials(life, 5))
-    worst = _strike_figures(findings)
+    worst = strike_figures(findings)
     findings.bars.append(Bar("kill to first token, s", "<=", FIRST_TOKEN_BAR_S, worst["first_token"]))
 
 
@@ -103,7 +107,7 @@ async def hang(life: Life, findings: Findings) -> None:
             trial = await strikes.stop(rank)
             findings.trials.append(trial)
             say(f"  SIGSTOP of rank {rank}: named {trial['named']}, {_line(trial)}")
-    worst = _strike_figures(findings)
+    worst = strike_figures(findings)
     named = sum(trial["named"] == [trial["rank"]] == trial["excluded"] for trial in findings.trials)
     findings.bars += [
         Bar("hung rank alone named and excluded", "==", len(findings.trials), named),
@@ -114,7 +118,7 @@ async def hang(life: Life, findings: Findings) -> None:
 async def rejoin(life: Life, findings: Findings) -> None:
     async with disturbed(life, findings) as strikes:
         await _kills(life, findings, strikes, _trials(life, 3))
-    worst = _strike_figures(findings)
+    worst = strike_figures(findings)
     findings.bars.append(Bar("pause at rejoin, s", "<=", JOIN_BAR_S, worst["join_pause"]))
 
 
@@ -122,7 +126,7 @@ async def scale(life: Life, findings: Findings) -> None:
     ranks = life.setting.ranks
     async with disturbed(life, findings) as strikes:
         for _ in range(_trials(life, 2)):
-            for size in (max(1, ranks // 2), ranks):
+            for size in (life.setting.half, ranks):
                 trial = await strikes.resize(size)
                 findings.trials.append(trial)
                 say(f"  to {size} ranks: {trial['took_s']:.1f} s, pauses {_pauses(trial)} ms")
@@ -140,26 +144,34 @@ async def eplb(life: Life, findings: Findings) -> None:
     async with disturbed(life, findings) as strikes:
         await _rearranged(life, 1)
         for rank in victims(life, _trials(life, 2)):
-            before = len(life.logged(REARRANGED))
+            before = len(_rearrangements(life))
             trial = await strikes.kill(rank)
-            await _rearranged(life, len(life.logged(REARRANGED)) + 1)
-            trial["rearrangements"] = len(life.logged(REARRANGED)) - before
+            await _rearranged(life, len(_rearrangements(life)) + 1)
+            trial["rearrangements"] = len(_rearrangements(life)) - before
             findings.trials.append(trial)
             say(f"  {trial['rearrangements']} rearrangements, SIGKILL of rank {rank}: {_line(trial)}")
-    worst = _strike_figures(findings)
-    done = [json.loads(line) for line in life.logged(REARRANGED)]
-    moved = sum(event["moved"] for event in done)
-    findings.figures |= {"rearrangements": len(done), "experts moved": moved}
+    worst = strike_figures(findings)
+    done = _rearrangements(life)
+    findings.figures["rearrangements"] = len(done)
+    # Synchronous balancing counts experts, balancing in the background bytes.
+    for name in ("moved", "bytes"):
+        findings.figures[f"in all {name}"] = sum(event.get(name, 0) for event in done)
+    real = sum(bool(event.get("moved") or event.get("bytes")) for event in done)
     findings.figures["rearrangement ms, worst"] = max((ms(event["seconds"]) for event in done), default=None)
     findings.bars += [
         Bar("kill to first token, s", "<=", FIRST_TOKEN_BAR_S, worst["first_token"]),
-        Bar("experts moved", ">=", 1, moved),
+        Bar("rearrangements that moved experts", ">=", 1, real),
     ]
+
+
+def _rearrangements(life: Life) -> list[dict[str, Any]]:
+    """As one rank after the other tells of them."""
+    return life.logged_events("experts_rearranged")
 
 
 async def _rearranged(life: Life, times: int) -> None:
     deadline = time.monotonic() + REARRANGE_TIMEOUT_S
-    while len(life.logged(REARRANGED)) < times:
+    while len(_rearrangements(life)) < times:
         if time.monotonic() > deadline:
             raise ElasticError(f"no rearrangement of experts within {REARRANGE_TIMEOUT_S:g} s of load")
         await asyncio.sleep(0.2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -11,6 +12,7 @@ from typing import Any
 from bench.footprint import Footprint
 
 MIB = 1 << 20
+ANSWER_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,17 @@ class Driver:
 
 
 def ask() -> Driver | None:
-    """Of the real driver; None without one."""
-    try:
-        import pynvml
-    except ImportError:
-        return None
+    """Of the real driver; None without one, or where it does not answer in time: a call to it might never return."""
+    answer: list[Driver | None] = []
+    thread = threading.Thread(target=lambda: answer.append(_ask()), daemon=True)
+    thread.start()
+    thread.join(ANSWER_TIMEOUT_S)
+    return answer[0] if answer else None
+
+
+def _ask() -> Driver | None:
+    import pynvml
+
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:

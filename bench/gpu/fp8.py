@@ -1,8 +1,8 @@
 """An FP8 checkpoint of the bundled model, as vLLM's loader for `quant_method: fp8` reads it.
 
 Linear layers of attention and all experts get e4m3 weights with one scale each (`weight_scale`, float32, without a
-dimension); activations are scaled as they come. Blocks of 128 would not fit: experts are 64 wide. Router, embeddings,
-head and norms stay as they are.
+dimension), and one scale for all activations. vLLM cannot dispatch experts' activations with a scale of each rank's
+own, and blocks of 128 would not fit: experts are 64 wide. Router, embeddings, head and norms stay as they are.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ WEIGHTS = "model.safetensors"
 QUANTIZED = re.compile(r"\.(?:self_attn\.[qkvo]_proj|mlp\.experts\.\d+\.(?:gate|up|down)_proj)\.weight$")
 FP8_MAX = 448.0
 """The largest number of e4m3."""
+INPUT_SCALE = 0.25
+"""Activations up to 112 are kept, and those from 0.004 on with all their digits."""
 
 
 def quantization_config(layers: int) -> dict[str, Any]:
     """For config.json. What is ignored are linear layers that stay as they are."""
     ignored = ["lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(layers))]
-    return {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "ignored_layers": ignored}
+    return {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "static", "ignored_layers": ignored}
 
 
 def quantized(tensors: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -42,6 +44,7 @@ def quantized(tensors: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         scale = (weights.abs().max() / FP8_MAX).clamp(min=1e-12)
         yield name, (weights / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).contiguous()
         yield f"{name}_scale", scale.to(torch.float32)
+        yield f"{name.removesuffix('.weight')}.input_scale", torch.tensor(INPUT_SCALE)
 
 
 def make(source: Path, target: Path) -> int:
@@ -59,7 +62,7 @@ def make(source: Path, target: Path) -> int:
     config |= {"dtype": "bfloat16", "quantization_config": quantization_config(config["num_hidden_layers"])}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
-    return sum(name.endswith("_scale") for name in tensors)
+    return sum(name.endswith("weight_scale") for name in tensors)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import signal
@@ -62,12 +63,18 @@ class Setting:
     @property
     def serve_options(self) -> tuple[str, ...]:
         per_gpu = self.ranks_per_gpu or (self.ranks if self.device == "cuda" else 1)
-        return ("--device", self.device, "--ranks-per-gpu", str(per_gpu), *ALWAYS)
+        options = ("--device", self.device, "--ranks-per-gpu", str(per_gpu), *ALWAYS)
+        # The bundled model is served so that half of the ranks can hold all experts; any other one has to be told.
+        return options if self.model is None else (*options, "--survive-losses", str(self.ranks - self.half))
+
+    @property
+    def half(self) -> int:
+        return max(1, self.ranks // 2)
 
 
 @dataclass
 class Life:
-    """`reference`: an undisturbed run. `calm`: what streams were like without any disturbance; `before`: memory."""
+    """`reference`: an undisturbed run. `calm`: what streams were like without any disturbance."""
 
     daemon: Daemon
     setting: Setting
@@ -119,6 +126,12 @@ class Life:
         """Lines of the daemon's log that match."""
         return [line for line in self.log.read_text(errors="replace").splitlines() if re.search(pattern, line)]
 
+    def logged_events(self, name: str) -> list[dict[str, Any]]:
+        """Events of the daemon's log. Processes share it, so that a line may have two of them."""
+        text = self.log.read_text(errors="replace")
+        found = re.findall(rf'\{{[^{{}}]*"event": "{name}"[^{{}}]*\}}', text)
+        return [json.loads(one) for one in found]
+
     async def wrong_slots(self) -> int:
         """Expert slots that do not hold what they should, as the ranks say after a look at all of them."""
         control = self.daemon.control
@@ -150,6 +163,10 @@ async def lived(
             os.environ.setdefault(name, value)
         if "--enforce-eager" not in flags:
             os.environ["VLLM_LOGGING_LEVEL"] = "INFO"  # vLLM tells of the graphs that it captures
+    if setting.logprobs is not None and "--enforce-eager" in flags:
+        # vLLM compiles how it ranks tokens at the first request for logprobs, in the middle of a step. That takes so
+        # long that the watchdog, rightly by its rules, takes all ranks for hung.
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     if setting.model is not None:
         os.environ["ELASTIC_MODEL"] = setting.model
     options = (*setting.serve_options, *flags)

@@ -122,6 +122,7 @@ def _cells(one: Mapping[str, Any]) -> list[str]:
     where = "**trial run on CPU**" if one.get("trial") else one.get("gpu") or "?"
     versions = ", ".join(f"{name} {version}" for name, version in one.get("versions", {}).items())
     cell = f"{one.get('variant') or '-'} ({one['cell']})" if one.get("cell") else one.get("variant") or "-"
+    figures = {name: value for name, value in one.get("figures", {}).items() if name != "changes"}
     bars = "; ".join(bar["text"] for bar in one.get("bars", ())) or "-"
     verdict = one["verdict"]
     why = one.get("refused") or "; ".join(one.get("problems", ())[:2])
@@ -133,7 +134,7 @@ def _cells(one: Mapping[str, Any]) -> list[str]:
         one["part"],
         cell,
         str(len(one.get("trials", ()))),
-        "; ".join(f"{name} {_short(value)}" for name, value in one.get("figures", {}).items()) or "-",
+        "; ".join(f"{name} {_short(value)}" for name, value in figures.items()) or "-",
         bars,
         f"{verdict}: {why[:300]}" if why else verdict,
     ]

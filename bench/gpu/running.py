@@ -18,9 +18,10 @@ import httpx
 from bench.command import say
 from bench.gpu import budget as budgets
 from bench.gpu import driver
+from bench.gpu.drills import strike_figures
 from bench.gpu.life import Life, Refused, Setting, lived, tail
 from bench.gpu.parts import PARTS, START_S
-from bench.gpu.results import CUT, PASSED, REFUSED, Findings, file_of, write
+from bench.gpu.results import CUT, PASSED, REFUSED, Findings, file_of, ms, write
 from bench.machine import Machine
 from elastic_daemon.drill_daemon import Display
 from elastic_daemon.errors import DaemonUnreachable, ElasticError
@@ -117,7 +118,7 @@ class Running:
         try:
             async with asyncio.timeout(_limit(min(left, 60 + 2 * part.seconds))):
                 await PARTS[part.name].run(life, findings)
-            self._ratio(part.name, life, findings)
+            self._beside(part.name, life, findings)
         except asyncio.CancelledError:
             findings.cut = True
             raise
@@ -128,15 +129,16 @@ class Running:
                 say(traceback.format_exc())
             return False
         finally:
+            strike_figures(findings)  # of what there is, where the part has not come to its end
             self._keep(part, findings, life, self.budget.spent - began)
             if findings.verdict not in (PASSED, CUT):
                 say(f"the log of the daemon ends with:\n{life.tail()}")
         return True
 
-    def _ratio(self, name: str, life: Life, findings: Findings) -> None:
-        """Of throughput with graphs to that of part kill, which is eager."""
+    def _beside(self, name: str, life: Life, findings: Findings) -> None:
+        """What the undisturbed run of the life was like; with graphs, beside that of part kill, which is eager."""
         speed = life.calm["tokens_per_s"]
-        findings.figures["tokens/s"] = speed
+        findings.figures |= {"undisturbed wait ms": ms(life.calm["longest_wait_s"]), "tokens/s": speed}
         eager = file_of(self.out, "kill", self.variant)
         if name == "graphs":
             with contextlib.suppress(OSError, KeyError, ValueError):
@@ -191,5 +193,5 @@ def cell_of(flags: tuple[str, ...], environment: Mapping[str, str]) -> str:
     for flag in flags:
         scheduling = {"--async-scheduling": "async", "--no-async-scheduling": "sync"}.get(flag, scheduling)
     config = flags[flags.index("--eplb-config") + 1] if "--eplb-config" in flags else ""
-    balancing = ", async EPLB" if '"use_async": true' in config else ""
+    balancing = {True: ", async EPLB", False: ", sync EPLB"}.get(json.loads(config or "{}").get("use_async"), "")
     return f"{runner}, {scheduling}, {'eager' if '--enforce-eager' in flags else 'graphs'}{balancing}"

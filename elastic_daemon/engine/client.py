@@ -11,6 +11,7 @@ import asyncio
 import base64
 import copy
 import itertools
+import time
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources, _process_utility_output
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from elastic_daemon.admission import Queue
 from elastic_daemon.engine.core import WAVES_PER_EPOCH
 from elastic_daemon.engine.resume import resuming_params
 from elastic_daemon.requests import Entry, Handover, Ledger
@@ -109,13 +111,14 @@ class ElasticClient(AsyncMPClient):
         self._background: set[asyncio.Future[None]] = set()
         self.outputs_queue: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
         self._engine_status: dict[Any, Any] = {}
-        self._hold_timeout_s = hold_timeout_s
+        self.hold_timeout_s = hold_timeout_s
         self._membership = Membership(0, False, True, "starting", {}, {})
         self._serving = asyncio.Event()
         self._served_epoch = 0
         self._handover = Handover(0, (), ())
         self._waiting = 0
         self.ledger: Ledger[EngineCoreRequest] = Ledger()
+        self.queue = Queue()
 
     # --- membership -------------------------------------------------------------------------------------------------
 
@@ -195,7 +198,7 @@ class ElasticClient(AsyncMPClient):
         """
         self._waiting += 1
         try:
-            async with asyncio.timeout(self._hold_timeout_s):
+            async with asyncio.timeout(self.hold_timeout_s):
                 while not self._serving.is_set():  # again after each wait: it may have been cleared since
                     if not self._membership.hold:
                         raise NotServed(self._membership.reason)
@@ -209,7 +212,12 @@ class ElasticClient(AsyncMPClient):
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         request.client_index = self.client_index
-        await self.until_serving()
+        self.queue.join(request.request_id)
+        try:
+            await self.until_serving()
+        except BaseException:
+            self.queue.leave([request.request_id])
+            raise
         owner = self.ledger.least_loaded(self._membership.takers)
         self.ledger.admit(request.request_id, request, owner)
         await self._add(request, owner)
@@ -277,6 +285,7 @@ class ElasticClient(AsyncMPClient):
 
     def _forget(self, request_ids: list[str]) -> dict[int, list[str]]:
         """Strike them from the ledger. Returns the attempts under way by the incarnation that makes them."""
+        self.queue.leave(request_ids)
         by_owner: dict[int, list[str]] = {}
         for request_id in request_ids:
             entry = self.ledger.forget(request_id)
@@ -328,6 +337,7 @@ class ElasticClient(AsyncMPClient):
         if request_id is None:
             return False
         output.request_id = request_id
+        self.queue.begin(request_id, time.monotonic())
         return True
 
     # --- utilities --------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from elastic_daemon.engine.plan import ELASTIC_CONFIG, LocalExecutor, RankPlan
+from elastic_daemon.engine.plan import LocalExecutor, RankPlan
 from elastic_daemon.errors import ConfigError
 from elastic_daemon.flags import refusals
 from elastic_daemon.placement import PlacementError, slots_per_rank
@@ -186,7 +186,7 @@ def _make_elastic(config: VllmConfig, ranks: int, max_ranks: int, redundant: int
 def for_rank(config: VllmConfig, plan: RankPlan) -> VllmConfig:
     """The configuration of one rank, independent of all others."""
     own = copy.deepcopy(config)
-    own.additional_config = {ELASTIC_CONFIG: plan}
+    own.additional_config = plan
     own.parallel_config.data_parallel_rank = plan.position
     own.parallel_config.data_parallel_index = plan.position
     own.parallel_config.data_parallel_rank_local = plan.gpu

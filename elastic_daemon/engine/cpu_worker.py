@@ -18,6 +18,7 @@ from elastic_daemon.engine.gloo import GlooGroup
 from elastic_daemon.engine.heartbeat import Page
 from elastic_daemon.engine.resume import enable_resume
 from elastic_daemon.engine.runner_v1 import ElasticRunnerV1
+from elastic_daemon.engine.sampling import enable_sampling_without_compilation
 from elastic_daemon.engine.worker import ElasticWorker, alone
 
 
@@ -36,6 +37,7 @@ class ElasticCPUWorker(ElasticWorker, CPUWorker):
     def init_device(self) -> None:
         enable_expert_parallelism()
         enable_resume()
+        enable_sampling_without_compilation()
         self.device = torch.device("cpu")
         os.environ["VLLM_DIST_IDENT"] = f"elastic-{os.getpid()}"
         with alone(self.parallel_config):

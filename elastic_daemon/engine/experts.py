@@ -177,14 +177,11 @@ class ExpertSlots:
         return {name: weights.to("cpu", copy=True) for name, weights in self._row(layer, slot).items()}
 
     def _row(self, layer: int, slot: int) -> dict[str, torch.Tensor]:
-        return {name: parameter.data[slot] for name, parameter in self._layers[layer].named_parameters()}
+        return {name: weights[slot] for name, weights in _per_slot(self._layers[layer]).items()}
 
     def digests(self) -> list[list[str]]:
         """One digest per layer and slot over all weights of the expert in it, in kernel layout."""
-        return [
-            [_digest({name: p.data for name, p in layer.named_parameters()}, slot) for slot in range(_slots(layer))]
-            for layer in self._layers
-        ]
+        return [[_digest(_per_slot(layer), slot) for slot in range(_slots(layer))] for layer in self._layers]
 
     def wrong_slots(self, column: IntArray) -> list[SlotContent]:
         """Slots whose bytes differ from a fresh load of the expert that `column` [layers, S] says they hold."""
@@ -205,14 +202,14 @@ class ExpertSlots:
         """
         # An expert may be wanted twice (balancing can give a rank two copies) and is read once.
         rows = {expert: row for row, expert in enumerate(dict.fromkeys(content.expert for content in contents))}
-        with set_default_torch_dtype(self._dtype), layer.get_parameter(_first_name(layer)).device:
+        with set_default_torch_dtype(self._dtype), next(layer.parameters()).device:
             scratch = _scratch_layer(layer, len(rows))
             with loading_into([scratch], [rows]):
                 for expert in rows:
                     for _ in scratch.load_weights(self._checkpoint.tensors(layer.layer_name, expert)):
                         pass
             scratch.quant_method.process_weights_after_loading(scratch)
-        return rows, {name: parameter.data for name, parameter in scratch.named_parameters()}
+        return rows, _per_slot(scratch)
 
 
 def _by_layer(contents: Iterable[SlotContent]) -> dict[int, list[SlotContent]]:
@@ -222,12 +219,14 @@ def _by_layer(contents: Iterable[SlotContent]) -> dict[int, list[SlotContent]]:
     return grouped
 
 
-def _first_name(layer: RoutedExperts) -> str:
-    return next(name for name, _ in layer.named_parameters())
+def _per_slot(layer: RoutedExperts) -> dict[str, torch.Tensor]:
+    """Parameters with a row for each slot. A static scale of activations is one number for the whole layer."""
+    slots = _slots(layer)
+    return {name: p.data for name, p in layer.named_parameters() if p.dim() > 0 and p.shape[0] == slots}
 
 
 def _slots(layer: RoutedExperts) -> int:
-    return int(layer.get_parameter(_first_name(layer)).shape[0])
+    return int(next(layer.parameters()).shape[0])
 
 
 def _digest(weights: Mapping[str, torch.Tensor], row: int) -> str:

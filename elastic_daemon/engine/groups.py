@@ -272,15 +272,16 @@ class EpochGroups:
         return groups
 
     @contextlib.contextmanager
-    def rehearsal(self) -> Iterator[None]:
-        """Let this rank run its model alone, as if the others did the same."""
-        position, members = self.dp.rank_in_group, self.dp.world_size
-        self._bind(RehearsalProcessGroup(members, position))
+    def rehearsal(self, members: int | None = None) -> Iterator[None]:
+        """Let this rank run its model alone, as if the others did the same. `members`: fewer than planned."""
+        position, planned = self.dp.rank_in_group, self.dp.world_size
+        members = members or planned
+        self._bind(RehearsalProcessGroup(members, min(position, members - 1)))
         try:
             with skip_dp_coordination():
                 yield
         finally:
-            self._bind(PlannedProcessGroup(members, position))
+            self._bind(PlannedProcessGroup(planned, position))
 
     def bind(self, connections: EpochConnections) -> None:
         self.current = connections

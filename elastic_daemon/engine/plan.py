@@ -12,13 +12,13 @@ from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-ELASTIC_CONFIG = "elastic"
-"""Key of `RankPlan` in vLLM's `additional_config`."""
-
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Where a rank will be, and which expert slots it fills at its start. `gpu`: index of its device, 0 on CPU."""
+    """Where a rank will be, and which expert slots it fills at its start. `gpu`: index of its device, 0 on CPU.
+
+    It travels as vLLM's `additional_config`.
+    """
 
     rank: int
     members: tuple[int, ...]
@@ -30,9 +30,13 @@ class RankPlan:
     def position(self) -> int:
         return self.members.index(self.rank)
 
+    def compute_hash(self) -> str:
+        """For vLLM's cache of compiled code, which ranks share: nothing that is compiled depends on the plan."""
+        return "elastic"
+
 
 def rank_plan(config: VllmConfig) -> RankPlan:
-    plan = config.additional_config[ELASTIC_CONFIG]
+    plan = config.additional_config
     assert isinstance(plan, RankPlan)
     return plan
 

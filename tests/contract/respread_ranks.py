@@ -15,7 +15,7 @@ from elastic_daemon.engine.background import Background
 from elastic_daemon.engine.eplb import ElasticEplbState
 from elastic_daemon.engine.groups import EpochTransfers
 from elastic_daemon.engine.heartbeat import NoPage, Steps
-from elastic_daemon.engine.plan import ELASTIC_CONFIG, RankPlan
+from elastic_daemon.engine.plan import RankPlan
 from elastic_daemon.engine.respread import sync
 from elastic_daemon.messages import Message
 from elastic_daemon.placement import IntArray, Placement
@@ -53,9 +53,7 @@ class ServingRank(GroupRank):
         self._eplb = ElasticEplbState(ParallelConfig(), torch.device("cpu"))
         self._eplb.model_states["model"] = self._model_state(placement)
         worker: Any = SimpleNamespace(
-            vllm_config=SimpleNamespace(
-                additional_config={ELASTIC_CONFIG: RankPlan(self._rank, placement.ranks, self._slots, "")}
-            ),
+            vllm_config=SimpleNamespace(additional_config=RankPlan(self._rank, placement.ranks, self._slots, "")),
             model_runner=SimpleNamespace(eplb_state=self._eplb, expert_slots=None),
             column=self._column,
         )

@@ -40,7 +40,7 @@ def skipped(config: Fp8Config, layer: str) -> bool:
 def test_scheme(checkpoint: Path) -> None:
     config = quantization(checkpoint)
     assert config.is_checkpoint_fp8_serialized
-    assert (config.activation_scheme, config.weight_block_size) == ("dynamic", None)
+    assert (config.activation_scheme, config.weight_block_size) == ("static", None)
 
 
 def test_layers_are_quantized_where_vllm_takes_them_to_be(checkpoint: Path) -> None:
@@ -58,7 +58,7 @@ def test_layers_are_quantized_where_vllm_takes_them_to_be(checkpoint: Path) -> N
 
 
 def test_every_tensor_of_an_expert_has_a_parameter(checkpoint: Path) -> None:
-    """`RoutedExperts.load_weights` puts `weight_name` -> `param_name`; Fp8MoEMethod has these four."""
+    """`RoutedExperts.load_weights` puts `weight_name` -> `param_name`; Fp8MoEMethod has these six."""
     mapping = RoutedExperts.build_expert_params_mapping("gate_proj", "down_proj", "up_proj", EXPERTS)
     found: dict[tuple[int, str], set[str]] = {}
     names = [name for name in load_file(checkpoint / fp8.WEIGHTS) if ".layers.0.mlp.experts." in name]
@@ -66,7 +66,7 @@ def test_every_tensor_of_an_expert_has_a_parameter(checkpoint: Path) -> None:
         ((parameter, weight, expert, shard),) = [entry for entry in mapping if entry[1] in name]
         target = name.replace(weight, parameter).rpartition(".")[2]
         found.setdefault((expert, shard), set()).add(target)
-    w13, w2 = {"w13_weight", "w13_weight_scale"}, {"w2_weight", "w2_weight_scale"}
+    w13, w2 = ({f"{name}_{part}" for part in ("weight", "weight_scale", "input_scale")} for name in ("w13", "w2"))
     shards = {"w1": w13, "w3": w13, "w2": w2}
     assert found == {(expert, shard): shards[shard] for expert in range(EXPERTS) for shard in shards}
 

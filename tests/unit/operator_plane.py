@@ -85,6 +85,14 @@ class OperatorPlane:
         self.play = True
         self._settle()
 
+    @property
+    def now(self) -> float:
+        return self._now
+
+    def carry_out(self, actions: tuple[p.Action, ...]) -> None:
+        self._carry_out(actions)
+        self._settle()
+
     def pass_time(self, seconds: float) -> None:
         assert self.controller is not None
         end = self._now + seconds

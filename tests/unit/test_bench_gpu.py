@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from bench import gpu_drill
 from bench.changes import Kind, change_of
+from bench.gpu import budget as budget_module
 from bench.gpu import drills
+from bench.gpu import running as running_module
 from bench.gpu.budget import STOP_S, Budget, Life, Wanted, fitting, lives, plan
 from bench.gpu.driver import Mapping
-from bench.gpu.life import Setting, pauses, strike_of
+from bench.gpu.life import Refused, Setting, pauses, strike_of
 from bench.gpu.parts import PARTS, listing, options
 from bench.gpu.results import CUT, FAILED, PASSED, REFUSED, Bar, Findings, file_of, read_all, table, write
 from bench.gpu.running import Running, cell_of
 from bench.gpu.tokens import Judged, token_change
 from bench.load import Traffic
 from elastic_daemon.drill_report import StreamResult
+from elastic_daemon.errors import ElasticError, StartError
 
 
 def stream(*token_ids: int, **fields: Any) -> StreamResult:
@@ -293,6 +300,89 @@ async def test_what_has_a_result_or_no_model_is_left_out(tmp_path: Path) -> None
     assert running.skipped["kill"] == "there is a result" and running.skipped["fp8"] == "needs --model"
     assert running.skipped["hang"].startswith("takes about ")
     assert not running.verdicts and running.good
+
+
+# --- lives ------------------------------------------------------------------------------------------------------------
+
+
+class FakeLives:
+    """In place of daemons. `script`: of each life, what its start raises; `parts`: what a part does in its turn."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *starts: Exception | None, **parts: Any) -> None:
+        self.begun: list[list[str]] = []
+        self._starts = list(starts)
+        monkeypatch.setattr(running_module, "lived", self.lived)
+        for name in ("kill", "hang", "rejoin", "graphs"):
+            part = replace(PARTS[name], run=self.turn_of(name, parts.get(name)))
+            monkeypatch.setattr(running_module, "PARTS", {**running_module.PARTS, name: part})
+
+    @contextlib.asynccontextmanager
+    async def lived(self, setting: Setting, flags: Any, log: Path, *_: Any) -> AsyncIterator[Any]:
+        self.begun.append([])
+        if self._starts and (error := self._starts.pop(0)) is not None:
+            raise error
+        log.write_text("the log\n")
+        calm = {"tokens_per_s": 100.0, "longest_wait_s": 0.1}
+        yield SimpleNamespace(start_s=1.0, model="m", calm=calm, setting=setting, tail=lambda: "the log")
+
+    def turn_of(self, name: str, does: Any) -> Any:
+        async def run(_: Any, findings: Findings) -> None:
+            self.begun[-1].append(name)
+            findings.trials.append({"x_s": 0.1})
+            if isinstance(does, Exception):
+                raise does
+            if does is not None:
+                await does()
+
+        return run
+
+    async def run(self, out: Path, *names: str, seconds: float | None = None, device: str = "cpu") -> Running:
+        running = Running(Setting(device=device), out, None, Budget(seconds))
+        await running.run(list(names))
+        return running
+
+
+async def test_parts_share_a_life_and_another_begins_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeLives(monkeypatch, hang=ElasticError("no return"))
+    running = await fake.run(tmp_path, "kill", "graphs", "hang", "rejoin")
+    assert fake.begun == [["kill", "hang"], ["rejoin"], ["graphs"]]
+    assert running.verdicts == {"kill": PASSED, "hang": FAILED, "rejoin": PASSED, "graphs": PASSED}
+    assert not running.good
+    found = {one["part"]: one for one in read_all(tmp_path)}
+    assert found["hang"]["problems"] == ["ElasticError: no return"] and len(found["hang"]["trials"]) == 1
+    assert found["graphs"]["figures"]["graphs to eager, throughput"] == 1.0
+    assert found["kill"]["trial"] and found["kill"]["life"]["start_s"] == 1.0
+
+
+async def test_refused_flags_are_a_result_of_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeLives(monkeypatch, Refused("--x is not supported"))
+    running = await fake.run(tmp_path, "kill", "hang")
+    assert running.verdicts == {"kill": REFUSED, "hang": REFUSED} and running.good
+    assert {one["refused"] for one in read_all(tmp_path)} == {"--x is not supported"}
+
+
+async def test_daemon_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeLives(monkeypatch, StartError("not ready"))
+    running = await fake.run(tmp_path, "kill", "hang")
+    assert running.verdicts == {"kill": FAILED, "hang": FAILED} and len(fake.begun) == 1
+
+
+async def test_part_that_outlasts_the_budget_is_cut_off_and_kept_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def forever() -> None:
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(running_module, "START_S", {"cpu": 0.0})
+    monkeypatch.setattr(budget_module, "STOP_S", 0.0)
+    fake = FakeLives(monkeypatch, kill=forever)
+    short = replace(running_module.PARTS["kill"], trial_s={"cpu": 0.0}, rest_s=0.1)
+    monkeypatch.setattr(running_module, "PARTS", {**running_module.PARTS, "kill": short})
+    running = await fake.run(tmp_path, "kill", "hang", seconds=1.0)
+    assert running.verdicts == {"kill": CUT} and "hang" in running.skipped
+    assert [path.name for path in tmp_path.glob("*.json")] == ["kill.cut.json"]
 
 
 # --- command line -----------------------------------------------------------------------------------------------------

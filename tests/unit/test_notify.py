@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import subprocess
+import sys
 import time
 import uuid
 from pathlib import Path
@@ -64,6 +67,14 @@ def test_pings_meant_for_another_process_are_not_sent(monkeypatch: pytest.Monkey
     monkeypatch.setenv("WATCHDOG_USEC", "30000000")
     monkeypatch.setenv("WATCHDOG_PID", "1")
     assert Supervision.take() == Supervision("@x", None)
+
+
+def test_a_hung_service_says_where_when_systemd_aborts_it() -> None:
+    program = "import os; from watchdog.notify import Supervision; Supervision.take(); os.abort()"
+    environment = {**os.environ, "NOTIFY_SOCKET": "@x", "WATCHDOG_USEC": "30000000"}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == -signal.SIGABRT
+    assert 'File "<string>", line 1' in run.stderr
 
 
 def test_a_start_asks_for_time_until_it_serves_and_is_ready_once() -> None:

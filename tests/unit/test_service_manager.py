@@ -77,5 +77,5 @@ async def test_preparing_asks_for_no_more_than_a_rank_would_get(manager: socket.
 
 
 def test_stopping_asks_for_the_drain_and_what_follows(manager: socket.socket) -> None:
-    ServiceManager(Settings(shutdown_timeout=100.0)).stopping()
+    ServiceManager(Settings()).stopping(100.0)
     assert manager.recv(4096).decode().split("\n") == ["STOPPING=1", "EXTEND_TIMEOUT_USEC=120000000"]

@@ -34,13 +34,17 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     `systemd-analyze verify` looks for the programs of a unit, so the prefix is where the units say.
     """
     prefix = tmp_path_factory.mktemp("prefix")
-    venv = tmp_path_factory.mktemp("venv")
-    (venv / "bin").mkdir()
-    for name in ("python", "elastic-daemon", "elastic-watchdog"):
-        (venv / "bin" / name).write_text("#!/bin/sh\n")
-        (venv / "bin" / name).chmod(0o755)
-    make("install", prefix, venv)
+    make("install", prefix, environment(tmp_path_factory.mktemp("venv")))
     return prefix
+
+
+def environment(venv: Path) -> Path:
+    """What `install` takes for an environment that has the daemon. Its programs say how they were called."""
+    python = venv / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    return venv
 
 
 def make(target: str, prefix: Path, venv: Path, **more: str) -> subprocess.CompletedProcess[str]:
@@ -108,6 +112,23 @@ def test_the_program_of_a_unit_is_installed(name: str, installed: Path) -> None:
     assert os.access(command.split()[0], os.X_OK)
 
 
+@pytest.mark.parametrize(
+    ("program", "module"), [("elastic-daemon", "elastic_daemon.cli"), ("elastic-watchdog", "watchdog.cli")]
+)
+def test_a_program_runs_in_the_environment_and_what_completes_it_is_installed(
+    program: str, module: str, installed: Path
+) -> None:
+    """-I: neither the user's packages nor the directory that it is called in get in the way."""
+    run = subprocess.run([installed / "bin" / program, "run", "two words"], capture_output=True, text=True, check=True)
+    assert run.stdout == f"-I -m {module} run two words\n"
+    for shell, path in {
+        "bash": f"bash-completion/completions/{program}",
+        "zsh": f"zsh/site-functions/_{program}",
+        "fish": f"fish/vendor_completions.d/{program}.fish",
+    }.items():
+        assert (installed / "share" / path).read_text() == f"-I -m {module} completion {shell}\n"
+
+
 @unit
 @pytest.mark.parametrize("key", ["RuntimeDirectory", "StateDirectory", "User", "Group"])
 def test_both_units_meet_in_one_place(name: str, key: str, installed: Path) -> None:
@@ -162,9 +183,7 @@ def test_the_example_is_where_the_unit_looks(installed: Path) -> None:
 
 def test_an_install_is_taken_away_again_but_not_the_configuration(tmp_path: Path, installed: Path) -> None:
     """Into DESTDIR, as packagers do: nothing of the machine itself is touched, and paths do not name DESTDIR."""
-    stage, venv = tmp_path / "stage", tmp_path / "venv"
-    (venv / "bin").mkdir(parents=True)
-    (venv / "bin" / "python").symlink_to("/bin/true")
+    stage, venv = tmp_path / "stage", environment(tmp_path / "venv")
     make("install", Path("/opt/elastic"), venv, DESTDIR=str(stage), SYSCONFDIR="/etc")
     files = {str(path.relative_to(stage)) for path in stage.rglob("*") if path.is_file()}
     below = "opt/elastic"

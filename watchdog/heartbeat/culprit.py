@@ -11,7 +11,7 @@ The rules, in terms of a rank that has not advanced for its limit (`intervals`):
   is one that the kernel says is stopped; or is silent although ranks look up from waits in this kind of collective;
   or, where nobody looks up, the only one that all others have left behind.
 - it is idle and its main loop does not turn, while those of others do: hung.
-- else, if the group stands still: nobody.
+- else, if the group stands still: the one whose process NCCL's RAS does not hear, if it is one alone; else nobody.
 
 Ranks of older epochs, and those that load, are parked or regroup, are compared with nobody.
 """
@@ -47,16 +47,25 @@ class HeartbeatJudge:
         self._limits = SilenceLimits(self._policy.intervals)
         self._progress = Progress(self._limits)
         self._stragglers = StragglerWatch(self._policy.straggler)
+        self._unheard: frozenset[int] = frozenset()
+        """Pids of processes that NCCL's RAS does not hear."""
         self._witnesses: frozenset[int] = frozenset()
         """Members whose NCCL says that something is wrong with a peer. Nobody while one is dead: that explains it."""
 
-    def observe(self, now_s: float, snapshots: Sequence[Snapshot], epoch: int | None = None) -> list[Finding]:
+    def observe(
+        self,
+        now_s: float,
+        snapshots: Sequence[Snapshot],
+        epoch: int | None = None,
+        unheard: frozenset[int] = frozenset(),
+    ) -> list[Finding]:
         """Findings that hold now.
 
         `now_s`: the reader's CLOCK_MONOTONIC, in seconds, when it took the snapshots. `snapshots`: all pages; leave
         out ranks that are known to be no members any more. `epoch`: the current one, if known; else the newest that
-        a living rank is in.
+        a living rank is in. `unheard`: pids that NCCL's RAS has just missed.
         """
+        self._unheard = unheard
         credit_s = self._clock.credit_s(now_s)
         tracks = self._progress.update(snapshots, credit_s, self._clock.stalled)
         dead = [track for track in tracks if track.page.process is ProcessState.GONE and _unexpected_end(track)]
@@ -77,7 +86,7 @@ class HeartbeatJudge:
         hung = self._hung(group)
         findings += hung
         if not hung and not any(track.page.epoch == epoch for track in dead):
-            findings += self._standstill(group, epoch)
+            findings += self._unheard_alone(group) or self._standstill(group, epoch)
         if any(finding.confirmed and finding.epoch == epoch for finding in findings):
             self._progress.disturb()
         findings += self._slow(group, epoch, credit_s, {finding.rank for finding in hung})
@@ -100,6 +109,14 @@ class HeartbeatJudge:
                 reason, seconds = blame
                 found.append(self._finding(FindingKind.HUNG, track, reason, seconds, group.limit_s(track)))
         return found
+
+    def _unheard_alone(self, group: _Group) -> list[Finding]:
+        stands = group.standstill()
+        unheard = [track for track in group.tracks if track.page.pid in self._unheard]
+        if stands is None or len(unheard) != 1:
+            return []
+        _, seconds, limit = stands
+        return [self._finding(FindingKind.HUNG, unheard[0], Reason.UNHEARD, seconds, limit, confirmed=True)]
 
     def _standstill(self, group: _Group, epoch: int) -> list[Finding]:
         stands = group.standstill()
@@ -136,7 +153,8 @@ class HeartbeatJudge:
         page = track.page
         if confirmed is None:
             witnesses = self._witnesses - {page.rank} if page.phase.serving else frozenset()
-            second_source = bool(witnesses) or (track.halted and track.halted_s >= limit_s)
+            halted = track.halted and track.halted_s >= limit_s
+            second_source = bool(witnesses) or halted or page.pid in self._unheard
             confirmed = second_source or seconds >= limit_s + self._policy.intervals.confirm_s
         collective = page.collective
         evidence: dict[str, object] = {
@@ -151,6 +169,7 @@ class HeartbeatJudge:
             "phi": self._limits.phi(page.phase, seconds),
             "async_error": page.async_error,
             "nccl_witnesses": sorted(self._witnesses - {page.rank}),
+            "nccl_unheard": page.pid in self._unheard,
             "torn": page.torn,
         }
         return Finding(

@@ -27,6 +27,7 @@ class Reason(StrEnum):
     SILENT_IDLE = "its idle main loop does not turn"
     STOPPED = "its process is stopped"
     SILENT_SLOW_PHASE = "it is silent for longer than its phase may last"
+    UNHEARD = "the group stands still, and NCCL does not hear its process alone"
     SLOW = "its peers wait for it again and again"
     ALL_AT_ONE_POINT = "all ranks wait at the same point"
     ALL_SILENT = "all ranks are silent at once"

@@ -58,6 +58,11 @@ MODEL_RUNNER = (
         "builds vLLM's own groups, for this rank alone",
         ("vllm_config", "rank", "distributed_init_method", "local_rank", "backend"),
     ),
+    ReliedOn(
+        "vllm.v1.sample.sampler.batched_count_greater_than",
+        "replaced by what it compiles: not within a step",
+        ("x", "values"),
+    ),
     ReliedOn("vllm.utils.torch_utils.set_random_seed", "as in vLLM's worker", ("seed", "data_parallel_index")),
     ReliedOn("vllm.utils.torch_utils.set_default_torch_dtype", "as in vLLM's loader", ("dtype",)),
     ReliedOn(

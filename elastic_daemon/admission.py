@@ -1,0 +1,131 @@
+"""Whether a new request may join those that wait. Pure, but for the variable by which a request is known.
+
+Requests leave the queue with their first token. A request is refused where it would join a queue that is full, or one
+that, at the rate at which requests leave it, holds it longer than the deadline. While nothing is served nobody leaves,
+and that says nothing about the rate: time counts while the group serves only, so a recovery makes requests wait and
+refuses none of them, unless the queue is full.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+WINDOW_S = 60.0
+"""Of serving time, over which the rate is measured."""
+
+FEWEST = 16
+"""Departures that say something about the rate."""
+
+LONGEST_RETRY_S = 600
+UNKNOWN_RETRY_S = 5
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`max_waiting`: requests without a first token. `queue_timeout_s`: longest wait that is let happen."""
+
+    max_waiting: int
+    queue_timeout_s: float
+
+
+def retry_after(waiting: int, rate: float | None, limits: Limits, *, serving: bool) -> int | None:
+    """None: admit. Else after how many whole seconds to come again. `rate`: departures per second, None: unknown."""
+    if waiting >= limits.max_waiting:
+        return _seconds((waiting - limits.max_waiting + 1) / rate) if rate else UNKNOWN_RETRY_S
+    if not rate or not serving:
+        return None
+    late = waiting / rate - limits.queue_timeout_s
+    return _seconds(late) if late > 0 else None
+
+
+def _seconds(wait: float) -> int:
+    return min(max(1, math.ceil(wait)), LONGEST_RETRY_S)
+
+
+class Departures:
+    """The rate at which requests leave the queue, over time that counts while the group serves only."""
+
+    def __init__(self) -> None:
+        self._times: deque[float] = deque()  # on a clock that stands still in pauses
+        self._clock = 0.0
+        self._last = 0.0
+        self.is_serving = False
+
+    def _advance(self, now: float) -> None:
+        if self.is_serving:
+            self._clock += max(0.0, now - self._last)
+        self._last = max(self._last, now)
+        while self._times and self._times[0] < self._clock - WINDOW_S:
+            self._times.popleft()
+
+    def serving(self, serving: bool, now: float) -> None:
+        self._advance(now)
+        self.is_serving = serving
+
+    def left(self, now: float) -> None:
+        self._advance(now)
+        self._times.append(self._clock)
+
+    def rate(self, now: float) -> float | None:
+        """Per second; None while too few have left to tell."""
+        self._advance(now)
+        if len(self._times) < FEWEST:
+            return None
+        return len(self._times) / max(self._clock - self._times[0], 1e-3)
+
+
+_ARRIVED: ContextVar[Callable[[], None] | None] = ContextVar("arrived", default=None)
+"""Of the HTTP request that this context handles: to be called when the engine's client has it."""
+
+
+class Queue:
+    """Who waits: HTTP requests that are on their way to the engine's client, and requests there without a token."""
+
+    def __init__(self) -> None:
+        self.departures = Departures()
+        self.refused = 0
+        self._arriving = 0
+        self._unstarted: set[str] = set()
+
+    @property
+    def waiting(self) -> int:
+        return self._arriving + len(self._unstarted)
+
+    def retry_after(self, limits: Limits, now: float) -> int | None:
+        """None: admit."""
+        rate = self.departures.rate(now)
+        seconds = retry_after(self.waiting, rate, limits, serving=self.departures.is_serving)
+        self.refused += seconds is not None
+        return seconds
+
+    def arrive(self) -> Callable[[], None]:
+        """An HTTP request comes in. To be called at its end, at the latest."""
+        self._arriving += 1
+        on_the_way = True
+
+        def arrived() -> None:
+            nonlocal on_the_way
+            self._arriving -= on_the_way
+            on_the_way = False
+
+        _ARRIVED.set(arrived)
+        return arrived
+
+    def join(self, request_id: str) -> None:
+        self._unstarted.add(request_id)
+        if (arrived := _ARRIVED.get()) is not None:
+            arrived()
+
+    def begin(self, request_id: str, now: float) -> None:
+        """It has got tokens."""
+        if request_id in self._unstarted:
+            self._unstarted.remove(request_id)
+            self.departures.left(now)
+
+    def leave(self, request_ids: Iterable[str]) -> None:
+        """They have ended, however far they got."""
+        self._unstarted.difference_update(request_ids)

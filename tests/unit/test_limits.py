@@ -1,0 +1,200 @@
+"""What a client may send, over real sockets; TLS; and who may read what the daemon writes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import socket
+import ssl
+import stat
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from elastic_daemon.answering import Answering
+from elastic_daemon.config import Settings, Sources
+from elastic_daemon.errors import ConfigError
+from elastic_daemon.limits import MAX_HEADER_BYTES, MAX_HEADERS, BoundedHttp, SizeLimits
+from elastic_daemon.tasks import Tasks
+
+BODY = 2000
+
+
+async def answer(request: Request) -> JSONResponse:
+    return JSONResponse({"size": len(await request.body())})
+
+
+APP = Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "POST"])])
+
+
+@contextlib.asynccontextmanager
+async def serving() -> AsyncIterator[tuple[str, int]]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(SizeLimits(APP, BODY), http=BoundedHttp, log_level="error", lifespan="off")
+    server = uvicorn.Server(config)
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
+    task = asyncio.create_task(server.serve([listener]))
+    while not server.started:
+        await asyncio.sleep(0.005)
+    yield listener.getsockname()
+    server.should_exit = True
+    await task
+
+
+async def raw(address: tuple[str, int], *parts: bytes) -> bytes:
+    """What comes back, until the other side closes."""
+    reader, writer = await asyncio.open_connection(*address)
+    with contextlib.suppress(ConnectionError):
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+    answer = b""
+    with contextlib.suppress(ConnectionError):
+        answer = await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+    return answer
+
+
+async def test_bodies() -> None:
+    async def chunks(number: int) -> AsyncIterator[bytes]:
+        for _ in range(number):
+            yield b"x" * 100
+
+    async with serving() as (host, port), httpx.AsyncClient(base_url=f"http://{host}:{port}") as http:
+        assert (await http.post("/", content=b"x" * BODY)).json() == {"size": BODY}
+        assert (await http.post("/", content=chunks(20))).json() == {"size": BODY}
+        for content in (b"x" * (BODY + 1), chunks(21)):
+            refused = await http.post("/", content=content)
+            assert refused.status_code == 413
+            assert refused.json()["error"]["code"] == 413 and "--max-body-size" in refused.text
+
+
+async def test_headers() -> None:
+    async with serving() as address:
+        host, port = address
+        async with httpx.AsyncClient(base_url=f"http://{host}:{port}") as http:
+            assert (await http.get("/", headers={"X": "x" * (MAX_HEADER_BYTES - 1000)})).is_success
+            assert (await http.get("/", headers={"X": "x" * (MAX_HEADER_BYTES + 1)})).status_code == 431
+            many = {f"x-{number}": "1" for number in range(MAX_HEADERS)}
+            assert (await http.get("/", headers=many)).status_code == 431
+            assert (await http.get("/")).is_success
+        path = b"GET /" + b"x" * MAX_HEADER_BYTES + b" HTTP/1.1\r\nhost: x\r\n\r\n"
+        assert (await raw(address, path)).startswith((b"HTTP/1.1 431 ", b"HTTP/1.1 400 "))
+        endless = [b"GET / HTTP/1.1\r\nhost: x\r\nx: ", *[b"y" * 16384] * 4]
+        assert (await raw(address, *endless)).startswith(b"HTTP/1.1 431 ")
+        lines = [b"GET / HTTP/1.1\r\nhost: x\r\n", *[b"x: " + b"y" * 1000 + b"\r\n"] * 66]
+        assert (await raw(address, *lines)).startswith(b"HTTP/1.1 431 ")
+
+
+async def test_large_bodies_are_no_headers() -> None:
+    sent: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        sent.append(len(await Request(scope, receive).body()))
+        await JSONResponse({})(scope, receive, send)
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(
+        uvicorn.Config(SizeLimits(app, 1 << 24), http=BoundedHttp, log_level="error", lifespan="off")
+    )
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
+    task = asyncio.create_task(server.serve([listener]))
+    host, port = listener.getsockname()
+    async with httpx.AsyncClient(base_url=f"http://{host}:{port}") as http:
+        for _ in range(3):  # on one connection
+            assert (await http.post("/", content=b"x" * (1 << 20))).is_success
+    server.should_exit = True
+    await task
+    assert sent == [1 << 20] * 3
+
+
+# --- TLS --------------------------------------------------------------------------------------------------------------
+
+
+def certificate(folder: Path, name: str = "localhost", passphrase: bytes | None = None) -> tuple[Path, Path]:
+    """A self-signed one, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.UTC)
+    signed = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    kept = serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
+    (cert := folder / "cert.pem").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    (secret := folder / "key.pem").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, kept)
+    )
+    return cert, secret
+
+
+async def test_the_supervisor_speaks_tls_and_takes_a_new_certificate(tmp_path: Path, socket_dir: Path) -> None:
+    cert, key = certificate(tmp_path)
+    settings = Sources({"ssl_certfile": cert, "ssl_keyfile": key}, {}).load().settings
+    tasks = Tasks(pytest.fail)  # type: ignore[arg-type]
+    listener = socket.create_server(("127.0.0.1", 0))
+    answering = Answering(APP, APP, listener, settings, tasks)
+    answering.open_internal(str(socket_dir / "http.sock"))
+    answering.open_public()
+    url = f"https://localhost:{listener.getsockname()[1]}"
+
+    async def status() -> int:
+        context = ssl.create_default_context(cafile=str(cert))
+        async with httpx.AsyncClient(verify=context) as http:
+            for _ in range(200):
+                with contextlib.suppress(httpx.ConnectError):
+                    return (await http.get(url)).status_code
+                await asyncio.sleep(0.01)
+        raise AssertionError("no answer that this certificate proves")
+
+    assert await status() == 200
+    with pytest.raises(httpx.TransportError):
+        async with httpx.AsyncClient() as http:
+            await http.get(url.replace("https", "http"))
+    certificate(tmp_path)
+    answering.adopt(settings)
+    assert await status() == 200, "the new one proves it"
+    cert.write_text("nonsense")
+    with pytest.raises(ConfigError, match="--ssl-certfile"):
+        answering.adopt(settings)
+    assert stat.S_IMODE((socket_dir / "http.sock").stat().st_mode) == 0o600
+    answering.close()
+    await tasks.settle(5)
+
+
+def test_tls_that_cannot_work_is_named(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path)
+
+    def problem(**flags: Any) -> str:
+        with pytest.raises(ConfigError) as error:
+            Sources(flags, {}).load()
+        return str(error.value)
+
+    assert "certificate is needed" in problem(ssl_keyfile=key)
+    assert "--ssl-certfile" in problem(ssl_certfile=tmp_path / "nowhere")
+    assert "--ssl-ca-certs" in problem(ssl_certfile=cert, ssl_keyfile=key, ssl_ca_certs=tmp_path / "nowhere")
+    assert "--ssl-cert-reqs" in problem(ssl_certfile=cert, ssl_keyfile=key, ssl_cert_reqs=2)
+    assert "--ssl-ciphers" in problem(ssl_certfile=cert, ssl_keyfile=key, ssl_ciphers="none")
+    cert, key = certificate(tmp_path, passphrase=b"secret")
+    assert "passphrase" in problem(ssl_certfile=cert, ssl_keyfile=key)
+    assert Settings().tls is None
