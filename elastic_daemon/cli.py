@@ -14,7 +14,7 @@ from elastic_daemon import __version__
 from elastic_daemon.config import Settings, Sources
 from elastic_daemon.errors import ConfigError, ElasticError, wrong_watchdog
 from elastic_daemon.logs import configure_logging
-from elastic_daemon.order_arguments import add_command, add_order_commands, add_target
+from elastic_daemon.order_arguments import Commands, add_command, add_order_commands, add_target, add_watch
 from elastic_daemon.plan_arguments import add_plan_command
 from elastic_daemon.resolve import with_places
 from elastic_daemon.serve_arguments import add_serve_arguments
@@ -26,6 +26,8 @@ examples:
   elastic-daemon serve ./model --data-parallel-size 6 --survive-losses 2 --max-model-len 8192
   elastic-daemon serve --config elastic-daemon.toml      flags win over $ELASTIC_*, and those over the file
 Any flag that is not listed here goes to vLLM (docs/flags.md says which cannot work).
+exit status: 0 stopped on request; 1 unexpected error; 2 bad flag, variable, file or model; 3 the start cannot succeed;
+4 the front end keeps ending
 """
 
 CONFIG_EXAMPLES = """\
@@ -33,7 +35,7 @@ examples:
   elastic-daemon config                                  what `elastic-daemon serve` would take
   elastic-daemon config --config /etc/elastic-daemon.toml
   elastic-daemon config --json | jq .port
-exit status: 0, or 2 if a setting is wrong
+exit status: 0 shown; 2 if a setting is wrong
 """
 
 STATUS_EXAMPLES = """\
@@ -41,7 +43,10 @@ examples:
   elastic-daemon status                                  the daemon in the default runtime directory
   elastic-daemon status --url http://127.0.0.1:8000
   elastic-daemon status --json | jq .last_recovery.seconds
-exit status: 0 while clients are served (ok, degraded, recovering), 1 otherwise, 3 when no daemon answers
+  elastic-daemon status --watch                          until Ctrl-C; on a terminal in place
+  elastic-daemon status --watch 5 --json >> status.jsonl
+exit status: 0 while clients are served (ok, degraded, recovering), 1 otherwise, 2 for bad arguments, 3 when no daemon
+answers
 """
 
 EVENTS_EXAMPLES = """\
@@ -49,7 +54,7 @@ examples:
   elastic-daemon events
   elastic-daemon events --follow | grep rank_excluded
   elastic-daemon events --url http://127.0.0.1:8000
-exit status: 0, or 3 when no daemon answers (with --follow: for a minute)
+exit status: 0 printed; 2 bad arguments; 3 when no daemon answers (with --follow: for a minute)
 """
 
 DRILL_EXAMPLES = """\
@@ -98,6 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
     status = add_command(commands, "status", "show ranks and state of a running daemon", STATUS_EXAMPLES)
     add_target(status)
     status.add_argument("--json", action="store_true", help="print the body of /health as it is")
+    add_watch(status)
 
     add_order_commands(commands)
 
@@ -125,7 +131,16 @@ def make_parser() -> argparse.ArgumentParser:
     drill.add_argument("--seed", type=int, metavar="N", help="of the random choice (default: a new one, shown)")
     drill.add_argument("--json", action="store_true", help="print one JSON object with all numbers")
     add_plan_command(commands)
+    _add_completion_command(commands, parser.prog)
     return parser
+
+
+def _add_completion_command(commands: Commands[argparse.ArgumentParser], prog: str) -> None:
+    try:
+        from watchdog.completion import add_completion_command
+    except ImportError:  # another package of that name: `serve` says so
+        return
+    add_completion_command(commands, prog)
 
 
 NO_SETTINGS = ("command", "print_config", "json")

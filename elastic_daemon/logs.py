@@ -35,7 +35,7 @@ def _renderer(form: str) -> structlog.types.Processor:
     if form == "journal":
         return _render_for_journal
     if form == "text":
-        return structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        return structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty() and not os.environ.get("NO_COLOR"))
     return structlog.processors.JSONRenderer()
 
 

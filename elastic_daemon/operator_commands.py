@@ -1,4 +1,4 @@
-"""The commands that talk to a running daemon: `status`, `events` and `drill`; and `plan`, which needs none.
+"""The commands that talk to a running daemon: `status`, `events` and `drill`; and two that need none.
 
 They ask the daemon over the Unix socket in its runtime directory, or over HTTP with `--url`.
 """
@@ -6,6 +6,7 @@ They ask the daemon over the Unix socket in its runtime directory, or over HTTP 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -14,10 +15,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import httpx
 from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
@@ -114,12 +116,42 @@ class Target:
 
 def status(arguments: argparse.Namespace) -> int:
     """Show what `/health` says. Returns 0 while clients are served, else 1."""
+    if arguments.watch is not None:
+        watch_status(Target.of(arguments), arguments.watch, as_json=arguments.json)
     body = Target.of(arguments).health()
     if arguments.json:
         print(json.dumps(body, indent=2))
     else:
         make_console().print(status_view(body, datetime.now(UTC)))
     return 0 if body["status"] in SERVING else 1
+
+
+def watch_status(target: Target, every_s: float, *, as_json: bool) -> NoReturn:
+    """Show it again and again: in place on a terminal, one below the other elsewhere; with `as_json` a line each.
+
+    A daemon that answers no more is waited for, as long as it takes.
+
+    Raises:
+        DaemonUnreachable: it does not answer at the start.
+    """
+    console = make_console()
+    body = target.health()
+    with contextlib.ExitStack() as stack:
+        live = stack.enter_context(Live(console=console, auto_refresh=False)) if console.is_terminal else None
+        while True:
+            now = datetime.now(UTC)
+            if as_json:
+                print(json.dumps(body, separators=(",", ":")), flush=True)
+            elif live is not None:
+                live.update(Group(Text(f"{now:%H:%M:%S} UTC"), status_view(body, now)), refresh=True)
+            else:
+                console.print(Group(Text(f"{now:%Y-%m-%dT%H:%M:%SZ}"), status_view(body, now)))
+                sys.stdout.flush()
+            time.sleep(every_s)
+            try:
+                body = target.health()
+            except DaemonUnreachable as error:
+                body = {"status": "unreachable", "reason": str(error)}
 
 
 def make_console(*, stderr: bool = False) -> Console:
@@ -296,9 +328,22 @@ def plan(arguments: argparse.Namespace) -> int:
     return run(arguments)
 
 
+# --- completion -------------------------------------------------------------------------------------------------------
+
+
+def completion(arguments: argparse.Namespace) -> int:
+    """Print what completes commands and flags in a shell."""
+    from elastic_daemon.cli import make_parser
+    from watchdog.completion import completion as script
+
+    sys.stdout.write(script(make_parser(), arguments.shell))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "status": status,
     "events": events,
     "drill": drill,
     "plan": plan,
+    "completion": completion,
 }

@@ -98,6 +98,12 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", help="ask a daemon over HTTP instead, e.g. http://127.0.0.1:8000")
 
 
+def add_watch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--watch", nargs="?", type=_seconds, const=1.0, metavar="S", help="show it again each S seconds (default: 1)"
+    )
+
+
 def _add_order(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", type=_seconds, default=120.0, metavar="S", help="undo what takes longer (default: %(default)g)"

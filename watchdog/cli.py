@@ -1,4 +1,4 @@
-"""Command line: `elastic-watchdog run | status | simulate`."""
+"""Command line: `elastic-watchdog run | status | simulate | completion`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
+from watchdog.completion import add_completion_command, completion
 from watchdog.docket import Mode
 from watchdog.errors import OptionError, StartError, WatchdogError
 from watchdog.logs import configure_logging
@@ -39,7 +40,7 @@ examples:
   elastic-watchdog status
   watch -n1 elastic-watchdog status
   elastic-watchdog status --json | jq '.gpus[] | select(.verdict != "ok")'
-exit status: 0 while the watchdog is alive, 1 when it does not move any more, 3 when there is none
+exit status: 0 while the watchdog is alive, 1 when it does not move any more, 2 for bad arguments, 3 when there is none
 """
 
 POLICY_HELP = {
@@ -69,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_runtime_dir(status)
     status.add_argument("--json", action="store_true", help="all that is known, as JSON")
     add_simulate_parser(commands)
+    add_completion_command(commands, parser.prog)
     return parser
 
 
@@ -167,9 +169,14 @@ def status(arguments: argparse.Namespace) -> int:
     return 1 if found["age_s"] > STALE_S else 0
 
 
+def show_completion(arguments: argparse.Namespace) -> int:
+    sys.stdout.write(completion(make_parser(), arguments.shell))
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = make_parser().parse_args(argv)
-    commands = {"run": run, "status": status, "simulate": run_simulate}
+    commands = {"run": run, "status": status, "simulate": run_simulate, "completion": show_completion}
     try:
         code = commands[arguments.command](arguments)
         sys.stdout.flush()

@@ -30,7 +30,29 @@ examples:
   elastic-watchdog simulate flap --gpu 1 --period 4       lost for 2 s, back for 2 s, ...
   elastic-watchdog simulate replace --gpu 2               another GPU, with a new UUID, in its place
   elastic-watchdog simulate heal --gpu all
+exit status: 0 done, 2 for bad arguments, a GPU that is not there or a daemon without simulated ones
 """
+
+EXAMPLES = {
+    "list": "--json",
+    "lose": "--gpu 2 --event",
+    "reset-required": "--gpu 2",
+    "xid": "--gpu 2 --code 79",
+    "ecc": "--gpu 2 --count 3 --corrected",
+    "remap-failure": "--gpu 2 --pending",
+    "recovery-action": "--gpu 2 --code 1",
+    "throttle": "--gpu 2 --reason thermal",
+    "temperature": "--gpu 2 --celsius 91",
+    "hang": "--gpu 1",
+    "latency": "--gpu 1 --ms 500",
+    "flap": "--gpu 1 --period 4",
+    "nvlink-down": "--gpu 2 --link 3",
+    "nvlink-errors": "--gpu 2 --link 3 --count 100",
+    "fabric": "--gpu 2",
+    "pcie-replays": "--gpu 2 --count 50",
+    "replace": "--gpu 2",
+    "heal": "--gpu all",
+}
 
 
 def add_simulate_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -51,6 +73,8 @@ def add_simulate_parser(subparsers: argparse._SubParsersAction[argparse.Argument
     listing.add_argument("--json", action="store_true", help="as JSON")
     listing.set_defaults(act=show)
     _add_faults(actions)
+    for name, action in actions.choices.items():
+        action.epilog = f"example: elastic-watchdog simulate {name} {EXAMPLES[name]}"
     return parser
 
 

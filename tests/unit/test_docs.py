@@ -25,17 +25,23 @@ from elastic_daemon.control_routes import CONTROL_PATHS
 from elastic_daemon.flags import REFUSED, REFUSED_ON
 from elastic_daemon.health import HealthView
 from elastic_daemon.membership import RankState, Status
+from elastic_daemon.order_commands import ORDER_COMMANDS
 from elastic_daemon.placement import expert_safety, initial, slots_per_rank, survivable_losses
 from elastic_daemon.protocol import HealthSnapshot, RankHealth, RecoveryKind, RecoveryReport, RequestCounts
 from elastic_daemon.recovery import Timer
 from elastic_daemon.runtime_dir import SOCKET_NAMES
 from tests.unit.test_metrics import EXPORTED
 from watchdog.cli import make_parser as watchdog_parser
+from watchdog.verdict import Verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-README, API, ARCHITECTURE, METRICS, EVENTS = (
-    ROOT / name for name in ("README.md", "docs/api.md", "docs/architecture.md", "docs/metrics.md", "docs/events.md")
+README, API, ARCHITECTURE, METRICS, EVENTS, PLANNING, CONFIGURATION, OPERATIONS = (
+    ROOT / name
+    for name in (
+        *("README.md", "docs/api.md", "docs/architecture.md", "docs/metrics.md"),
+        *("docs/events.md", "docs/planning.md", "docs/configuration.md", "docs/operations.md"),
+    )
 )
 
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
@@ -47,15 +53,16 @@ FOLDERS = ("deploy", "elastic_daemon", "watchdog", "tests", "bench", "training",
 document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 
 
-def _flags_doc() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("flags_doc", ROOT / "scripts" / "flags_doc.py")
+def _script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-flags_doc = _flags_doc()
+WRITERS = {name: _script(name) for name in ("flags_doc", "cli_doc", "config_doc")}
+flags_doc = WRITERS["flags_doc"]
 
 
 def prose(path: Path) -> str:
@@ -77,9 +84,44 @@ def code(path: Path) -> list[str]:
 # --- generated ------------------------------------------------------------------------------------------------------
 
 
-def test_flags_page_is_up_to_date() -> None:
-    written = flags_doc.TARGET.read_text(encoding="utf-8")
-    assert written == flags_doc.render(), "run: .venv/bin/python scripts/flags_doc.py"
+@pytest.mark.parametrize("name", WRITERS)
+def test_written_pages_are_up_to_date(name: str) -> None:
+    written = WRITERS[name].TARGET.read_text(encoding="utf-8")
+    assert written == WRITERS[name].render(), f"run: .venv/bin/python scripts/{name}.py"
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 250
+
+
+# --- the runbook ----------------------------------------------------------------------------------------------------
+
+
+def test_the_runbook_has_each_state_and_verdict() -> None:
+    rows = set(re.findall(r"^\| `([a-z-]+)` \|", OPERATIONS.read_text(encoding="utf-8"), re.MULTILINE))
+    assert {*Status, *RankState, *Verdict} <= rows
+
+
+def test_the_runbook_has_each_alert() -> None:
+    rules = ROOT / "deploy" / "prometheus" / "alerts.yml"
+    if not rules.exists():
+        pytest.skip("no rules here")
+    named = re.findall(r"- alert: (\w+)", rules.read_text(encoding="utf-8"))
+    assert named
+    assert {re.sub(r"(?<!^)(?=[A-Z])", "-", name).lower() for name in named} <= _anchors(OPERATIONS)
+
+
+def test_the_runbook_has_each_exit_status() -> None:
+    table = OPERATIONS.read_text(encoding="utf-8").partition("## Exit statuses")[2]
+    told = set(re.findall(r"^\| `([\w -]+)` \| (\d) \|", table, re.MULTILINE))
+    told_of_all = set(re.findall(r"^\| all.*? \| (\d)", table, re.MULTILINE))
+    for program in (make_parser(), watchdog_parser()):
+        for name, parser in _commands(program).items():
+            label = name if program.prog == "elastic-daemon" else f"{program.prog} {name}"
+            label = "orders" if name in ORDER_COMMANDS else label
+            for code in re.findall(r"\b([1-9])(?= |,)", (parser.epilog or "").partition("exit status: ")[2]):
+                orders = label == "orders" and f"| orders | {code} |" in table
+                assert (label, code) in told or code in told_of_all or orders, (label, code)
 
 
 # --- paths, links, targets ------------------------------------------------------------------------------------------
@@ -127,9 +169,13 @@ def test_lines_are_not_too_long(path: Path) -> None:
 # --- flags and variables --------------------------------------------------------------------------------------------
 
 
-def _subcommands() -> dict[str, argparse.ArgumentParser]:
-    (commands,) = (action for action in make_parser()._actions if isinstance(action, argparse._SubParsersAction))
+def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     return dict(commands.choices)
+
+
+def _subcommands() -> dict[str, argparse.ArgumentParser]:
+    return _commands(make_parser())
 
 
 def _flags(parser: argparse.ArgumentParser) -> set[str]:
@@ -175,9 +221,11 @@ def test_command_lines_use_flags_of_their_command(path: Path) -> None:
             assert set(FLAG.findall(line.partition("#")[0])) <= allowed, line
 
 
-def test_every_flag_of_serve_is_in_the_readme() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert not [flag for flag in _flags(_subcommands()["serve"]) - {"-h", "--help"} if f"`{flag}`" not in text]
+def test_every_flag_of_serve_is_in_the_configuration() -> None:
+    text = CONFIGURATION.read_text(encoding="utf-8")
+    assert not [
+        flag for flag in _flags(_subcommands()["serve"]) - {"-h", "--help", "--print-config"} if f"`{flag}`" not in text
+    ]
 
 
 @document
@@ -255,9 +303,9 @@ def test_messages_are_described() -> None:
     assert types <= set(spans(ARCHITECTURE))
 
 
-def test_reserves_in_the_readme_are_right() -> None:
+def test_reserves_in_the_plan_are_right() -> None:
     rows = re.findall(
-        r"^\| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) % \| (\d+) \| (\d+) \|$", prose(README), re.M
+        r"^\| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) % \| (\d+) \| (\d+) \|$", prose(PLANNING), re.M
     )
     assert len(rows) > 5
     for row in rows:
