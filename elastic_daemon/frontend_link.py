@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from elastic_daemon import protocol as p
+from elastic_daemon.config import Settings
 from elastic_daemon.control_server import Peer
 from elastic_daemon.events import EventLog
 from elastic_daemon.messages import Message
@@ -106,3 +107,15 @@ class FrontendLink:
             members=members,
             draining=[incarnation for _, incarnation in snapshot.draining],
         )
+
+
+def frontend_settings(settings: Settings) -> Message:
+    """What a front end needs of the settings, at its start and after a reload."""
+    return {
+        "access": settings.access.to_message(),
+        "hold_timeout_s": settings.hold_timeout,
+        "log_level": settings.log_level,
+        "max_waiting": settings.max_waiting,
+        "queue_timeout_s": settings.queue_timeout,
+        "max_body_bytes": settings.max_body_size,
+    }

@@ -8,7 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from elastic_daemon.health import HealthView
 from elastic_daemon.membership import RankState, Status
-from elastic_daemon.protocol import RecoveryReport
+from elastic_daemon.placement import Source
+from elastic_daemon.protocol import RankEvent, RankRegrouped, RankRespread, RecoveryReport
 
 METRICS_TYPE = "text/plain; version=0.0.4"
 
@@ -98,6 +99,14 @@ class Metrics:
 
     def verdict(self, signal: str, verdict: str) -> None:
         self._verdicts.labels(signal, verdict).inc()
+
+    def count_loads(self, event: RankEvent) -> None:
+        """The experts that a rank has taken in, if `event` tells of any."""
+        if isinstance(event, RankRegrouped):
+            for source, (size, seconds) in event.loaded.items():
+                self.loaded(source, size, seconds)
+        elif isinstance(event, RankRespread):
+            self.loaded(Source.PEER, event.bytes, event.seconds)
 
     def loaded(self, source: str, size: int, seconds: float) -> None:
         """A rank has taken in `size` bytes of experts from `source`: peer, host or checkpoint."""

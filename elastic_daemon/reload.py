@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -41,6 +42,15 @@ def compare(running: Settings, read: Settings) -> Change:
 def plain(settings: Settings, names: tuple[str, ...]) -> dict[str, Any]:
     """Values for an event, without secrets."""
     return {name: str(getattr(settings, name)) for name in names if name not in SECRETS}
+
+
+def has_terminal() -> bool:
+    """Whether this process belongs to a terminal that is still there."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 class Reloader:

@@ -8,11 +8,9 @@ back, in order.
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
@@ -21,12 +19,12 @@ import structlog
 from elastic_daemon import protocol as p
 from elastic_daemon.answering import Answering, bind
 from elastic_daemon.app import make_control_app
-from elastic_daemon.config import Device, HostExpertCopies, Respread, Restore, Settings, Sources
+from elastic_daemon.config import Device, HostExpertCopies, Settings, Sources
 from elastic_daemon.control_server import ControlServer, Peer
 from elastic_daemon.controller import Controller
 from elastic_daemon.errors import ElasticError
 from elastic_daemon.events import EventLog
-from elastic_daemon.frontend_link import FrontendLink
+from elastic_daemon.frontend_link import FrontendLink, frontend_settings
 from elastic_daemon.gpu_pool import GpuPool
 from elastic_daemon.health import HealthView, url_of
 from elastic_daemon.launcher import Zygote, adopt_orphans, reap_orphans
@@ -35,18 +33,17 @@ from elastic_daemon.loop_lag import watch_lag
 from elastic_daemon.messages import Message
 from elastic_daemon.metrics import Metrics
 from elastic_daemon.operations import OperationDesk
-from elastic_daemon.placement import Source, minimum_ranks
 from elastic_daemon.placement_view import PlacementView
-from elastic_daemon.policy import Policy
 from elastic_daemon.processes import Processes
 from elastic_daemon.rank_messages import RankAction, rank_event, rank_message
 from elastic_daemon.recovery_history import RecoveryHistory
-from elastic_daemon.reload import Reloader
+from elastic_daemon.reload import Reloader, has_terminal
 from elastic_daemon.runtime_dir import RuntimeDir
 from elastic_daemon.service_control import EXIT_START
 from elastic_daemon.service_manager import ServiceManager
+from elastic_daemon.start_policy import Configured, configure, with_settings
 from elastic_daemon.store import RendezvousStore
-from elastic_daemon.target_store import TargetWriter, load_target, start_target
+from elastic_daemon.target_store import TargetWriter
 from elastic_daemon.tasks import Tasks
 from elastic_daemon.watch.side import WatchdogSide
 
@@ -55,29 +52,6 @@ log = structlog.get_logger(__name__)
 HEARTBEAT_S = 0.5
 
 SETTLE_TIMEOUT_S = 3.0
-
-REGROUP_TIMEOUT_S = {Device.CPU: 3.0, Device.CUDA: 15.0}
-"""NCCL connects in a third of a second when it is warm, and in seconds when ranks share a GPU and have just started."""
-
-
-def has_terminal() -> bool:
-    """Whether this process belongs to a terminal that is still there."""
-    try:
-        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
-    except OSError:
-        return False
-    return True
-
-
-def with_settings(policy: Policy, settings: Settings) -> Policy:
-    """With what a reload may change as `settings` have it."""
-    return replace(
-        policy,
-        start_timeout_s=settings.start_timeout,
-        hold_timeout_s=settings.hold_timeout,
-        restore=settings.restore is Restore.AUTO,
-        respread=settings.respread is Respread.AUTO,
-    )
 
 
 class Supervisor:
@@ -148,13 +122,14 @@ class Supervisor:
             self._answering.open_internal(self._runtime.http_socket)
             self._answering.open_public()
             loop.add_signal_handler(signal.SIGHUP, self._hung_up, has_terminal())
-            preparing = asyncio.gather(asyncio.to_thread(RendezvousStore), self._configure(), self._watch.prepare())
+            configuring = configure(self._zygote, self.settings, self.events)
+            preparing = asyncio.gather(asyncio.to_thread(RendezvousStore), configuring, self._watch.prepare())
             either: set[asyncio.Future[Any]] = {preparing, self._exit}
             await self.service.prepare(either)
             if preparing.done():
-                self._store, policy, _ = await preparing
+                self._store, configured, _ = await preparing
                 self._tasks.spawn(self._watch.run())
-                self._begin(policy)
+                self._begin(configured)
             ended = await self._supervise()
             self._answering.close()
             await control.close()
@@ -170,47 +145,10 @@ class Supervisor:
         reap_orphans()
         await self._tasks.settle(SETTLE_TIMEOUT_S)
 
-    async def _configure(self) -> Policy:
+    def _begin(self, configured: Configured) -> None:
         settings = self.settings
-        answer = await self._zygote.ask(
-            "configure",
-            arguments=settings.vllm_flags,
-            ranks=settings.data_parallel_size,
-            max_ranks=self.max_ranks,
-            survive_losses=settings.losses_to_survive,
-            device=settings.device,
-            ranks_per_gpu=settings.ranks_per_gpu,
-        )
-        self.model = answer["model"]
-        self.events.record(
-            "configured",
-            {
-                "model": self.model,
-                "experts": answer["experts"],
-                "slots_per_rank": answer["slots"],
-                "ranks": settings.data_parallel_size,
-                "seconds": round(time.monotonic() - self._started, 2),
-            },
-        )
-        self.min_ranks = minimum_ranks(answer["experts"], answer["slots"])
-        start = start_target(settings, load_target(settings), self.min_ranks, self.max_ranks)
-        if start.event is not None:
-            self.events.record(start.event, start.fields)
-        return with_settings(
-            Policy(
-                target=start.target,
-                max_ranks=self.max_ranks,
-                experts=answer["experts"],
-                slots=answer["slots"],
-                regroup_timeout_s=REGROUP_TIMEOUT_S[settings.device],
-                host_copies=settings.host_expert_copies is HostExpertCopies.AUTO,
-            ),
-            settings,
-        )
-
-    def _begin(self, policy: Policy) -> None:
-        settings = self.settings
-        self._policy = with_settings(policy, settings)  # which may have been reloaded meanwhile
+        self.model, self.min_ranks = configured.model, configured.min_ranks
+        self._policy = with_settings(configured.policy, settings)  # which may have been reloaded meanwhile
         self._gpus = GpuPool(self._watch.gpus.uuids, settings.ranks_per_gpu, settings.gpu_probation)
         self._controller = Controller(self._policy, time.monotonic(), self._gpus)
         self._carry_out(self._controller.start(time.monotonic()))
@@ -282,23 +220,12 @@ class Supervisor:
         self.settings = settings
         if "log_level" in names:
             configure_logging(settings.log_level)
-        self._frontend.adopt(self._frontend_settings(), settings.shutdown_timeout)
+        self._frontend.adopt(frontend_settings(self.settings), settings.shutdown_timeout)
         if self._controller is not None and not self._exit.done():
             self._gpus.try_out(settings.gpu_probation)
             self._policy = with_settings(self._policy, settings)
             self._carry_out(self._controller.adopt(self._policy, time.monotonic()))
             self._wake.set()
-
-    def _frontend_settings(self) -> Message:
-        settings = self.settings
-        return {
-            "access": settings.access.to_message(),
-            "hold_timeout_s": settings.hold_timeout,
-            "log_level": settings.log_level,
-            "max_waiting": settings.max_waiting,
-            "queue_timeout_s": settings.queue_timeout,
-            "max_body_bytes": settings.max_body_size,
-        }
 
     def set_automation(self, enabled: bool) -> None:
         self.automation = enabled
@@ -321,15 +248,8 @@ class Supervisor:
         event = rank_event((peer.rank, peer.incarnation), message)
         if event is None:
             return log.warning("message_unknown", rank=peer.rank, type=message["type"])
-        self._count_loads(event)
+        self.metrics.count_loads(event)
         self.tell(event)
-
-    def _count_loads(self, event: p.RankEvent) -> None:
-        if isinstance(event, p.RankRegrouped):
-            for source, (size, seconds) in event.loaded.items():
-                self.metrics.loaded(source, size, seconds)
-        elif isinstance(event, p.RankRespread):
-            self.metrics.loaded(Source.PEER, event.bytes, event.seconds)
 
     # --- actions ------------------------------------------------------------------------------------------------------
 
@@ -395,7 +315,7 @@ class Supervisor:
             control=self._runtime.control_socket,
             http_socket=self._runtime.http_socket,
             listen_fd=self._listener.fileno(),
-            settings=self._frontend_settings(),
+            settings=frontend_settings(self.settings),
             tls=self.settings.tls.to_message() if self.settings.tls is not None else None,
             **self._zmq_addresses,
         )

@@ -15,7 +15,7 @@ from elastic_daemon.errors import ConfigError
 from elastic_daemon.events import EventLog
 from elastic_daemon.reload import Reloader, compare
 from elastic_daemon.settings_table import reloadable
-from elastic_daemon.supervisor import with_settings
+from elastic_daemon.start_policy import with_settings
 from tests.unit.operator_plane import POLICY, OperatorPlane
 
 OTHER = {
