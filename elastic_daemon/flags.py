@@ -83,7 +83,7 @@ REFUSED_ON = {
         Refusal("async_scheduling", "vLLM's CPU backend schedules synchronously"),
         Refusal("quantization", "expert repair of quantized weights is not proven on CPU", (None,)),
     ),
-    "cuda": (Refusal("quantization", "expert repair of such weights is not proven", (None, "fp8")),),
+    "cuda": (Refusal("quantization", "expert repair of quantized weights is not proven on GPUs", (None,)),),
 }
 """What cannot work on one device, by the value of `--device`."""
 

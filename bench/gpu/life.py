@@ -163,10 +163,7 @@ async def lived(
             os.environ.setdefault(name, value)
         if "--enforce-eager" not in flags:
             os.environ["VLLM_LOGGING_LEVEL"] = "INFO"  # vLLM tells of the graphs that it captures
-    if setting.logprobs is not None and "--enforce-eager" in flags:
-        # vLLM compiles how it ranks tokens at the first request for logprobs, in the middle of a step. That takes so
-        # long that the watchdog, rightly by its rules, takes all ranks for hung.
-        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+            os.environ["ELASTIC_CUDA_GRAPHS"] = "1"
     if setting.model is not None:
         os.environ["ELASTIC_MODEL"] = setting.model
     options = (*setting.serve_options, *flags)

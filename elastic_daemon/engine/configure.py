@@ -33,8 +33,8 @@ SHARED_GPU_KV_CACHE_BYTES = 1 << 30
 EXPERT_OPS = ("vllm::moe_forward", "vllm::moe_forward_shared")
 """What an expert layer is in a compiled model, dispatch and combine included."""
 
-QUANTIZATION = ("fp8",)
-"""Methods whose expert weights, scales included, are repaired as they were loaded."""
+GRAPHS_VARIABLE = "ELASTIC_CUDA_GRAPHS"
+"""Environment: "1" has CUDA graphs captured, which no drill has proven yet. Without it all steps are eager."""
 
 WORKERS = {
     "cpu": "elastic_daemon.engine.cpu_worker.ElasticCPUWorker",
@@ -87,11 +87,12 @@ def configure(
     args.use_tqdm_on_load = False  # four progress bars at once, in a log
     args.otlp_traces_endpoint = args.otlp_traces_endpoint or traces_endpoint(os.environ)
     if device == "cpu":
-        args.enforce_eager = True
         args.kv_cache_memory_bytes = args.kv_cache_memory_bytes or CPU_KV_CACHE_BYTES
     elif ranks_per_gpu > 1:
         args.kv_cache_memory_bytes = args.kv_cache_memory_bytes or SHARED_GPU_KV_CACHE_BYTES
         args.gpu_memory_utilization /= ranks_per_gpu
+    if device == "cpu" or os.environ.get(GRAPHS_VARIABLE) != "1":
+        args.enforce_eager = True
     if not args.enforce_eager:
         _keep_collectives_out_of_graphs(args.compilation_config)
     redundant = args.eplb_config.num_redundant_experts
@@ -104,7 +105,7 @@ def configure(
     experts = config.model_config.get_num_experts()
     if not config.model_config.is_moe or experts < 2:
         raise ConfigError(f"{args.model} is a dense model: without experts there is nothing to shrink")
-    _check_quantization(config, device)
+    _check_quantization(config)
     slots = _slots(experts, ranks, survive_losses, redundant)
     _make_elastic(config, ranks, max_ranks or ranks, slots * ranks - experts, device)
     name = args.served_model_name[0] if args.served_model_name else args.model
@@ -131,11 +132,11 @@ def _split_at_experts(compilation: CompilationConfig) -> None:
         compilation.splitting_ops += [op for op in EXPERT_OPS if op not in compilation.splitting_ops]
 
 
-def _check_quantization(config: VllmConfig, device: str) -> None:
-    method = config.model_config.quantization
-    if method is not None and (device == "cpu" or method not in QUANTIZATION):
-        proven = f"; proven are {', '.join(QUANTIZATION)}" if device != "cpu" else ", on CPU of none"
-        raise ConfigError(f"quantization {method!r}: repair of such experts is not proven{proven}")
+def _check_quantization(config: VllmConfig) -> None:
+    if (method := config.model_config.quantization) is not None:
+        raise ConfigError(
+            f"the model's weights are quantized ({method}): that its experts can be repaired is not proven"
+        )
 
 
 def _slots(experts: int, ranks: int, survive_losses: int, redundant: int) -> int:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch.distributed import Store
 from vllm.config import ParallelConfig
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -19,11 +18,6 @@ from elastic_daemon.engine.resume import enable_resume
 from elastic_daemon.engine.runner_v1 import ElasticRunnerV1
 from elastic_daemon.engine.sampling import enable_sampling_without_compilation
 from elastic_daemon.engine.worker import ElasticModelRunner, ElasticWorker, alone
-
-REHEARSED_TOKENS = (1, 2, 3, 4, 6, 8, 16, 32, 64)
-"""Of one rank in one step."""
-LOSSES_REHEARSED = 2
-"""Ranks lost at once or one after the other, for which no kernel has to be compiled any more."""
 
 
 @contextlib.contextmanager
@@ -91,22 +85,7 @@ class ElasticGPUWorker(ElasticWorker, Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         with self.groups.rehearsal():
-            found = super().compile_or_warm_up_model()
-        self._rehearse_losses()
-        return found
-
-    def _rehearse_losses(self) -> None:
-        """Compile the kernels that steps will need, also those of a smaller group.
-
-        Expert kernels are compiled for the number of tokens that all ranks bring together, when they first see such a
-        number. After a loss that is another one, and clients would wait for the compiler.
-        """
-        planned = self.groups.dp.world_size
-        for members in range(planned, max(0, planned - 1 - LOSSES_REHEARSED), -1):
-            with self.groups.rehearsal(members):
-                for tokens in REHEARSED_TOKENS:
-                    self.model_runner._dummy_run(tokens, skip_eplb=True)
-        torch.cuda.synchronize(self.device)
+            return super().compile_or_warm_up_model()
 
     def connect(
         self, store: Store, prefix: str, position: int, members: int, is_void: Callable[[], bool], page: Page

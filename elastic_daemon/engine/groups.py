@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from vllm.distributed import parallel_state
 from vllm.distributed.eplb.eplb_communicator import EplbCommunicator
-from vllm.distributed.parallel_state import GroupCoordinator
+from vllm.distributed.parallel_state import GraphCaptureContext, GroupCoordinator
 from vllm.forward_context import get_forward_context
 from vllm.v1.worker.dp_utils import skip_dp_coordination
 
@@ -242,6 +242,15 @@ class EpochGroup(GroupCoordinator):
         self.rank = self.rank_in_group = host.rank()
         self.ranks = list(range(self.world_size))
 
+    @contextlib.contextmanager
+    def graph_capture(self, graph_capture_context: GraphCaptureContext | None = None) -> Iterator[GraphCaptureContext]:
+        """Capture on the stream of the context. No collective of this group is ever in a graph."""
+        context = graph_capture_context or GraphCaptureContext(torch.cuda.Stream())
+        if (current := torch.cuda.current_stream()) != context.stream:
+            context.stream.wait_stream(current)
+        with torch.cuda.stream(context.stream):
+            yield context
+
     def destroy(self) -> None:
         """The epoch's connections own what there is to release."""
 
@@ -272,16 +281,15 @@ class EpochGroups:
         return groups
 
     @contextlib.contextmanager
-    def rehearsal(self, members: int | None = None) -> Iterator[None]:
-        """Let this rank run its model alone, as if the others did the same. `members`: fewer than planned."""
-        position, planned = self.dp.rank_in_group, self.dp.world_size
-        members = members or planned
-        self._bind(RehearsalProcessGroup(members, min(position, members - 1)))
+    def rehearsal(self) -> Iterator[None]:
+        """Let this rank run its model alone, as if the others did the same."""
+        position, members = self.dp.rank_in_group, self.dp.world_size
+        self._bind(RehearsalProcessGroup(members, position))
         try:
             with skip_dp_coordination():
                 yield
         finally:
-            self._bind(PlannedProcessGroup(planned, position))
+            self._bind(PlannedProcessGroup(members, position))
 
     def bind(self, connections: EpochConnections) -> None:
         self.current = connections

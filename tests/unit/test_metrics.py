@@ -78,7 +78,9 @@ def test_gaps_come_from_the_front_end(tmp_path: Any) -> None:
     supervisor = Supervisor(Settings(runtime_dir=tmp_path))
     peer: Any = object()
     supervisor._frontend._peer = peer
-    supervisor._frontend.hear(peer, {"type": "stats", "in_flight": 2, "by_rank": {"0": 2}, "gaps": [0.12, 3.0]})
+    supervisor._frontend.hear(
+        peer, {"type": "stats", "in_flight": 2, "by_rank": {"0": 2}, "refused": 1, "gaps": [0.12, 3.0]}
+    )
     samples = _rendered(supervisor.metrics)
     assert samples["elastic_client_gap_seconds_count", ""] == 2
     assert samples["elastic_client_gap_seconds_bucket", "0.15"] == 1

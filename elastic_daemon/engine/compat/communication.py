@@ -36,6 +36,11 @@ COMMUNICATION = (
             "world_size",
         ),
     ),
+    ReliedOn(
+        f"{_GROUPS}.GroupCoordinator.graph_capture",
+        "overridden: vLLM's wants a communicator of its own, and none of ours is in a graph",
+        ("self", "graph_capture_context"),
+    ),
     ReliedOn(f"{_GROUPS}.GroupCoordinator.destroy", "overridden: the epoch's group owns what there is", ("self",)),
     ReliedOn(
         f"{_GROUPS}.GroupCoordinator.dispatch",
