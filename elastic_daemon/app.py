@@ -63,7 +63,7 @@ def make_control_app(plane: ControlPlane, patience: Patience | None = None) -> F
     async def metrics() -> Response:
         return Response(plane.metrics.render(plane.health()), media_type=METRICS_TYPE)
 
-    streams = EventStreams(plane.events, plane.metrics, patience)
+    streams = EventStreams(plane, patience)
 
     @app.get("/events")
     async def events(

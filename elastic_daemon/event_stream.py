@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from typing import Protocol
 
 import structlog
 from starlette.responses import Response
@@ -43,12 +44,18 @@ class TooSlow(Exception):
     """A reader that is cut off. The message says why."""
 
 
-class EventStreams:
-    """All readers of one log."""
+class Source(Protocol):
+    """Where events are recorded, and readers counted."""
 
-    def __init__(self, events: EventLog, metrics: Metrics, patience: Patience | None = None) -> None:
-        self._events = events
-        self._metrics = metrics
+    events: EventLog
+    metrics: Metrics
+
+
+class EventStreams:
+    """All readers of one log. It asks `source` for nothing before the first reader comes."""
+
+    def __init__(self, source: Source, patience: Patience | None = None) -> None:
+        self._source = source
         self._patience = patience or Patience()
         self._readers = 0
 
@@ -69,7 +76,7 @@ class EventStreams:
             if writing.done():
                 writing.result()
         except TooSlow as error:
-            self._metrics.event_stream_dropped()
+            self._source.metrics.event_stream_dropped()
             log.warning("event_stream_dropped", reason=str(error))
         finally:
             self._count(-1)
@@ -79,11 +86,11 @@ class EventStreams:
 
     def _count(self, change: int) -> None:
         self._readers += change
-        self._metrics.event_streams(self._readers)
+        self._source.metrics.event_streams(self._readers)
 
     async def _write(self, since: int, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-        events = self._events
+        events = self._source.events
         at = since if since <= events.newest else 0
         if at < events.oldest - 1:
             await self._send(send, f": events {at + 1} to {events.oldest - 1} are no longer kept\n\n")

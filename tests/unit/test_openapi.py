@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import schemathesis
 
 from elastic_daemon.access import AccessGuard, AccessRules
-from elastic_daemon.app import make_control_app
+from elastic_daemon.app import ControlPlane, make_control_app
 from elastic_daemon.control_routes import CONTROL_PATHS, CONTROL_TEMPLATES, is_order
 from elastic_daemon.limits import SizeLimits
 from elastic_daemon.openapi import BODIES, control_document, merged
@@ -25,6 +25,11 @@ def document() -> dict[str, Any]:
 
 def test_every_control_route_is_in_the_document() -> None:
     assert set(document()["paths"]) >= CONTROL_PATHS | CONTROL_TEMPLATES
+
+
+def test_the_routes_can_be_described_where_nobody_stands_behind_them() -> None:
+    """As the front end does, which has no supervisor in its process."""
+    assert control_document(make_control_app(cast(ControlPlane, None))) == document()
 
 
 def test_every_order_has_a_body_or_takes_none_and_needs_a_key() -> None:
