@@ -188,7 +188,8 @@ def test_a_flapping_gpu_and_one_that_is_noisy(watched: Watched) -> None:
     report = watched.until_lost(victim)
     assert report["ranks"] == [victim]
     assert watched.state(noisy) == "suspect"
-    assert "thermal" in cluster.health()["ranks"][noisy]["reason"]  # the first of two doubts
+    doubts = cluster.health()["ranks"][noisy]["reason"]
+    assert "thermal" in doubts or "corrected ECC" in doubts  # whichever came to the daemon first
     time.sleep(1.5)  # more of its turns change nothing
     assert (cluster.health()["epoch"], watched.state(noisy)) == (epoch + 1, "suspect")
     watched.simulate("heal", "--gpu", str(noisy))
