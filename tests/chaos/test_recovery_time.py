@@ -17,8 +17,8 @@ pytestmark = pytest.mark.chaos
 def test_the_median_wait_of_a_quick_benchmark(tmp_path: Path) -> None:
     """Nothing is lost or changed, and the median over runs of the longest wait of any client is within its bar.
 
-    A machine that is slow just now makes clients wait without any fault, too: where the undisturbed runs beside the
-    faults took more than half the bar, that much more is allowed.
+    A machine that is slow just now makes clients wait without any fault, too: what they waited in the undisturbed runs
+    beside the faults is allowed on top.
     """
     report = tmp_path / "report.json"
     command = [sys.executable, "-m", "bench.recovery", "--quick", "--json", str(report)]
@@ -29,4 +29,4 @@ def test_the_median_wait_of_a_quick_benchmark(tmp_path: Path) -> None:
     assert summary["kills"] >= 4
     assert (summary["lost"], summary["changed"]) == (0, 0), found["problems"]
     assert not [problem for problem in found["problems"] if "median" not in problem]
-    assert summary["gaps"]["p50"] <= max(GAP_BAR_S, GAP_BAR_S / 2 + summary["calm_gaps"]["p50"]), summary
+    assert summary["gaps"]["p50"] <= GAP_BAR_S + summary["calm_gaps"]["p50"], summary
