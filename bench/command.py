@@ -9,6 +9,13 @@ from pathlib import Path
 from typing import Any
 
 
+def positive(text: str) -> int:
+    """The type of an option that counts."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
+
+
 def say(text: str) -> None:
     """Progress, beside the report."""
     print(text, file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from bench.command import check_json_path, say, write_json
+from bench.command import check_json_path, positive, say, write_json
 from bench.detection_trials import OPTIONS, RANKS, SURVIVE, Bench, Kind, Trial
 from bench.machine import Machine, load_average
 from elastic_daemon.drill_daemon import Display, own_daemon
@@ -70,16 +70,10 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--trials", type=_positive, default=20, metavar="N", help="of each fault (default: 20)")
+    parser.add_argument("--trials", type=positive, default=20, metavar="N", help="of each fault (default: 20)")
     parser.add_argument("--faults", type=_kinds, default=tuple(Kind), metavar="NAMES", help=", ".join(NAMES))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all raw numbers to FILE")
     return parser
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
 
 
 def _kinds(text: str) -> tuple[Kind, ...]:

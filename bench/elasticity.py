@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.command import check_json_path, say, write_json
+from bench.command import check_json_path, positive, say, write_json
 from bench.elastic_report import Report, render
 from bench.elastic_run import Plan, Run
 from bench.machine import Machine, load_average
@@ -46,21 +46,15 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--cycles",
-        type=_positive,
+        type=positive,
         metavar="N",
         help=f"of each kind, rejoins twice as many ({CYCLES}, quick {QUICK_CYCLES})",
     )
-    parser.add_argument("--streams", type=_positive, metavar="N", default=STREAMS, help=f"at once ({STREAMS})")
-    parser.add_argument("--tokens", type=_positive, metavar="N", default=TOKENS, help=f"of each stream ({TOKENS})")
+    parser.add_argument("--streams", type=positive, metavar="N", default=STREAMS, help=f"at once ({STREAMS})")
+    parser.add_argument("--tokens", type=positive, metavar="N", default=TOKENS, help=f"of each stream ({TOKENS})")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all raw numbers to FILE")
     parser.add_argument("--quick", action="store_true", help="few cycles, short windows")
     return parser
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
 
 
 async def measure(cycles: int, streams: int, tokens: int, quick: bool) -> Report:

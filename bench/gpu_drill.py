@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.command import say
+from bench.command import positive, say
 from bench.gpu.budget import Budget
 from bench.gpu.life import Setting
 from bench.gpu.parts import PARTS, listing
@@ -53,13 +53,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=_seconds, metavar="S", help="begin only what fits into so many seconds")
     parser.add_argument("--variant", type=_name, metavar="NAME", help="of the cell that is drilled")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial of the drill itself")
-    parser.add_argument("--ranks", type=_positive, metavar="N", default=4, help="default: %(default)s")
-    parser.add_argument("--ranks-per-gpu", type=_positive, metavar="R", help="default: all on one; with cpu, 1")
+    parser.add_argument("--ranks", type=positive, metavar="N", default=4, help="default: %(default)s")
+    parser.add_argument("--ranks-per-gpu", type=positive, metavar="R", help="default: all on one; with cpu, 1")
     parser.add_argument("--serve-args", type=shlex.split, default=[], metavar="FLAGS", help="for `serve`")
     parser.add_argument("--model", metavar="DIR", help="instead of the bundled model")
-    parser.add_argument("--streams", type=_positive, metavar="N", default=8, help="at once (default: %(default)s)")
-    parser.add_argument("--tokens", type=_positive, metavar="N", default=120, help="of each (default: %(default)s)")
-    parser.add_argument("--trials", type=_positive, metavar="N", help="instead of each part's own number")
+    parser.add_argument("--streams", type=positive, metavar="N", default=8, help="at once (default: %(default)s)")
+    parser.add_argument("--tokens", type=positive, metavar="N", default=120, help="of each (default: %(default)s)")
+    parser.add_argument("--trials", type=positive, metavar="N", help="instead of each part's own number")
     parser.add_argument("--logprobs", action="store_true", help="ask for 2 logprobs, to tell near-ties from errors")
     parser.add_argument("--watch-minutes", type=_seconds, metavar="M", default=5.0, help="nvml (default: %(default)g)")
     return parser
@@ -70,12 +70,6 @@ def _parts(text: str) -> list[str]:
     if unknown := [name for name in names if name not in PARTS]:
         raise argparse.ArgumentTypeError(f"no part {unknown[0]!r}: there are {', '.join(PARTS)}")
     return names
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
 
 
 def _seconds(text: str) -> float:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.command import check_json_path, say, write_json
+from bench.command import check_json_path, positive, say, write_json
 from bench.machine import Machine, load_average
 from bench.ours import run_ours
 from bench.plan import plan
@@ -46,19 +46,13 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--kills", type=_positive, metavar="N", help=f"SIGKILLs in all ({KILLS}, quick {QUICK_KILLS})")
-    parser.add_argument("--streams", type=_positive, metavar="N", default=STREAMS, help=f"at once ({STREAMS})")
+    parser.add_argument("--kills", type=positive, metavar="N", help=f"SIGKILLs in all ({KILLS}, quick {QUICK_KILLS})")
+    parser.add_argument("--streams", type=positive, metavar="N", default=STREAMS, help=f"at once ({STREAMS})")
     parser.add_argument("--tokens", type=_tokens, metavar="N", help=f"of each stream ({TOKENS}, quick {QUICK_TOKENS})")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all raw numbers to FILE")
     parser.add_argument("--no-stock", action="store_true", help="leave out the comparison with stock vLLM")
     parser.add_argument("--quick", action="store_true", help="few kills, short streams, no stock vLLM")
     return parser
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
 
 
 def _tokens(text: str) -> int:

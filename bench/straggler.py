@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from bench.command import check_json_path, say, write_json
+from bench.command import check_json_path, positive, say, write_json
 from bench.load import Load, Outcome
 from bench.machine import Machine, load_average
 from bench.watched import until_watched
@@ -168,15 +168,9 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--trials", type=_positive, default=20, metavar="N", help="slow ranks (default: 20)")
+    parser.add_argument("--trials", type=positive, default=20, metavar="N", help="slow ranks (default: 20)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all raw numbers to FILE")
     return parser
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
 from elastic_daemon.config import Settings
@@ -33,7 +34,7 @@ class Described(Protocol):
 
 
 class ServiceManager:
-    """`turn` belongs to the control loop; `notifier` is for whoever reloads the configuration."""
+    """`turn` belongs to the control loop, `reloading` to whoever reads the configuration anew."""
 
     def __init__(self, settings: Settings) -> None:
         self.notifier = Notifier(Supervision.take())
@@ -60,6 +61,15 @@ class ServiceManager:
         self._last_turn = time.monotonic()
         if controller is not None:
             self.notifier.turn(lambda: sentence(controller), serving=controller.status in SERVING)
+
+    @contextlib.contextmanager
+    def reloading(self) -> Iterator[None]:
+        """Around a reload, which is over however it went."""
+        self.notifier.reloading()
+        try:
+            yield
+        finally:
+            self.notifier.ready()
 
     def stopping(self, drain_s: float) -> None:
         """An orderly end begins. `drain_s`: what running requests get."""

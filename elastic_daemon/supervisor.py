@@ -76,6 +76,7 @@ class Supervisor:
         self._tasks = Tasks(lambda error: self._finish(p.Exit(1, error)))
         self._wake = asyncio.Event()
         self.reloader = Reloader(sources, settings, self._adopt, self.events)
+        self.reloader.around = self.service.reloading
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -183,9 +184,7 @@ class Supervisor:
         """SIGHUP is an order to reload, and what a terminal that closes sends to whoever was started in it."""
         if had_terminal and not has_terminal():
             return self._stop_requested()
-        self.service.notifier.reloading()
         self.reloader.reload()
-        self.service.notifier.ready()
 
     def _stop_requested(self) -> None:
         self.service.stopping(self.settings.shutdown_timeout)

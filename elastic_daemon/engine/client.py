@@ -388,7 +388,7 @@ class ElasticClient(AsyncMPClient):
             if output.finished:
                 self.traces.end(request_id, str(output.finish_reason))
         output.request_id = request_id
-        self.queue.begin(request_id, time.monotonic())
+        self.queue.begin(request_id, now)
         return True
 
     # --- utilities --------------------------------------------------------------------------------------------------
