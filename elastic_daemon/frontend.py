@@ -158,7 +158,7 @@ class Frontend:
         settings = spec["settings"]
         gated = self._gate = AdmissionGate(
             HoldGate(await make_app(self._deployment, self._llm), self._client),
-            self._client.queue,
+            self._client.watch.queue,
             _limits_of(settings),
         )
         app = self._guard = AccessGuard(
@@ -195,15 +195,15 @@ class Frontend:
             instructions.cancel()
             stats.cancel()
         self._llm.shutdown()
-        if self._client.traces is not None:
-            await asyncio.to_thread(self._client.traces.flush)
+        if self._client.watch.traces is not None:
+            await asyncio.to_thread(self._client.watch.traces.flush)
 
     def _traced(self, app: ASGIApp) -> ASGIApp:
         if self._deployment.config.observability_config.otlp_traces_endpoint is None:
             return app
         from elastic_daemon.tracing import AttemptTraces, RequestSpans
 
-        self._client.traces = AttemptTraces()
+        self._client.watch.traces = AttemptTraces()
         return RequestSpans(app)
 
     def _say(self, type_: str, **fields: Any) -> None:
@@ -240,7 +240,7 @@ class Frontend:
     async def _apply(self, message: Message) -> None:
         membership = membership_from_message(message)
         applied = await self._client.apply(membership)
-        self._client.queue.departures.serving(membership.serving, time.monotonic())
+        self._client.watch.queue.departures.serving(membership.serving, time.monotonic())
         if applied.given_up:
             error = NotServed(f"given up after {MAX_DEATHS} ranks died computing it")
             self._lost += fail_requests(self._llm, self._client, applied.given_up, error)
@@ -275,8 +275,8 @@ class Frontend:
                 "stats",
                 in_flight=self._client.in_flight,
                 by_rank=self._client.in_flight_by_rank(),
-                refused=self._client.queue.refused,
-                gaps=[round(gap, 4) for gap in self._client.take_gaps()],
+                refused=self._client.watch.queue.refused,
+                gaps=[round(gap, 4) for gap in self._client.watch.take_gaps()],
             )
             with contextlib.suppress(ConnectionError):
                 await self._writer.drain()

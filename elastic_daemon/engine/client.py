@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import structlog
 import zmq
@@ -30,15 +30,11 @@ from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources, _proc
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from elastic_daemon.admission import Queue
-from elastic_daemon.client_gaps import ClientGaps
 from elastic_daemon.engine.core import WAVES_PER_EPOCH
+from elastic_daemon.engine.request_watch import RequestWatch
 from elastic_daemon.engine.resume import resuming_params
 from elastic_daemon.requests import Entry, Handover, Ledger
 from elastic_daemon.trace_settings import ABORTED, GIVEN_UP, MOVED, RANK_LOST
-
-if TYPE_CHECKING:
-    from elastic_daemon.tracing import AttemptTraces
 
 log = structlog.get_logger(__name__)
 
@@ -124,11 +120,7 @@ class ElasticClient(AsyncMPClient):
         self._handover = Handover(0, (), ())
         self._waiting = 0
         self.ledger: Ledger[EngineCoreRequest] = Ledger()
-        self.queue = Queue()
-        self._gaps = ClientGaps()
-        self._closed_gaps: list[float] = []
-        self.traces: AttemptTraces | None = None
-        """Spans of attempts; None where no traces are wanted."""
+        self.watch = RequestWatch()
 
     # --- membership -------------------------------------------------------------------------------------------------
 
@@ -138,11 +130,6 @@ class ElasticClient(AsyncMPClient):
 
     def in_flight_by_rank(self) -> dict[int, int]:
         return {rank: self.ledger.load(incarnation) for incarnation, rank in self._membership.ranks.items()}
-
-    def take_gaps(self) -> list[float]:
-        """Seconds that clients have waited for their next token across a change of the group, since the last call."""
-        gaps, self._closed_gaps = self._closed_gaps, []
-        return gaps
 
     async def apply(self, membership: Membership) -> Applied:
         """Follow a change of the group, or of who drains in it."""
@@ -166,10 +153,10 @@ class ElasticClient(AsyncMPClient):
             self._served_epoch = membership.epoch
             self.current_wave = membership.epoch * WAVES_PER_EPOCH
             self.engines_running = True
-            self._gaps.interrupt(self.ledger)
+            self.watch.group_changed(self.ledger)
         moved = self._withdraw()
         orphans = self.ledger.orphans()
-        self._gaps.interrupt(orphans)
+        self.watch.group_changed(orphans)
         for request_id in orphans:
             self._readmit(request_id)
         self._serving.set()
@@ -182,12 +169,8 @@ class ElasticClient(AsyncMPClient):
     def _void(self, gone: set[int]) -> tuple[str, ...]:
         """Returns the requests that are given up."""
         handover = self.ledger.void(gone)
-        for request_id in handover.given_up:
-            self._gaps.forget(request_id)
-        if self.traces is not None:
-            for request_id in handover.given_up:
-                self.traces.end(request_id, GIVEN_UP)
-            self.traces.interrupt(handover.moved, RANK_LOST)
+        self.watch.ended(handover.given_up, GIVEN_UP)
+        self.watch.attempts_over(handover.moved, RANK_LOST)
         for incarnation in gone:
             for call_id in self._utilities_of.pop(incarnation, set()):
                 if (future := self.utility_results.pop(call_id, None)) is not None and not future.done():
@@ -209,8 +192,7 @@ class ElasticClient(AsyncMPClient):
         moved = {}
         for incarnation in membership.draining:
             if attempts := self.ledger.withdraw(incarnation):
-                if self.traces is not None:
-                    self.traces.interrupt(self.ledger.orphans(), MOVED)
+                self.watch.attempts_over(self.ledger.orphans(), MOVED)
                 self._in_background(self._send(EngineCoreRequestType.ABORT, list(attempts), incarnation))
             moved[membership.ranks[incarnation]] = len(attempts)
         return moved
@@ -245,11 +227,11 @@ class ElasticClient(AsyncMPClient):
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         request.client_index = self.client_index
-        self.queue.join(request.request_id)
+        self.watch.queue.join(request.request_id)
         try:
             await self.until_serving()
         except BaseException:
-            self.queue.leave([request.request_id])
+            self.watch.queue.leave([request.request_id])
             raise
         owner = self.ledger.least_loaded(self._membership.takers)
         self.ledger.admit(request.request_id, request, owner)
@@ -257,9 +239,7 @@ class ElasticClient(AsyncMPClient):
         await self._add(request, owner)
 
     def _trace_attempt(self, request_id: str, request: EngineCoreRequest, owner: int, tokens: int) -> None:
-        if self.traces is not None:
-            rank, epoch = self._membership.ranks[owner], self._membership.epoch
-            self.traces.begin(request_id, rank, epoch, tokens, request.trace_headers)
+        self.watch.attempt(request_id, request, self._membership.ranks[owner], self._membership.epoch, tokens)
 
     async def _add(self, request: EngineCoreRequest, owner: int) -> None:
         """Send one attempt, unless its request is aborted or moves on before its turn comes."""
@@ -324,12 +304,9 @@ class ElasticClient(AsyncMPClient):
 
     def _forget(self, request_ids: list[str]) -> dict[int, list[str]]:
         """Strike them from the ledger. Returns the attempts under way by the incarnation that makes them."""
-        self.queue.leave(request_ids)
+        self.watch.ended(request_ids, ABORTED)
         by_owner: dict[int, list[str]] = {}
         for request_id in request_ids:
-            self._gaps.forget(request_id)
-            if self.traces is not None:
-                self.traces.end(request_id, ABORTED)
             entry = self.ledger.forget(request_id)
             if entry is not None and entry.owner is not None:
                 by_owner.setdefault(entry.owner, []).append(entry.attempt_id)
@@ -379,16 +356,8 @@ class ElasticClient(AsyncMPClient):
         request_id = self.ledger.deliver(output.request_id, incarnation, output.new_token_ids, output.finished)
         if request_id is None:
             return False
-        if output.new_token_ids and (gap := self._gaps.delivered(request_id, now)) is not None:
-            self._closed_gaps.append(gap)
-        if output.finished:
-            self._gaps.forget(request_id)
-        if self.traces is not None:
-            self.traces.token(request_id, len(output.new_token_ids))
-            if output.finished:
-                self.traces.end(request_id, str(output.finish_reason))
+        self.watch.delivered(request_id, output, now)
         output.request_id = request_id
-        self.queue.begin(request_id, now)
         return True
 
     # --- utilities --------------------------------------------------------------------------------------------------

@@ -216,7 +216,7 @@ async def test_silence_across_a_change_of_the_group_is_told_once(world: World) -
         for token in (8, 9):
             await world.ends[B].say(request_id, token)
             await world.delivered()
-    gaps = world.client.take_gaps()
+    gaps = world.client.watch.take_gaps()
     assert len(gaps) == 2, "one had no token yet"
     assert all(0.05 <= gap < 5 for gap in gaps)
-    assert world.client.take_gaps() == []
+    assert world.client.watch.take_gaps() == []
