@@ -11,13 +11,14 @@ from collections.abc import Sequence
 import structlog
 
 from elastic_daemon import __version__
-from elastic_daemon.config import Settings, Sources
+from elastic_daemon.config import Settings
 from elastic_daemon.errors import ConfigError, ElasticError, wrong_watchdog
 from elastic_daemon.logs import configure_logging
 from elastic_daemon.order_arguments import Commands, add_command, add_order_commands, add_target, add_watch
 from elastic_daemon.plan_arguments import add_plan_command
 from elastic_daemon.resolve import with_places
 from elastic_daemon.serve_arguments import add_serve_arguments
+from elastic_daemon.sources import Sources
 
 SERVE_EXAMPLES = """\
 examples:

@@ -1,4 +1,4 @@
-"""Settings of the daemon: flags over environment (`ELASTIC_*`) over one TOML file."""
+"""Settings of the daemon. `sources` reads them."""
 
 from __future__ import annotations
 
@@ -6,26 +6,15 @@ import logging
 import os
 import shlex
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 
 from elastic_daemon.access import AccessRules, is_loopback
-from elastic_daemon.errors import ConfigError
 from elastic_daemon.resolve import (
-    ENGINE_TABLE,
-    Given,
     as_flags,
-    engine_table,
-    flag_of,
-    from_environment,
-    from_flags,
-    from_toml,
-    resolve,
 )
 from elastic_daemon.tls import Tls
 from elastic_daemon.watch.upkeep import WatchMode
@@ -34,13 +23,6 @@ BUNDLED_MODEL = Path(__file__).parent / "models" / "tiny_moe"
 BUNDLED_NAME = "tiny-moe"
 BUNDLED_FLAGS = ("--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20))
 BUNDLED_SURVIVE_LOSSES = 2
-
-CONFIG_VARIABLE = "ELASTIC_CONFIG"
-
-OTHER_VARIABLES = frozenset(
-    {CONFIG_VARIABLE, "ELASTIC_NVML_SIMULATOR", "ELASTIC_FAULT_TRANSFER", "ELASTIC_FAULT_LINKS"}
-)
-"""Variables of ours that are no settings of `serve`."""
 
 MAX_RANKS = 1024
 
@@ -297,102 +279,6 @@ class Settings(BaseModel):
             bundled = ("--model", str(BUNDLED_MODEL), "--served-model-name", BUNDLED_NAME, *BUNDLED_FLAGS)
             return (*bundled, *as_flags(self.vllm), *self.engine_flags)
         return ("--model", str(self.model), *as_flags(self.vllm), *self.engine_flags)
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """Settings, and where each that is no default was given. `doubts`: what an operator should know of the keys."""
-
-    settings: Settings
-    given: dict[str, Given] = field(repr=False)
-    file: Path | None = None
-    doubts: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Flags as the command line had them, and the environment: what a start and each reload read anew from the file."""
-
-    flags: Mapping[str, Any] = field(repr=False)
-    environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
-
-    @property
-    def file(self) -> Path | None:
-        name = self.flags.get("config") or self.environ.get(CONFIG_VARIABLE)
-        return Path(name) if name else None
-
-    def load(self) -> Loaded:
-        """Raises ConfigError: its message names the flag, the variable, or the file with the line."""
-        known = Settings.model_fields.keys() - {ENGINE_TABLE}
-        flags = {name: value for name, value in self.flags.items() if name != "config"}
-        layers = [from_flags(flags, known), from_environment(self.environ, known, OTHER_VARIABLES)]
-        if self.file is not None:
-            layers.append(from_toml(self._read(self.file), str(self.file), known))
-        given = resolve(layers)
-        values: dict[str, Any] = {name: it.value for name, it in given.items() if name in known}
-        if table := engine_table(given):
-            values[ENGINE_TABLE] = table
-        doubts = [f"{given[name].label}: others on this machine can read it in `ps`" for name in flags.keys() & SECRETS]
-        for file in filter(None, (self.file if given.keys() & SECRETS else None, *_read_keys(values, given))):
-            if file.stat().st_mode & 0o044:
-                doubts.append(f"{file}: others on this machine can read the keys in it: chmod 600")
-        settings = _validated(values, given)
-        if settings.tls is not None:
-            settings.tls.check()
-        return Loaded(settings, given, self.file, tuple(sorted(doubts)))
-
-    def _read(self, path: Path) -> str:
-        named = "--config" if self.flags.get("config") else CONFIG_VARIABLE
-        try:
-            return path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror} ({named} names it)") from error
-        except ValueError as error:
-            raise ConfigError(f"{path}: not UTF-8: {error}") from error
-
-
-def _read_keys(values: dict[str, Any], given: dict[str, Given]) -> list[Path]:
-    """Put the keys of key files among `values`. Returns these files. Raises ConfigError."""
-    files = []
-    for setting in ("api_key", "admin_key"):
-        if (named := given.get(f"{setting}_file")) is None:
-            continue
-        files.append(path := Path(str(named.value)))
-        try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{named.label}: {path} cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8'}"
-            ) from None
-        keys = [line for line in lines if line and not line.startswith("#")]
-        if not keys:
-            raise ConfigError(f"{named.label}: {path} has no key in it")
-        if setting == "admin_key" and (len(keys) > 1 or setting in values):
-            raise ConfigError(f"{named.label}: there is one admin key, given once")
-        before = values.get(setting, ())
-        before = [key for key in before.split(",") if key] if isinstance(before, str) else before
-        values[setting] = (*before, *keys) if setting == "api_key" else keys[0]
-        if setting not in given or setting == "admin_key":
-            given[setting] = Given(None, str(path), str(path))
-    return files
-
-
-def _validated(values: dict[str, Any], given: Mapping[str, Given]) -> Settings:
-    try:
-        return Settings(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else ""
-        label = given[name].label if name in given else flag_of(name)
-        reason = first["msg"].removeprefix("Value error, ")
-        if name in SECRETS:
-            raise ConfigError(f"{label}: {reason}") from None  # the cause shows the value
-        raise ConfigError(f"{label}: {reason} (got {first['input']!r})") from error
-
-
-def load_settings(flags: Mapping[str, Any]) -> Settings:
-    """Settings from given flags (only those that were set), environment and file. Raises ConfigError."""
-    return Sources(flags).load().settings
 
 
 def key_header() -> dict[str, str]:

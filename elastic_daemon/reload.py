@@ -9,11 +9,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from elastic_daemon.config import SECRETS, Loaded, Settings, Sources
+from elastic_daemon.config import SECRETS, Settings
 from elastic_daemon.errors import ConfigError
 from elastic_daemon.events import EventLog
 from elastic_daemon.resolve import ENGINE_TABLE
 from elastic_daemon.settings_table import reloadable
+from elastic_daemon.sources import Loaded, Sources
 
 
 @dataclass(frozen=True)

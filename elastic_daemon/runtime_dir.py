@@ -62,8 +62,10 @@ class RuntimeDir:
         """Copies of experts that outlive the ranks, not the daemon."""
         return self.path / "experts"
 
-    def zmq(self, name: str) -> str:
-        return f"ipc://{self.path / name}"
+    @property
+    def zmq_addresses(self) -> dict[str, str]:
+        """Where ranks and front end meet."""
+        return {f"{name}_address": f"ipc://{self.path / name}.sock" for name in ("input", "output")}
 
     @property
     def _lock_path(self) -> Path:

@@ -14,8 +14,9 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from elastic_daemon.config import SECRETS, Loaded, Settings
+from elastic_daemon.config import SECRETS, Settings
 from elastic_daemon.resolve import ENGINE_TABLE, flag_of, variable_of
+from elastic_daemon.sources import Loaded
 
 MASK = "********"
 

@@ -19,7 +19,7 @@ import structlog
 from elastic_daemon import protocol as p
 from elastic_daemon.answering import Answering, bind
 from elastic_daemon.app import make_control_app
-from elastic_daemon.config import Device, HostExpertCopies, Settings, Sources
+from elastic_daemon.config import Device, HostExpertCopies, Settings
 from elastic_daemon.control_server import ControlServer, Peer
 from elastic_daemon.controller import Controller
 from elastic_daemon.errors import ElasticError
@@ -41,6 +41,7 @@ from elastic_daemon.reload import Reloader, has_terminal
 from elastic_daemon.runtime_dir import RuntimeDir
 from elastic_daemon.service_control import EXIT_START
 from elastic_daemon.service_manager import ServiceManager
+from elastic_daemon.sources import Sources
 from elastic_daemon.start_policy import Configured, configure, with_settings
 from elastic_daemon.store import RendezvousStore
 from elastic_daemon.target_store import TargetWriter
@@ -260,6 +261,7 @@ class Supervisor:
         self._tasks.spawn(self._fork_rank(action))
 
     async def _fork_rank(self, action: p.StartRank) -> None:
+        copies = self.settings.host_expert_copies is HostExpertCopies.AUTO
         try:
             await self._processes.fork_rank(
                 (action.rank, action.incarnation),
@@ -268,25 +270,16 @@ class Supervisor:
                 gpu=action.gpu if self.settings.device is Device.CUDA else None,
                 gpu_index=self._watch.gpus.index(action.gpu),
                 scratch_dir=str(self._runtime.scratch),
-                host_copies_dir=self._host_copies_dir,
+                host_copies_dir=str(self._runtime.experts) if copies else None,
                 heartbeat_dir=str(self._runtime.path),
                 control=self._runtime.control_socket,
                 store_host=self._store.host,
                 store_port=self._store.port,
                 store_prefix=self._store.prefix,
-                **self._zmq_addresses,
+                **self._runtime.zmq_addresses,
             )
         except ElasticError as error:
             self._finish(p.Exit(EXIT_START, str(error)))
-
-    @property
-    def _zmq_addresses(self) -> dict[str, str]:
-        return {"input_address": self._runtime.zmq("input.sock"), "output_address": self._runtime.zmq("output.sock")}
-
-    @property
-    def _host_copies_dir(self) -> str | None:
-        wanted = self.settings.host_expert_copies is HostExpertCopies.AUTO
-        return str(self._runtime.experts) if wanted else None
 
     def _rank_exited(self, identity: p.Identity) -> None:
         self.tell(p.RankExited(*identity, "process ended"))
@@ -316,7 +309,7 @@ class Supervisor:
             listen_fd=self._listener.fileno(),
             settings=frontend_settings(self.settings),
             tls=self.settings.tls.to_message() if self.settings.tls is not None else None,
-            **self._zmq_addresses,
+            **self._runtime.zmq_addresses,
         )
 
     def _frontend_gone(self) -> None:

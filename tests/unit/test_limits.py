@@ -24,9 +24,10 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from elastic_daemon.answering import Answering
-from elastic_daemon.config import Settings, Sources
+from elastic_daemon.config import Settings
 from elastic_daemon.errors import ConfigError
 from elastic_daemon.limits import MAX_HEADER_BYTES, MAX_HEADERS, BoundedHttp, SizeLimits
+from elastic_daemon.sources import Sources
 from elastic_daemon.tasks import Tasks
 
 BODY = 2000

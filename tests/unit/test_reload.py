@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_daemon.config import Settings, Sources
+from elastic_daemon.config import Settings
 from elastic_daemon.errors import ConfigError
 from elastic_daemon.events import EventLog
 from elastic_daemon.reload import Reloader, compare
 from elastic_daemon.settings_table import reloadable
+from elastic_daemon.sources import Sources
 from elastic_daemon.start_policy import with_settings
 from tests.unit.operator_plane import POLICY, OperatorPlane
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_daemon.config import BUNDLED_FLAGS, Settings, Sources
+from elastic_daemon.config import BUNDLED_FLAGS, Settings
 from elastic_daemon.errors import ConfigError
 from elastic_daemon.resolve import (
     Given,
@@ -25,6 +25,7 @@ from elastic_daemon.resolve import (
     with_places,
 )
 from elastic_daemon.settings_table import MASK, all_settings, mask_flags, shown, to_json, to_toml, toml_value
+from elastic_daemon.sources import Sources
 from tests.unit.command_line import run
 
 KNOWN = Settings.model_fields.keys() - {"vllm"}

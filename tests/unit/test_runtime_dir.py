@@ -34,7 +34,7 @@ def test_paths_lie_in_it(tmp_path: Path) -> None:
     directory = RuntimeDir(tmp_path / "run")
     assert directory.control_socket == str(tmp_path / "run" / "control.sock")
     assert directory.http_socket == http_socket(tmp_path / "run")
-    assert directory.zmq("input.sock") == f"ipc://{tmp_path}/run/input.sock"
+    assert directory.zmq_addresses["input_address"] == f"ipc://{tmp_path}/run/input.sock"
     directory.close()
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from elastic_daemon.config import Settings, load_settings
+from elastic_daemon.config import Settings
+from elastic_daemon.sources import load_settings
 from elastic_daemon.target_store import FILE_NAME, TargetWriter, load_target, start_target, store_target
 
 pytestmark = pytest.mark.usefixtures("clean_environment")

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from elastic_daemon.config import CONFIG_VARIABLE, Device, load_settings
+from elastic_daemon.config import Device
 from elastic_daemon.service_manager import END_S
+from elastic_daemon.sources import CONFIG_VARIABLE, load_settings
 from watchdog.service import WATCH_S
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_daemon.config import load_settings
+from elastic_daemon.sources import load_settings
 from elastic_daemon.target_store import load_target, store_target
 from elastic_daemon.watch.driver import known_gpus
 from elastic_daemon.watch.side import WatchdogSide
