@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from elastic_daemon.cli import make_parser  # noqa: E402
 from elastic_daemon.config import default_runtime_dir  # noqa: E402
+from scripts.generated_page import write_or_check  # noqa: E402
 from watchdog.cli import make_parser as watchdog_parser  # noqa: E402
 from watchdog.state import default_state_dir  # noqa: E402
 
@@ -126,15 +127,5 @@ def _console(examples: str) -> Iterator[str]:
         yield f"$ {command}" + (f"    # {comment}" if comment else "")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if the file is out of date")
-    text = render()
-    if parser.parse_args().check:
-        return 0 if TARGET.exists() and TARGET.read_text(encoding="utf-8") == text else 1
-    TARGET.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(__doc__, TARGET, render()))

@@ -6,7 +6,6 @@ python scripts/config_doc.py --check    exit status 1 if it is not up to date
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from elastic_daemon.settings_table import all_settings  # noqa: E402
+from scripts.generated_page import write_or_check  # noqa: E402
 
 TARGET = ROOT / "docs" / "configuration.md"
 
@@ -71,15 +71,5 @@ def _rows() -> Iterator[str]:
         yield "| " + " | ".join(cells) + " |"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if the file is out of date")
-    text = render()
-    if parser.parse_args().check:
-        return 0 if TARGET.exists() and TARGET.read_text(encoding="utf-8") == text else 1
-    TARGET.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(__doc__, TARGET, render()))

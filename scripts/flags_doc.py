@@ -23,6 +23,7 @@ from bench.recovery import parser as bench_parser  # noqa: E402
 from elastic_daemon.cli import make_parser  # noqa: E402
 from elastic_daemon.config import BUNDLED_FLAGS  # noqa: E402
 from elastic_daemon.flags import OURS, REFUSED, REFUSED_LOAD_FORMATS, REFUSED_ON, Refusal  # noqa: E402
+from scripts.generated_page import write_or_check  # noqa: E402
 from watchdog.cli import make_parser as watchdog_parser  # noqa: E402
 
 TARGET = ROOT / "docs" / "flags.md"
@@ -142,16 +143,5 @@ def _tested() -> Iterator[str]:
     yield ""
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if the file is out of date")
-    text = render()
-    if parser.parse_args().check:
-        current = TARGET.read_text(encoding="utf-8") if TARGET.exists() else ""
-        return 0 if current == text else 1
-    TARGET.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(__doc__, TARGET, render()))

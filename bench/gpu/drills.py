@@ -65,10 +65,6 @@ def victims(life: Life, trials: int) -> list[int]:
     return [order[number % len(order)] for number in range(trials)]
 
 
-def _trials(life: Life, standard: int) -> int:
-    return life.setting.trials or standard
-
-
 async def _kills(life: Life, findings: Findings, strikes: Strikes, trials: int) -> None:
     for rank in victims(life, trials):
         trial = await strikes.kill(rank)
@@ -94,16 +90,16 @@ def strike_figures(findings: Findings) -> dict[str, float | None]:
     return worst
 
 
-async def kill(life: Life, findings: Findings) -> None:
+async def kill(life: Life, findings: Findings, trials: int) -> None:
     async with disturbed(life, findings) as strikes:
-        await _kills(life, findings, strikes, _trials(life, 5))
+        await _kills(life, findings, strikes, trials)
     worst = strike_figures(findings)
     findings.bars.append(Bar("kill to first token, s", "<=", FIRST_TOKEN_BAR_S, worst["first_token"]))
 
 
-async def hang(life: Life, findings: Findings) -> None:
+async def hang(life: Life, findings: Findings, trials: int) -> None:
     async with disturbed(life, findings) as strikes:
-        for rank in victims(life, _trials(life, 2)):
+        for rank in victims(life, trials):
             trial = await strikes.stop(rank)
             findings.trials.append(trial)
             say(f"  SIGSTOP of rank {rank}: named {trial['named']}, {_line(trial)}")
@@ -115,17 +111,17 @@ async def hang(life: Life, findings: Findings) -> None:
     ]
 
 
-async def rejoin(life: Life, findings: Findings) -> None:
+async def rejoin(life: Life, findings: Findings, trials: int) -> None:
     async with disturbed(life, findings) as strikes:
-        await _kills(life, findings, strikes, _trials(life, 3))
+        await _kills(life, findings, strikes, trials)
     worst = strike_figures(findings)
     findings.bars.append(Bar("pause at rejoin, s", "<=", JOIN_BAR_S, worst["join_pause"]))
 
 
-async def scale(life: Life, findings: Findings) -> None:
+async def scale(life: Life, findings: Findings, trials: int) -> None:
     ranks = life.setting.ranks
     async with disturbed(life, findings) as strikes:
-        for _ in range(_trials(life, 2)):
+        for _ in range(trials):
             for size in (life.setting.half, ranks):
                 trial = await strikes.resize(size)
                 findings.trials.append(trial)
@@ -139,11 +135,11 @@ def _pauses(trial: dict[str, Any]) -> list[float]:
     return [ms(pause) for name in ("loss_pause_s", "join_pause_s", "other_pause_s") for pause in trial[name]]
 
 
-async def eplb(life: Life, findings: Findings) -> None:
+async def eplb(life: Life, findings: Findings, trials: int) -> None:
     """Kills while experts are rearranged every few steps."""
     async with disturbed(life, findings) as strikes:
         await _rearranged(life, 1)
-        for rank in victims(life, _trials(life, 2)):
+        for rank in victims(life, trials):
             before = len(_rearrangements(life))
             trial = await strikes.kill(rank)
             await _rearranged(life, len(_rearrangements(life)) + 1)
@@ -177,8 +173,8 @@ async def _rearranged(life: Life, times: int) -> None:
         await asyncio.sleep(0.2)
 
 
-async def graphs(life: Life, findings: Findings) -> None:
-    await kill(life, findings)
+async def graphs(life: Life, findings: Findings, trials: int) -> None:
+    await kill(life, findings, trials)
     if life.setting.device == "cuda":
         captured = life.logged(CAPTURED)
         findings.figures["lines of the log on captured graphs"] = len(captured)
@@ -188,18 +184,18 @@ async def graphs(life: Life, findings: Findings) -> None:
             findings.problems.append("the log does not tell that graphs were captured: were steps eager?")
 
 
-async def fp8(life: Life, findings: Findings) -> None:
-    await kill(life, findings)
+async def fp8(life: Life, findings: Findings, trials: int) -> None:
+    await kill(life, findings, trials)
     health = await life.daemon.health()
     findings.figures["model"] = f"{health['model']}, {life.setting.model}"
 
 
-async def leak(life: Life, findings: Findings) -> None:
+async def leak(life: Life, findings: Findings, trials: int) -> None:
     unit = "GPU MiB" if driver.ask() is not None else "PSS MiB (no GPU)"
     await asyncio.sleep(REST_S)
     memory = [driver.memory_mib(life.pid)]
     say(f"  {unit}: {memory[0]:.0f}")
-    for rank in victims(life, _trials(life, 5)):
+    for rank in victims(life, trials):
         async with under_load(life) as (strikes, judged):
             trial = await strikes.kill(rank)
         await asyncio.sleep(REST_S)
@@ -216,7 +212,7 @@ async def leak(life: Life, findings: Findings) -> None:
     ]
 
 
-async def nvml(life: Life, findings: Findings) -> None:
+async def nvml(life: Life, findings: Findings, _: int) -> None:
     runtime_dir = life.daemon.control.runtime_dir
     command = [sys.executable, "-m", "watchdog.cli", "status", "--runtime-dir", str(runtime_dir)]
     said = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=30, check=False)

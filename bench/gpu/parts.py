@@ -23,21 +23,25 @@ NO_STREAM = "0 lost, 0 changed, all expert slots right"
 
 @dataclass(frozen=True)
 class Part:
-    """`trials`: how many unless --trials says otherwise; `trial_s`: of each, by device; `rest_s`: beside them."""
+    """`run`: does so many trials. `trials`: how many unless --trials says otherwise; `trial_s`: of each, by device;
+    `rest_s`: beside them."""
 
     name: str
     does: str
     needs: str
     bars: str
-    run: Callable[[Life, Findings], Awaitable[None]]
+    run: Callable[[Life, Findings, int], Awaitable[None]]
     trials: int
     trial_s: Mapping[str, float]
     rest_s: float = 15.0
     flags: tuple[str, ...] = EAGER
 
+    def count(self, setting: Setting) -> int:
+        return setting.trials or self.trials
+
     def seconds(self, setting: Setting) -> float:
         watched = setting.watch_minutes * 60 if self.name == "nvml" else 0.0
-        return (setting.trials or self.trials) * self.trial_s[setting.device] + self.rest_s + watched
+        return self.count(setting) * self.trial_s[setting.device] + self.rest_s + watched
 
     def wanted(self, setting: Setting) -> Wanted:
         return Wanted(self.name, options(self.flags, setting.serve_args), self.seconds(setting))

@@ -113,11 +113,11 @@ class Running:
     async def _part(self, part: budgets.Wanted, life: Life) -> bool:
         """Returns whether the daemon can serve another part."""
         findings, began = Findings(), self.budget.spent
-        left = self.budget.left
-        say(f"[{began:.0f} s] {part.name}: {PARTS[part.name].does} (about {part.seconds:.0f} s)")
+        left, chosen = self.budget.left, PARTS[part.name]
+        say(f"[{began:.0f} s] {part.name}: {chosen.does} (about {part.seconds:.0f} s)")
         try:
             async with asyncio.timeout(_limit(min(left, 60 + 2 * part.seconds))):
-                await PARTS[part.name].run(life, findings)
+                await chosen.run(life, findings, chosen.count(self.setting))
             self._beside(part.name, life, findings)
         except asyncio.CancelledError:
             findings.cut = True

@@ -326,7 +326,7 @@ class FakeLives:
         yield SimpleNamespace(start_s=1.0, model="m", calm=calm, setting=setting, tail=lambda: "the log")
 
     def turn_of(self, name: str, does: Any) -> Any:
-        async def run(_: Any, findings: Findings) -> None:
+        async def run(_: Any, findings: Findings, __: int) -> None:
             self.begun[-1].append(name)
             findings.trials.append({"x_s": 0.1})
             if isinstance(does, Exception):
