@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -121,14 +120,18 @@ def test_the_trace_of_a_client_goes_on(traced: Cluster, receiver: Receiver) -> N
     assert spans["attempt"].parent_span_id == spans["POST /v1/completions"].span_id
 
 
-def test_gaps_of_clients_and_idle_gauges_of_the_lost_rank(traced: Cluster) -> None:
-    time.sleep(0.6)  # the front end reports twice a second
-    samples = {
+def samples_of(cluster: Cluster) -> dict[tuple[str, str], float]:
+    return {
         (sample.name, sample.labels.get("engine", sample.labels.get("status", ""))): sample.value
-        for family in text_string_to_metric_families(httpx.get(f"{traced.url}/metrics").text)
+        for family in text_string_to_metric_families(httpx.get(f"{cluster.url}/metrics").text)
         for sample in family.samples
         if "le" not in sample.labels
     }
+
+
+def test_gaps_of_clients_and_idle_gauges_of_the_lost_rank(traced: Cluster) -> None:
+    traced.wait_for(lambda: samples_of(traced)["elastic_client_gap_seconds_count", ""] >= 16)
+    samples = samples_of(traced)
     assert samples["elastic_client_gap_seconds_count", ""] == 16
     assert samples["vllm:num_requests_running", "2"] == 0
     assert samples["vllm:kv_cache_usage_perc", "2"] == 0
