@@ -19,6 +19,7 @@ from elastic_daemon.engine.gloo import CONNECT_TIMEOUT
 from elastic_daemon.errors import PeerLost
 from elastic_daemon.store import RendezvousStore
 from tests.contract.group_ranks import RankProcess, Ranks, all_do, build, checked, running
+from tests.timing import SLACK_S
 
 pytestmark = pytest.mark.contract
 
@@ -201,7 +202,7 @@ def test_a_rank_leaves_a_group_that_nobody_waits_for_any_more() -> None:
     with pytest.raises(PeerLost, match="group epoch/1 of 2 was not complete: left"):
         gloo.GlooGroup(client, "epoch/1", 0, 2, void.is_set)
     gloo.GlooGroup(client, "epoch/2", 0, 1).close()
-    assert time.monotonic() - started < 1.0
+    assert time.monotonic() - started < 0.2 + SLACK_S
 
 
 def test_a_connection_that_closes_while_the_group_is_built_is_left_out() -> None:

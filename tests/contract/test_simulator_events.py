@@ -11,6 +11,7 @@ import pynvml
 import pytest
 
 from tests.contract.nvml_child import LISTEN, NvmlChild, code_of
+from tests.timing import SLACK_S
 from watchdog.simulator import (
     Simulator,
     driver_environment,
@@ -99,11 +100,11 @@ def test_an_event_wakes_a_blocked_wait_at_once(simulator: Simulator, child: Nvml
         simulator.xid(0, 79)
         late.append(child.answer() - injected)
     print(f"event latency: median {statistics.median(late) * 1e3:.2f} ms, max {max(late) * 1e3:.2f} ms")
-    assert statistics.median(late) <= 0.010
+    assert statistics.median(late) <= 0.1, "ten times what it takes"
 
 
 def test_a_wait_ends_at_its_time(child: NvmlChild) -> None:
     child(LISTEN)
     child("e = listen(0); before = time.monotonic()")
     assert code_of(child, "wait(e, 100)") == TIMEOUT
-    assert 0.1 <= child("time.monotonic() - before") < 2
+    assert 0.1 <= child("time.monotonic() - before") < 0.1 + SLACK_S

@@ -63,8 +63,8 @@ def test_latency_delays_each_call(simulator: Simulator, child: NvmlChild) -> Non
     took = "(time.monotonic(), n.nvmlDeviceGetTemperature({}, 0), time.monotonic())"
     start, _, end = child(took.format("h"))
     assert end - start >= 0.15
-    start, _, end = child(took.format("gpu(0)"))
-    assert end - start < 0.15
+    quick = min((end - start for start, _, end in (child(took.format("gpu(0)")) for _ in range(5))))
+    assert quick < 0.15
     simulator.latency(1, timedelta(hours=1))
     child.send("n.nvmlDeviceGetTemperature(h, 0)")
     simulator.latency(1, timedelta(0))

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.timing import SLACK_S
 from watchdog.notify import EXTEND_S, Notifier, NotifySocket, Schedule, Supervision
 
 
@@ -50,7 +51,7 @@ def test_a_manager_that_does_not_read_stops_nobody(tmp_path: Path) -> None:
         began = time.monotonic()
         taken = [sender.send(WATCHDOG=1) for _ in range(2000)]
     assert taken[0] and not taken[-1]
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < SLACK_S
 
 
 def test_the_environment_is_taken_and_not_left_to_children(monkeypatch: pytest.MonkeyPatch) -> None:
