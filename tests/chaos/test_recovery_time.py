@@ -15,7 +15,7 @@ pytestmark = pytest.mark.chaos
 
 
 def test_the_median_wait_of_a_quick_benchmark(tmp_path: Path) -> None:
-    """Nothing is lost or changed, and the median over runs of the longest wait of any client is within its bar.
+    """Nothing is lost or changed, and the median over runs of the longest wait of any client is within twice its bar.
 
     A machine that is slow just now makes clients wait without any fault, too: what they waited in the undisturbed runs
     beside the faults is allowed on top.
@@ -29,4 +29,4 @@ def test_the_median_wait_of_a_quick_benchmark(tmp_path: Path) -> None:
     assert summary["kills"] >= 4
     assert (summary["lost"], summary["changed"]) == (0, 0), found["problems"]
     assert not [problem for problem in found["problems"] if "median" not in problem]
-    assert summary["gaps"]["p50"] <= GAP_BAR_S + summary["calm_gaps"]["p50"], summary
+    assert summary["gaps"]["p50"] <= 2 * GAP_BAR_S + summary["calm_gaps"]["p50"], summary
