@@ -38,6 +38,7 @@ class Phase(StrEnum):
     REGROUPING = "regrouping"
     RESUMING = "resuming"  # ranks step again, the front end places its requests
     SERVING = "serving"
+    QUIESCING = "quiescing"  # still serving; ranks end their step, and the group changes then
     UNAVAILABLE = "unavailable"  # the ranks left, all parked, cannot hold every expert
     STOPPING = "stopping"  # running requests may finish
     EXITED = "exited"  # nothing is done or heard any more
@@ -119,7 +120,7 @@ class ControlState:
                 return Status.STOPPING
             case Phase.UNAVAILABLE:
                 return Status.UNAVAILABLE
-            case Phase.RESUMING | Phase.SERVING if self._frontend is Frontend.READY:
+            case Phase.RESUMING | Phase.SERVING | Phase.QUIESCING if self._frontend is Frontend.READY:
                 serving = {row.rank for row in self._group if row.state is not RankState.DRAINING}
                 return Status.OK if serving >= self._wanted else Status.DEGRADED
             case _:

@@ -8,8 +8,8 @@ Start-up and recovery share one path, and never more than one is under way:
     members parked -> plan -> Regroup all -> all regrouped -> Resume all, publish -> the front end is in step
 
 Start-up comes to it with ranks that are parked because they have just been built; a recovery opens a new epoch and
-fences every member first. Whatever goes wrong on the way (one more death, silence, a failed regroup) leads back to
-fencing, in the next epoch, with the members that are left.
+fences every member first; before a change that can wait, the members end their step. Whatever goes wrong on the way
+(one more death, silence, a failed regroup) leads back to fencing, in the next epoch, with the members that are left.
 """
 
 from __future__ import annotations
@@ -101,6 +101,8 @@ class Controller(ScalingControl):
                 self._lose({row.rank: event.status})
             case _ if event.epoch != self.epoch:
                 pass  # belongs to an epoch that is over
+            case p.RankQuiesced():
+                self._on_quiesced(event)
             case p.RankFenced():
                 self._on_fenced(event)
             case p.RankRegrouped():
@@ -164,6 +166,8 @@ class Controller(ScalingControl):
             self._lose(dict.fromkeys(ranks, f"not ready {policy.start_timeout_s:g} s after its start"), kill=True)
         # What else these two waited for follows from them by itself.
         due(Wait.RANK_RESTART, now), due(Wait.GPU, now), due(Wait.START, now)
+        if ranks := due(Wait.QUIESCE, now):
+            self._quiesce_overdue(ranks)
         if ranks := due(Wait.FENCE, now):
             self._lose(dict.fromkeys(ranks, f"not parked {policy.fence_timeout_s:g} s after it was fenced"), kill=True)
         if ranks := due(Wait.REGROUP, now):
@@ -174,7 +178,7 @@ class Controller(ScalingControl):
             self._record("frontend_not_in_step", epoch=self.epoch)
             self._finish(None)
         if due(Wait.JOIN, now) and self._can_grow:
-            self._enlist()
+            self._enlist() if self._phase is Phase.UNAVAILABLE else self._quiesce()
         if due(Wait.SPREAD, now):
             self._spread_late()
         if due(Wait.SPREAD_START, now):
@@ -202,7 +206,7 @@ class Controller(ScalingControl):
                 self._regroup_failed((row.rank,), event.error)
             case Phase.STOPPING:
                 self._exit(EXIT_STOPPED, f"a fault while draining: {fault.reason}")
-            case Phase.RESUMING | Phase.SERVING:
+            case Phase.RESUMING | Phase.SERVING | Phase.QUIESCING:
                 if row.state is RankState.ACTIVE:
                     self._ranks.move(row.rank, RankState.SUSPECT, self._now, event.error)
                     self._record("rank_fault", rank=row.rank, incarnation=row.incarnation, error=event.error)
@@ -228,7 +232,8 @@ class Controller(ScalingControl):
     def _on_verdict(self, event: p.TelemetryVerdict) -> None:
         rows = [row for identity in event.ranks if (row := self._ranks.current(*identity))]
         members = sum(row.state in MEMBERS for row in rows)
-        serving, stopping = self._phase in (Phase.RESUMING, Phase.SERVING), self._phase is Phase.STOPPING
+        serving = self._phase in (Phase.RESUMING, Phase.SERVING, Phase.QUIESCING)
+        stopping = self._phase is Phase.STOPPING
         departure = self._departure
         may_drain = self._phase is Phase.SERVING and departure is None
         leaving = departure is not None and departure.forced and {row.identity for row in rows} <= departure.ranks

@@ -14,6 +14,7 @@ class Wait(StrEnum):
     RANK_RESTART = "the pause before restarting ranks"
     GPU = "the probation of a GPU"
     JOIN = "ranks to join"
+    QUIESCE = "ranks to end their step"
     FENCE = "ranks to park"
     REGROUP = "ranks to regroup"
     SYNC = "the front end to place its requests"

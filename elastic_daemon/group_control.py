@@ -18,7 +18,16 @@ from elastic_daemon.placement import NotEnoughSlots, Placement, repair
 from elastic_daemon.recovery import Recovery
 from elastic_daemon.service_control import ServiceControl
 
-OF_THE_EPOCH = (Wait.FENCE, Wait.REGROUP, Wait.SYNC, Wait.GRACE, Wait.HOLD, Wait.SPREAD_START, Wait.SPREAD)
+OF_THE_EPOCH = (
+    Wait.QUIESCE,
+    Wait.FENCE,
+    Wait.REGROUP,
+    Wait.SYNC,
+    Wait.GRACE,
+    Wait.HOLD,
+    Wait.SPREAD_START,
+    Wait.SPREAD,
+)
 
 
 class GroupControl(ServiceControl):
@@ -29,6 +38,13 @@ class GroupControl(ServiceControl):
             self._recovery = Recovery(cause, min(at for at in seen if at is not None), self._now)
             self._record("recovery_started", cause=cause)
         return self._recovery
+
+    def _quiesce(self) -> None:
+        """Have all members stop together between two steps, for a change that can wait that long: no step is voided."""
+        self._phase = Phase.QUIESCING
+        for row in self._ranks.members:
+            self._deadlines.arm(Wait.QUIESCE, self._now + self._policy.quiesce_timeout_s, row.rank)
+            self._emit(p.Quiesce(row.rank, self.epoch))
 
     def _new_epoch(self, hold: bool = True) -> None:
         """Void the current epoch and fence every member in the next. The world stops here.

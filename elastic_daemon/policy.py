@@ -28,6 +28,7 @@ class Policy:
     restart_backoff_s: float = 0.5  # doubles with every further attempt
     max_backoff_s: float = 10.0
     fault_grace_s: float = 0.5  # a fault is often the first sign of a death: how long to wait for the second
+    quiesce_timeout_s: float = 1.0
     fence_timeout_s: float = 3.0
     regroup_timeout_s: float = 3.0
     max_regroup_failures: int = 5  # in a row, with the same members

@@ -16,6 +16,8 @@ def rank_event(identity: p.Identity, message: Message) -> p.RankEvent | None:
             return p.RankReady(rank, incarnation, message["layers"], _column(message))
         case "fault":
             return p.RankFault(rank, incarnation, message["epoch"], message["error"])
+        case "quiesced":
+            return p.RankQuiesced(rank, incarnation, message["epoch"])
         case "fenced":
             return p.RankFenced(rank, incarnation, message["epoch"], _column(message))
         case "regrouped":
@@ -35,12 +37,14 @@ def rank_event(identity: p.Identity, message: Message) -> p.RankEvent | None:
             return None
 
 
-RankAction = p.Fence | p.Regroup | p.Resume | p.Respread | p.StoreExperts
+RankAction = p.Quiesce | p.Fence | p.Regroup | p.Resume | p.Respread | p.StoreExperts
 
 
 def rank_message(action: RankAction) -> tuple[str, dict[str, Any]]:
     """Type and fields."""
     match action:
+        case p.Quiesce():
+            return "quiesce", {"epoch": action.epoch}
         case p.Fence():
             return "fence", {"epoch": action.epoch}
         case p.Regroup():

@@ -62,8 +62,36 @@ class ScalingControl(CapacityControl):
             self._evacuate(rows)
         if departure.step is Step.EXPERTS and self._spread is None:
             departure.step = Step.LEAVING
-        if departure.step is Step.LEAVING or departure.overdue:
+        if departure.overdue or (departure.step is Step.LEAVING and self._phase is Phase.UNAVAILABLE):
             self._leave(departure, rows)
+        elif departure.step is Step.LEAVING:
+            self._quiesce()
+
+    def _change_group(self) -> None:
+        """What the members were asked to stop for, now that they have, or had the time to. It may be off meanwhile."""
+        self._phase = Phase.SERVING
+        departure, rows = self._departure, self._departing
+        if departure is not None and rows and self._holds_all(len(self._ranks.members) - len(rows)):
+            self._leave(departure, rows)
+        elif self._can_grow:
+            self._enlist()
+        else:
+            self._open_recovery("the change that ranks stopped for is off")
+            self._new_epoch()
+
+    def _on_quiesced(self, event: p.RankQuiesced) -> None:
+        if self._phase is not Phase.QUIESCING:
+            return
+        self._deadlines.disarm(Wait.QUIESCE, event.rank)
+        if not self._deadlines.of(Wait.QUIESCE):
+            self._change_group()
+
+    def _quiesce_overdue(self, ranks: tuple[int, ...]) -> None:
+        """The fence frees whoever is stuck, at the price of a step."""
+        self._deadlines.clear(Wait.QUIESCE)
+        if self._phase is Phase.QUIESCING:
+            self._record("quiesce_overdue", epoch=self.epoch, ranks=ranks)
+            self._change_group()
 
     def _evacuate(self, rows: tuple[Rank, ...]) -> None:
         assert self._placement is not None

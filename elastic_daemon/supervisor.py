@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import structlog
 
@@ -345,11 +345,7 @@ class Supervisor:
     _handlers: ClassVar[dict[type, Callable[[Supervisor, Any], None]]] = {
         p.StartRank: _start_rank,
         p.KillRank: _kill_rank,
-        p.Fence: _tell_rank,
-        p.Regroup: _tell_rank,
-        p.Resume: _tell_rank,
-        p.Respread: _tell_rank,
-        p.StoreExperts: _tell_rank,
+        **dict.fromkeys(get_args(RankAction), _tell_rank),
         p.Publish: _publish,
         p.StartFrontend: _start_frontend,
         p.KillFrontend: _kill_frontend,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -11,7 +12,7 @@ from torch.distributed import ProcessGroup
 from elastic_daemon.engine.heartbeat import Steps
 from elastic_daemon.engine.host_copies import HostCopies
 from elastic_daemon.engine.plan import rank_plan
-from elastic_daemon.engine.respread import Plan, Respreading, sync
+from elastic_daemon.engine.respread import Plan, Respreading, Sync, sync
 from elastic_daemon.engine.storing import Storing
 from elastic_daemon.engine.worker import ElasticWorker
 from elastic_daemon.messages import Message
@@ -89,14 +90,11 @@ class Background:
             self._respreading.advance()
             self._steps.end()
 
-    def sync(self, group: ProcessGroup, unfinished: bool, pausing: bool) -> tuple[bool, bool]:
-        """Called at each sync of the engines. Returns whether any has reason to go on, and whether all want to pause.
-
-        Raises PeerLost.
-        """
-        found = sync(group, unfinished, pausing, self._respreading.serial)
+    def sync(self, group: ProcessGroup, unfinished: bool, pausing: bool, quiescing: bool = False) -> Sync:
+        """Called at each sync of the engines; `running` if experts are moving, too. Raises PeerLost."""
+        found = sync(group, unfinished, pausing, self._respreading.serial, quiescing)
         self._respreading.begin(found.agreed)
-        return found.running or self._respreading.is_moving, found.paused
+        return replace(found, running=found.running or self._respreading.is_moving)
 
 
 def open_copies(directory: str | None, worker: ElasticWorker) -> HostCopies | None:

@@ -91,6 +91,7 @@ class ElasticEngineCore(DPEngineCoreProc):
         self._page = page
         self._steps = steps
         self._fence_epoch = 0
+        self._quiescing = False
         self.epoch = 0
         self.plan = rank_plan(config)
         # What DPEngineCoreProc.__init__ sets up; it takes the rank for the identity, and ours is the incarnation: a
@@ -173,11 +174,32 @@ class ElasticEngineCore(DPEngineCoreProc):
         self.step_counter += 1
         if self.step_counter != 1 and self.step_counter % self.dp_sync_interval != 0:
             return True
-        running, paused = self._background.sync(self.dp_group, local_unfinished, self.pending_pause)
-        if paused:
+        found = self._background.sync(self.dp_group, local_unfinished, self.pending_pause, self._quiescing)
+        if found.paused:
             self.ignore_start_dp_wave = True
             self.pending_pause = False
-        return running
+        if found.quiet:
+            self._stand_still()
+        return found.running
+
+    def _stand_still(self) -> None:
+        """End the steps that are under way, begin none, and wait for the fence. Raises Fenced, or PeerLost."""
+        while self.batch_queue:
+            future, scheduled, executed = self.batch_queue.pop()
+            with self.log_error_detail(scheduled):
+                output = future.result() or executed.result()
+            self._process_aborts_queue()
+            for item in self.scheduler.update_from_output(scheduled, output).items():
+                self.output_queue.put_nowait(item)
+        self._page.set_phase(Phase.PARKED)
+        self._control.send("quiesced", epoch=self.epoch)
+        while not self.is_fenced:
+            message = get_beating(self._instructions, self._page.beat)
+            if message["type"] == "call":
+                self._answer_call(message, Phase.PARKED)
+            elif message["type"] == "fence":
+                self._instructions.put(message)  # `park` answers it
+        self._raise_if_fenced()
 
     @contextlib.contextmanager
     def log_error_detail(self, scheduler_output: SchedulerOutput) -> Iterator[None]:
@@ -303,7 +325,7 @@ class ElasticEngineCore(DPEngineCoreProc):
         return loaded
 
     def _start_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.epoch, self._quiescing = epoch, False
         self._background.begin_epoch(epoch)
         self.current_wave = epoch * WAVES_PER_EPOCH
         self.step_counter = 0
@@ -336,6 +358,8 @@ class ElasticEngineCore(DPEngineCoreProc):
         for message in pending:
             if message["type"] == "call":
                 self._answer_call(message, Phase.DECODE if self.has_work() else Phase.IDLE)
+            elif message["type"] == "quiesce":
+                self._quiescing = self.engines_running = message["epoch"] == self.epoch
             elif message["type"] not in ("respread", "store"):
                 self._instructions.put(message)
             elif self._background.take(message):

@@ -32,27 +32,30 @@ class Sync:
     """What the ranks of a group have told each other after a step.
 
     `running`: some rank has reason to go on. `paused`: all want to pause. `agreed`: the plan that all hold, or NO_PLAN.
+    `quiet`: all were told to quiesce, and know it of each other: this step was the last one.
     """
 
     running: bool
     paused: bool
     agreed: int
+    quiet: bool = False
 
 
-def sync(group: ProcessGroup, unfinished: bool, pausing: bool, serial: int) -> Sync:
-    """vLLM's `ParallelConfig.sync_dp_state` with one question more, in as many collectives: one.
+def sync(group: ProcessGroup, unfinished: bool, pausing: bool, serial: int, quiescing: bool = False) -> Sync:
+    """vLLM's `ParallelConfig.sync_dp_state` with two questions more, in as many collectives: one.
 
     `serial`: of the plan that this rank holds and has not begun, or NO_PLAN. Who holds one that others have not read
-    yet keeps all running: they read it between two steps.
+    yet keeps all running: they read it between two steps. So does who was told to quiesce.
     """
-    said = (int(unfinished), int(pausing), serial)
+    said = (int(unfinished), int(pausing), serial, int(quiescing))
     extremes = torch.tensor([*said, *(-value for value in said)], dtype=torch.int64)
     torch.distributed.all_reduce(extremes, op=ReduceOp.MAX, group=group)
-    any_unfinished, any_pausing, highest, _, least_pausing, lowest = extremes.tolist()
+    any_unfinished, any_pausing, highest, any_quiescing, _, least_pausing, lowest, least_quiescing = extremes.tolist()
     paused = least_pausing == -1
     undecided = any_pausing == 1 and not paused
     agreed = highest if highest == -lowest else NO_PLAN
-    return Sync(any_unfinished == 1 or undecided or highest > NO_PLAN, paused, agreed)
+    running = any_unfinished == 1 or undecided or highest > NO_PLAN or any_quiescing == 1
+    return Sync(running, paused, agreed, least_quiescing == -1)
 
 
 class Mover(Protocol):

@@ -54,6 +54,14 @@ class Regroup:
 
 
 @dataclass(frozen=True)
+class Quiesce:
+    """Stop together with the other members, between two steps of `epoch`, and wait for the fence."""
+
+    rank: int
+    epoch: int
+
+
+@dataclass(frozen=True)
 class Resume:
     rank: int
     epoch: int
@@ -156,6 +164,7 @@ class Exit:
 Action = (
     StartRank
     | KillRank
+    | Quiesce
     | Fence
     | Regroup
     | Resume

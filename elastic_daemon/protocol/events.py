@@ -43,6 +43,15 @@ class RankFault:
 
 
 @dataclass(frozen=True)
+class RankQuiesced:
+    """Its last step of this epoch has ended, and so has that of all other members: the fence voids nothing."""
+
+    rank: int
+    incarnation: int
+    epoch: int
+
+
+@dataclass(frozen=True)
 class RankFenced:
     """Out of its collectives, stepping no more, until it is told to regroup."""
 
@@ -251,6 +260,7 @@ RankEvent = (
     RankReady
     | RankExited
     | RankFault
+    | RankQuiesced
     | RankFenced
     | RankRegrouped
     | RegroupFailed

@@ -115,7 +115,7 @@ class ServingRank(GroupRank):
             assert self._eplb.on_plan is not None
             self._eplb.on_plan(self._balanced[1])
         self._background.advance()
-        running, _ = self._background.sync(self._groups.dp.cpu_group, self._busy, False)
+        running = self._background.sync(self._groups.dp.cpu_group, self._busy, False).running
         return running
 
     def sync_as_vllm(self, unfinished: bool, pausing: bool) -> tuple[tuple[bool, bool], tuple[bool, bool]]:
@@ -123,6 +123,11 @@ class ServingRank(GroupRank):
         group = self._groups.dp.cpu_group
         ours = sync(group, unfinished, pausing, 0)
         return ParallelConfig.sync_dp_state(group, unfinished, pausing), (ours.running, ours.paused)
+
+    def sync_quiescing(self, quiescing: bool) -> tuple[bool, bool]:
+        """(running, quiet) of a rank without requests."""
+        found = sync(self._groups.dp.cpu_group, False, False, 0, quiescing)
+        return found.running, found.quiet
 
     def state(self) -> dict[str, Any]:
         """What this rank says it holds, whether its weights agree, and what it has sent."""

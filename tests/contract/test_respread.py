@@ -195,6 +195,17 @@ def test_without_a_plan_the_answer_is_that_of_vllm(ranks: Ranks) -> None:
             assert ours == theirs, said
 
 
+@pytest.mark.parametrize("said", [(False, False), (True, False), (False, True), (True, True)])
+def test_ranks_stand_still_when_all_were_told_and_step_until_then(ranks: Ranks, said: tuple[bool, bool]) -> None:
+    group = ranks.spawn(2, ServingRank)
+    build(group, "quiesce")
+    for rank, quiescing in zip(group, said, strict=True):
+        rank.start("sync_quiescing", quiescing)
+    for rank in group:
+        running, quiet = checked(rank.answer())
+        assert (running, quiet) == (any(said), all(said))
+
+
 def test_a_slot_that_was_loaded_is_in_the_column_at_once() -> None:
     """Whatever becomes of the regroup that it was loaded for."""
     state = ElasticEplbState(ParallelConfig(), torch.device("cpu"))

@@ -30,6 +30,7 @@ class Shell:
         self.actions = list(self.controller.start(self.now))
         self.columns = dict(self.first_placement().columns)
         self.orders = 0
+        self.quiesces = True  # members that are asked to end their step do so at once
         self.heeded: set[object] = set()  # draining ranks, moves and stores that were answered
 
     def first_placement(self) -> Placement:
@@ -53,7 +54,8 @@ class Shell:
         self.now += after
         actions = [action for event in events for action in self.controller.handle(event, self.now)]
         self.actions += actions
-        return actions
+        stopping = of(p.Quiesce, actions) if self.quiesces else []
+        return actions + (self.quiesced(*(order.rank for order in stopping)) if stopping else [])
 
     def tick(self) -> list[p.Action]:
         """At the next deadline."""
@@ -75,6 +77,9 @@ class Shell:
 
     def fault(self, rank: int) -> list[p.Action]:
         return self.send(p.RankFault(rank, self.incarnation(rank), self.controller.epoch, "peer is gone"))
+
+    def quiesced(self, *ranks: int) -> list[p.Action]:
+        return self.send(*(p.RankQuiesced(r, self.incarnation(r), self.controller.epoch) for r in ranks))
 
     def fenced(self, *ranks: int, epoch: int | None = None) -> list[p.Action]:
         epoch = self.controller.epoch if epoch is None else epoch

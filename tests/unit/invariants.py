@@ -27,13 +27,14 @@ class Process:
     rank: int
     incarnation: int
     column: list[list[int]]
-    mode: str = "starting"  # parked, grouping, grouped, stepping, or faulted: parked unasked
+    mode: str = "starting"  # parked, grouping, grouped, stepping, quiet, or faulted: parked unasked
     epoch: int = 0  # the last one it was fenced or regrouped in
     alive: bool = True
     hung: bool = False  # answers nothing until it is killed
     loads: tuple[Any, ...] = ()
     requests: set[int] = field(default_factory=set)
     move: p.Respread | None = None  # to be made
+    told_to_quiesce: bool = False
 
     @property
     def identity(self) -> tuple[int, int]:

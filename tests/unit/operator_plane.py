@@ -142,6 +142,8 @@ class OperatorPlane:
                 return [p.RankReady(action.rank, action.incarnation, LAYERS, self._columns[action.rank])]
             case p.KillRank():
                 return [p.RankExited(action.rank, action.incarnation, "killed")]
+            case p.Quiesce():
+                return [p.RankQuiesced(action.rank, incarnations[action.rank], action.epoch)]
             case p.Fence():
                 column = self._columns[action.rank]
                 return [p.RankFenced(action.rank, incarnations[action.rank], action.epoch, column)]

@@ -21,6 +21,7 @@ from elastic_daemon.gpu_pool import GpuPool
 from elastic_daemon.membership import Status
 from elastic_daemon.placement import EMPTY, Placement, initial, slots_per_rank
 from elastic_daemon.policy import Policy
+from elastic_daemon.rank_messages import RankAction
 from tests.unit.invariants import SERVING, Books, Process
 from tests.unit.poison import Poison
 
@@ -180,7 +181,7 @@ class World(Books):
                     self.dead.add((action.rank, action.incarnation))
                     delay = self.rng.uniform(0.5, 3.0) if self.happens(5) else self.soon()
                     self.later(delay, self.kill, self.processes[action.rank], "killed", self.rng.random() < 0.8)
-                case p.Fence() | p.Regroup() | p.Resume() | p.Respread() | p.StoreExperts():
+                case p.Quiesce() | p.Fence() | p.Regroup() | p.Resume() | p.Respread() | p.StoreExperts():
                     process = self.processes[action.rank]
                     self.spring_trap(type(action).__name__, process)
                     self.later(self.soon(), self.receive, process, action)
@@ -217,8 +218,10 @@ class World(Books):
             process.mode = "parked"
             self.say(process, p.RankReady(*process.identity, self.layers, process.frozen_column))
 
-    def receive(self, process: Process, action: p.Fence | p.Regroup | p.Resume | p.Respread | p.StoreExperts) -> None:
+    def receive(self, process: Process, action: RankAction) -> None:
         match action:
+            case p.Quiesce():
+                self.on_quiesce(process, action)
             case p.Fence():
                 self.on_fence(process, action)
             case p.Regroup():
@@ -230,6 +233,18 @@ class World(Books):
                     process.move = action
             case p.StoreExperts():
                 self.on_store(process, action)
+
+    def on_quiesce(self, process: Process, action: p.Quiesce) -> None:
+        """The last of them to be told lets all stand still, after a step that all have made."""
+        if not process.works or process.mode != "stepping" or process.epoch != action.epoch:
+            return
+        process.told_to_quiesce = True
+        group = [self.process_of(identity) for identity in self.members[action.epoch]]
+        if all(peer and peer.works and peer.mode == "stepping" and peer.told_to_quiesce for peer in group):
+            for peer in group:
+                assert peer is not None
+                peer.mode = "quiet"
+                self.say(peer, p.RankQuiesced(*peer.identity, action.epoch))
 
     def on_store(self, process: Process, action: p.StoreExperts) -> None:
         """What a slot does not hold any more is passed over."""
@@ -273,7 +288,7 @@ class World(Books):
 
     def on_resume(self, process: Process, action: p.Resume) -> None:
         if process.mode == "grouped" and process.epoch == action.epoch:
-            process.mode = "stepping"
+            process.mode, process.told_to_quiesce = "stepping", False
             if process.hung:
                 self.watch(process)
 
