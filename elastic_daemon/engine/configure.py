@@ -36,6 +36,10 @@ EXPERT_OPS = ("vllm::moe_forward", "vllm::moe_forward_shared")
 GRAPHS_VARIABLE = "ELASTIC_CUDA_GRAPHS"
 """Environment: "1" has CUDA graphs captured, which no drill has proven yet. Without it all steps are eager."""
 
+DP_SYNC_INTERVAL = 4
+"""Steps between two agreements of the engines where `--dp-sync-interval` is not given; vLLM's 16 would keep a rank that
+is to join or leave waiting for as many. One costs an all-reduce of eight numbers among hosts."""
+
 WORKERS = {
     "cpu": "elastic_daemon.engine.cpu_worker.ElasticCPUWorker",
     "cuda": "elastic_daemon.engine.gpu_worker.ElasticGPUWorker",
@@ -77,7 +81,7 @@ def configure(
             f"--device {device}: the vLLM in this environment, or this machine, serves on "
             f"{current_platform.device_type or 'no device'}; install the build for {device}, or change --device"
         )
-    args = _parse(arguments)
+    args = parse_flags(arguments)
     if args.model_tag is not None:
         raise ConfigError(f"unexpected argument {args.model_tag!r}: MODEL comes right after `serve`, before all flags")
     if problems := refusals(vars(args), device):
@@ -155,8 +159,9 @@ def _slots(experts: int, ranks: int, survive_losses: int, redundant: int) -> int
         raise ConfigError(f"--data-parallel-size {ranks} with --survive-losses {survive_losses}: {error}") from error
 
 
-def _parse(arguments: Sequence[str]) -> Namespace:
+def parse_flags(arguments: Sequence[str]) -> Namespace:
     parser = make_arg_parser(FlexibleArgumentParser(prog="elastic-daemon serve"))
+    parser.set_defaults(dp_sync_interval=DP_SYNC_INTERVAL)
     messages = io.StringIO()
     try:
         with redirect_stderr(messages), redirect_stdout(messages):

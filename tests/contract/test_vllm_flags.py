@@ -101,3 +101,8 @@ def test_other_flags_pass(parser: argparse.ArgumentParser, arguments: list[str])
 def test_load_formats_are_vllms(parser: argparse.ArgumentParser) -> None:
     for name in REFUSED_LOAD_FORMATS:
         assert parser.parse_args(["--load-format", name]).load_format == name
+
+
+@pytest.mark.parametrize(("arguments", "steps"), [([], DP_SYNC_INTERVAL), (["--dp-sync-interval", "16"], 16)])
+def test_engines_agree_more_often_than_vllm_has_them_unless_told(arguments: list[str], steps: int) -> None:
+    assert parse_flags(arguments).dp_sync_interval == steps
