@@ -160,6 +160,7 @@ def _slots(experts: int, ranks: int, survive_losses: int, redundant: int) -> int
 
 
 def parse_flags(arguments: Sequence[str]) -> Namespace:
+    """vLLM's own flags, with our defaults where they differ. Raises ConfigError, with what its parser says."""
     parser = make_arg_parser(FlexibleArgumentParser(prog="elastic-daemon serve"))
     parser.set_defaults(dp_sync_interval=DP_SYNC_INTERVAL)
     messages = io.StringIO()

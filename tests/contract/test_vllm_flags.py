@@ -8,6 +8,7 @@ import pytest
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from elastic_daemon.engine.configure import DP_SYNC_INTERVAL, parse_flags
 from elastic_daemon.flags import OURS, REFUSED, REFUSED_LOAD_FORMATS, REFUSED_ON, Refusal, refusals
 
 pytestmark = pytest.mark.contract
