@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -138,8 +138,7 @@ class Source(StrEnum):
     CHECKPOINT = "checkpoint"  # the expert's slices on disk
 
 
-@dataclass(frozen=True)
-class SlotLoad:
+class SlotLoad(NamedTuple):
     """Put `expert` into one slot, over `evicts` (an expert id, or EMPTY). `peer` is the rank to copy from, for PEER."""
 
     rank: int
@@ -160,7 +159,7 @@ class RepairPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and dicts: unchanged by a trip through JSON."""
-        loads = [{**asdict(load), "source": load.source.value} for load in self.loads]
+        loads = [{**load._asdict(), "source": load.source.value} for load in self.loads]
         return {"placement": self.placement.to_json(), "loads": loads}
 
     @classmethod

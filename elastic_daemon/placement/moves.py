@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import numpy as np
 
@@ -64,7 +63,7 @@ def evacuate(placement: Placement, leaving: Iterable[int]) -> RepairPlan:
         if senders := holders.get((load.layer, load.expert)):
             peer = min(senders, key=sent.__getitem__)
             sent[peer] += 1
-            loads[number] = replace(load, source=Source.PEER, peer=peer)
+            loads[number] = load._replace(source=Source.PEER, peer=peer)
     return RepairPlan(placement.with_columns(plan.placement.columns), tuple(loads))
 
 
@@ -139,7 +138,7 @@ def _even_out(edit: _Edit) -> None:
             edit.put(load.layer, index, load.slot, load.evicts)
             edit.put(load.layer, other, slot, load.expert)
             edit.received[[index, other]] += -1, 1
-            edit.loads[number] = replace(load, rank=edit.start.ranks[other], slot=slot)
+            edit.loads[number] = load._replace(rank=edit.start.ranks[other], slot=slot)
             moved = True
 
 

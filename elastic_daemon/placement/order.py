@@ -150,6 +150,8 @@ class _Sources:
             source = Source.HOST if (self.layer, expert) in self.host_copies else Source.CHECKPOINT
             return SlotLoad(rank, self.layer, slot, expert, evicts, source)
         host = self.host[index]
-        peer = min(holders, key=lambda other: (other != index, self.host[other] != host, self.sent[other]))
+        peer = holders[0]
+        if len(holders) > 1:
+            peer = min(holders, key=lambda other: (other != index, self.host[other] != host, self.sent[other]))
         self.sent[peer] += 1
         return SlotLoad(rank, self.layer, slot, expert, evicts, Source.PEER, self.ranks[peer])

@@ -69,11 +69,13 @@ class Tables:
 
     def spare(self, layers: IntArray, keep: int) -> IntArray:
         """How readily each slot [len(layers), N, S] may be overwritten; 0 where that would leave less than `keep`."""
-        table, at = self.table[layers], layers[:, None, None]
-        ranks = table.shape[1]
-        number = self.copies[at, table]  # of anything where the slot is empty
+        table = self.table[layers]
+        _, ranks, experts = self.held.shape
+        # Flat indices: several times as fast. Where the slot is empty they are of anything.
+        number = self.copies.take(layers[:, None, None] * experts + table)
+        held = self.held.take((layers[:, None, None] * ranks + np.arange(ranks)[:, None]) * experts + table)
         spare = np.where(number > keep, number, 0)
-        spare[self.held[at, np.arange(ranks)[:, None], table] > 1] = ranks + 1  # a duplicate within its rank
+        spare[held > 1] = ranks + 1  # a duplicate within its rank
         spare[table == EMPTY] = ranks + 2
         return spare
 
