@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from bench.command import positive
 from elastic_daemon.placement import RepairPlan, evacuate, initial, repair, respread
 
 BAR_S = 0.2
@@ -60,7 +61,7 @@ def loads_of(plan: object) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.placement", description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=TRIALS, metavar="N", help=f"of each plan ({TRIALS})")
+    parser.add_argument("--trials", type=positive, default=TRIALS, metavar="N", help=f"of each plan ({TRIALS})")
     trials = parser.parse_args().trials
     for slots, lost in LOST.items():
         print(f"\nS = {slots}, {len(lost)} lost")

@@ -44,6 +44,8 @@ class Phase(StrEnum):
     EXITED = "exited"  # nothing is done or heard any more
 
 
+STEPPING = (Phase.RESUMING, Phase.SERVING, Phase.QUIESCING)
+
 TIMERS = {Phase.FENCING: Timer.FENCE, Phase.REGROUPING: Timer.REGROUP, Phase.RESUMING: Timer.RESUME}
 
 
@@ -120,7 +122,7 @@ class ControlState:
                 return Status.STOPPING
             case Phase.UNAVAILABLE:
                 return Status.UNAVAILABLE
-            case Phase.RESUMING | Phase.SERVING | Phase.QUIESCING if self._frontend is Frontend.READY:
+            case phase if phase in STEPPING and self._frontend is Frontend.READY:
                 serving = {row.rank for row in self._group if row.state is not RankState.DRAINING}
                 return Status.OK if serving >= self._wanted else Status.DEGRADED
             case _:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import assert_never
 
 from elastic_daemon import protocol as p
-from elastic_daemon.control_state import Frontend, Phase
+from elastic_daemon.control_state import STEPPING, Frontend, Phase
 from elastic_daemon.deadlines import Wait
 from elastic_daemon.membership import MEMBERS, Rank, RankState
 from elastic_daemon.policy import Policy
@@ -206,7 +206,7 @@ class Controller(ScalingControl):
                 self._regroup_failed((row.rank,), event.error)
             case Phase.STOPPING:
                 self._exit(EXIT_STOPPED, f"a fault while draining: {fault.reason}")
-            case Phase.RESUMING | Phase.SERVING | Phase.QUIESCING:
+            case phase if phase in STEPPING:
                 if row.state is RankState.ACTIVE:
                     self._ranks.move(row.rank, RankState.SUSPECT, self._now, event.error)
                     self._record("rank_fault", rank=row.rank, incarnation=row.incarnation, error=event.error)
@@ -232,8 +232,7 @@ class Controller(ScalingControl):
     def _on_verdict(self, event: p.TelemetryVerdict) -> None:
         rows = [row for identity in event.ranks if (row := self._ranks.current(*identity))]
         members = sum(row.state in MEMBERS for row in rows)
-        serving = self._phase in (Phase.RESUMING, Phase.SERVING, Phase.QUIESCING)
-        stopping = self._phase is Phase.STOPPING
+        serving, stopping = self._phase in STEPPING, self._phase is Phase.STOPPING
         departure = self._departure
         may_drain = self._phase is Phase.SERVING and departure is None
         leaving = departure is not None and departure.forced and {row.identity for row in rows} <= departure.ranks
