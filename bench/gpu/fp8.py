@@ -1,8 +1,8 @@
-"""An FP8 checkpoint of the bundled model, as vLLM's loader for `quant_method: fp8` reads it.
+"""An FP8 checkpoint of the bundled model in blocks of 128 x 128, as DeepSeek's and Qwen's are.
 
-Linear layers of attention and all experts get e4m3 weights with one scale each (`weight_scale`, float32, without a
-dimension), and one scale for all activations. vLLM cannot dispatch experts' activations with a scale of each rank's
-own, and blocks of 128 would not fit: experts are 64 wide. Router, embeddings, head and norms stay as they are.
+All experts get e4m3 weights with one scale for each block (`weight_scale_inv`, float32); activations are quantized in
+groups of 128 while the model runs. Experts of the bundled model are 64 wide, so zeros fill their blocks, which changes
+no result. Attention, router, embeddings, head and norms stay as they are.
 """
 
 from __future__ import annotations
@@ -19,32 +19,47 @@ from typing import Any
 from elastic_daemon.config import BUNDLED_MODEL
 
 WEIGHTS = "model.safetensors"
-QUANTIZED = re.compile(r"\.(?:self_attn\.[qkvo]_proj|mlp\.experts\.\d+\.(?:gate|up|down)_proj)\.weight$")
+QUANTIZED = re.compile(r"\.mlp\.experts\.\d+\.(?:gate|up|down)_proj\.weight$")
+BLOCK = 128
 FP8_MAX = 448.0
 """The largest number of e4m3."""
-INPUT_SCALE = 0.25
-"""Activations up to 112 are kept, and those from 0.004 on with all their digits."""
 
 
 def quantization_config(layers: int) -> dict[str, Any]:
     """For config.json. What is ignored are linear layers that stay as they are."""
-    ignored = ["lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(layers))]
-    return {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "static", "ignored_layers": ignored}
+    ignored = ["lm_head"]
+    for layer in range(layers):
+        ignored += [f"model.layers.{layer}.self_attn.{name}_proj" for name in "qkvo"]
+        ignored.append(f"model.layers.{layer}.mlp.gate")
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+        "ignored_layers": ignored,
+    }
 
 
 def quantized(tensors: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The same tensors, with weights in FP8 and their scales beside them."""
+    """The same tensors, with experts in FP8 and their scales beside them."""
     import torch
 
     for name, tensor in tensors.items():
         if not QUANTIZED.search(name):
             yield name, tensor.contiguous()
             continue
-        weights = tensor.to(torch.float32)
-        scale = (weights.abs().max() / FP8_MAX).clamp(min=1e-12)
-        yield name, (weights / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).contiguous()
-        yield f"{name}_scale", scale.to(torch.float32)
-        yield f"{name.removesuffix('.weight')}.input_scale", torch.tensor(INPUT_SCALE)
+        rows, columns = (_blocks(size) for size in tensor.shape)
+        padded = torch.zeros(rows * BLOCK, columns * BLOCK)
+        padded[: tensor.shape[0], : tensor.shape[1]] = tensor
+        blocks = padded.view(rows, BLOCK, columns, BLOCK)
+        scale = (blocks.abs().amax(dim=(1, 3)) / FP8_MAX).clamp(min=1e-12)
+        weights = (blocks / scale[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX)
+        yield name, weights.view_as(padded).to(torch.float8_e4m3fn).contiguous()
+        yield f"{name}_scale_inv", scale
+
+
+def _blocks(size: int) -> int:
+    return -(-size // BLOCK)
 
 
 def make(source: Path, target: Path) -> int:
@@ -59,10 +74,14 @@ def make(source: Path, target: Path) -> int:
     for file in source.iterdir():
         if file.name not in (WEIGHTS, "config.json") and file.is_file():
             shutil.copyfile(file, target / file.name)
-    config |= {"dtype": "bfloat16", "quantization_config": quantization_config(config["num_hidden_layers"])}
+    config |= {
+        "dtype": "bfloat16",
+        "moe_intermediate_size": _blocks(config["moe_intermediate_size"]) * BLOCK,
+        "quantization_config": quantization_config(config["num_hidden_layers"]),
+    }
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
-    return sum(name.endswith("weight_scale") for name in tensors)
+    return sum(name.endswith("weight_scale_inv") for name in tensors)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -109,7 +109,7 @@ def configure(
     experts = config.model_config.get_num_experts()
     if not config.model_config.is_moe or experts < 2:
         raise ConfigError(f"{args.model} is a dense model: without experts there is nothing to shrink")
-    _check_quantization(config)
+    _check_quantization(config, device)
     slots = _slots(experts, ranks, survive_losses, redundant)
     _make_elastic(config, ranks, max_ranks or ranks, slots * ranks - experts, device)
     name = args.served_model_name[0] if args.served_model_name else args.model
@@ -136,10 +136,18 @@ def _split_at_experts(compilation: CompilationConfig) -> None:
         compilation.splitting_ops += [op for op in EXPERT_OPS if op not in compilation.splitting_ops]
 
 
-def _check_quantization(config: VllmConfig) -> None:
-    if (method := config.model_config.quantization) is not None:
+def _check_quantization(config: VllmConfig, device: str) -> None:
+    if (method := config.model_config.quantization) is None:
+        return
+    if method != "fp8" or device == "cpu":
         raise ConfigError(
             f"the model's weights are quantized ({method}): that its experts can be repaired is not proven"
+        )
+    # Ranks load alone, so that vLLM cannot agree on static scales; and one number per rank cannot be dispatched.
+    if getattr(config.quant_config, "weight_block_size", None) is None:
+        raise ConfigError(
+            "the model's weights are quantized (fp8) with one scale for a whole tensor: use a checkpoint with a scale "
+            "for each block (weight_block_size in its quantization_config)"
         )
 
 

@@ -14,6 +14,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from elastic_daemon.engine.heartbeat import Page
 from elastic_daemon.engine.nccl import RANK_ENVIRONMENT, NcclGroup
+from elastic_daemon.engine.plan import rank_plan
 from elastic_daemon.engine.resume import enable_resume
 from elastic_daemon.engine.runner_v1 import ElasticRunnerV1
 from elastic_daemon.engine.sampling import enable_sampling_without_compilation
@@ -80,12 +81,17 @@ class ElasticGPUWorker(ElasticWorker, Worker):
         return ElasticGPUModelRunner(self.vllm_config, self.device)
 
     def determine_available_memory(self) -> int:
-        with self.groups.rehearsal():
+        with self._rehearsal():
             return int(super().determine_available_memory())
 
     def compile_or_warm_up_model(self) -> Any:
-        with self.groups.rehearsal():
+        self.rehearse()  # before vLLM captures graphs and begins to complain of kernels that are compiled
+        with self._rehearsal():
             return super().compile_or_warm_up_model()
+
+    def _rehearsal(self) -> contextlib.AbstractContextManager[None]:
+        plan = rank_plan(self.vllm_config)
+        return self.groups.rehearsal(plan.position, len(plan.members))
 
     def connect(
         self, store: Store, prefix: str, position: int, members: int, is_void: Callable[[], bool], page: Page

@@ -281,15 +281,15 @@ class EpochGroups:
         return groups
 
     @contextlib.contextmanager
-    def rehearsal(self) -> Iterator[None]:
-        """Let this rank run its model alone, as if the others did the same."""
-        position, members = self.dp.rank_in_group, self.dp.world_size
+    def rehearsal(self, position: int, members: int) -> Iterator[None]:
+        """Let this rank run its model alone, as if the others of such a group did the same."""
+        planned = PlannedProcessGroup(self.dp.world_size, self.dp.rank_in_group)
         self._bind(RehearsalProcessGroup(members, position))
         try:
             with skip_dp_coordination():
                 yield
         finally:
-            self._bind(PlannedProcessGroup(members, position))
+            self._bind(planned)
 
     def bind(self, connections: EpochConnections) -> None:
         self.current = connections

@@ -6,10 +6,13 @@ What is the same on every device; `cpu_worker` and `gpu_worker` derive from it a
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import structlog
 import torch
 from torch.distributed import Store
 from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
@@ -32,8 +35,11 @@ from elastic_daemon.engine.faults import transfer_fault
 from elastic_daemon.engine.groups import EpochConnections, EpochGroups
 from elastic_daemon.engine.heartbeat import Page
 from elastic_daemon.engine.plan import rank_plan
+from elastic_daemon.engine.rehearsal import group_sizes, tokens_per_rank
 from elastic_daemon.engine.stream_counters import StreamCounters
 from elastic_daemon.placement import IntArray, Placement, initial
+
+log = structlog.get_logger(__name__)
 
 
 class ElasticModelRunner:
@@ -99,6 +105,22 @@ class ElasticWorker:
         set_data_parallel(self.parallel_config, len(plan.members), plan.position)
         self.groups = EpochGroups.install(plan.position, len(plan.members), device)
 
+    def rehearse(self) -> None:
+        """Run the model alone for this group and those after a loss or two. Experts stay where they are, so that what
+        comes out is of no use. Needs the KV cache, and no connections; all is as before afterwards."""
+        started = time.monotonic()
+        plan, runner = rank_plan(self.vllm_config), self.model_runner
+        experts, layers = runner._moe_model.num_logical_experts, len(runner._moe_model.moe_layers)
+        most = self.vllm_config.scheduler_config.max_num_batched_tokens
+        sizes = group_sizes(len(plan.members), math.ceil(experts / plan.slots))
+        for members in sizes:
+            with self.groups.rehearsal(min(plan.position, members - 1), members):
+                self.adopt_group(initial(experts, layers, range(members), plan.slots))
+                for count in tokens_per_rank(members, most):
+                    runner._dummy_run(count, skip_eplb=True)
+        self.adopt_group(runner._placed)
+        log.info("groups_rehearsed", rank=plan.rank, sizes=sizes, seconds=round(time.monotonic() - started, 3))
+
     def connect(
         self, store: Store, prefix: str, position: int, members: int, is_void: Callable[[], bool], page: Page
     ) -> EpochConnections:
@@ -124,7 +146,11 @@ class ElasticWorker:
     def join_group(self, connections: EpochConnections, placement: Placement) -> None:
         """Adopt the group, size, rank and expert tables of a new epoch. Loads must be done before."""
         self.groups.bind(connections)
-        set_data_parallel(self.parallel_config, connections.host.size(), connections.host.rank())
+        self.adopt_group(placement)
+
+    def adopt_group(self, placement: Placement) -> None:
+        """Give layers and tables the size and rank of the group that is bound now, and `placement`."""
+        set_data_parallel(self.parallel_config, self.groups.dp.world_size, self.groups.dp.rank_in_group)
         with set_current_vllm_config(self.vllm_config):
             self._reconfigure_layers(placement)
             runner = self.model_runner

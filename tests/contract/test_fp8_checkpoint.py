@@ -24,7 +24,7 @@ LAYERS, EXPERTS = 4, 16
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("fp8")
-    assert fp8.make(fp8.BUNDLED_MODEL, target) == LAYERS * (4 + 3 * EXPERTS)
+    assert fp8.make(fp8.BUNDLED_MODEL, target) == LAYERS * 3 * EXPERTS
     return target
 
 
@@ -40,7 +40,7 @@ def skipped(config: Fp8Config, layer: str) -> bool:
 def test_scheme(checkpoint: Path) -> None:
     config = quantization(checkpoint)
     assert config.is_checkpoint_fp8_serialized
-    assert (config.activation_scheme, config.weight_block_size) == ("static", None)
+    assert (config.activation_scheme, config.weight_block_size) == ("dynamic", [fp8.BLOCK, fp8.BLOCK])
 
 
 def test_layers_are_quantized_where_vllm_takes_them_to_be(checkpoint: Path) -> None:
@@ -48,17 +48,20 @@ def test_layers_are_quantized_where_vllm_takes_them_to_be(checkpoint: Path) -> N
     config, tensors = quantization(checkpoint), load_file(checkpoint / fp8.WEIGHTS)
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}"
-        assert not skipped(config, f"{prefix}.self_attn.qkv_proj") and not skipped(config, f"{prefix}.self_attn.o_proj")
+        for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate"):
+            assert skipped(config, f"{prefix}.{name}")
         assert not skipped(config, f"{prefix}.mlp.experts")
-        assert skipped(config, f"{prefix}.mlp.gate")
-        assert f"{prefix}.mlp.gate.weight_scale" not in tensors
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            assert tensors[f"{prefix}.self_attn.{name}.weight"].dtype is torch.float8_e4m3fn
-            assert tensors[f"{prefix}.self_attn.{name}.weight_scale"].dtype is torch.float32
+        for expert in range(EXPERTS):
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                weight = f"{prefix}.mlp.experts.{expert}.{name}.weight"
+                assert tensors[weight].dtype is torch.float8_e4m3fn and tensors[weight].shape == (128, 128)
+                assert tensors[f"{weight}_scale_inv"].dtype is torch.float32
+                assert tensors[f"{weight}_scale_inv"].shape == (1, 1)
+    assert sum(name.endswith("scale_inv") for name in tensors) == LAYERS * 3 * EXPERTS
 
 
 def test_every_tensor_of_an_expert_has_a_parameter(checkpoint: Path) -> None:
-    """`RoutedExperts.load_weights` puts `weight_name` -> `param_name`; Fp8MoEMethod has these six."""
+    """`RoutedExperts.load_weights` puts `weight_name` -> `param_name`; Fp8MoEMethod has these four."""
     mapping = RoutedExperts.build_expert_params_mapping("gate_proj", "down_proj", "up_proj", EXPERTS)
     found: dict[tuple[int, str], set[str]] = {}
     names = [name for name in load_file(checkpoint / fp8.WEIGHTS) if ".layers.0.mlp.experts." in name]
@@ -66,7 +69,7 @@ def test_every_tensor_of_an_expert_has_a_parameter(checkpoint: Path) -> None:
         ((parameter, weight, expert, shard),) = [entry for entry in mapping if entry[1] in name]
         target = name.replace(weight, parameter).rpartition(".")[2]
         found.setdefault((expert, shard), set()).add(target)
-    w13, w2 = ({f"{name}_{part}" for part in ("weight", "weight_scale", "input_scale")} for name in ("w13", "w2"))
+    w13, w2 = ({f"{name}_{part}" for part in ("weight", "weight_scale_inv")} for name in ("w13", "w2"))
     shards = {"w1": w13, "w3": w13, "w2": w2}
     assert found == {(expert, shard): shards[shard] for expert in range(EXPERTS) for shard in shards}
 
@@ -74,15 +77,16 @@ def test_every_tensor_of_an_expert_has_a_parameter(checkpoint: Path) -> None:
 def test_weights_times_scale_are_the_old_weights(checkpoint: Path) -> None:
     new, old = load_file(checkpoint / fp8.WEIGHTS), load_file(fp8.BUNDLED_MODEL / fp8.WEIGHTS)
     for name, tensor in old.items():
-        if f"{name}_scale" not in new:
+        if f"{name}_scale_inv" not in new:
             assert torch.equal(new[name], tensor)
             continue
-        scale = new[f"{name}_scale"]
-        assert scale.ndim == 0 and scale > 0
-        weights = tensor.float()
+        scale = new[f"{name}_scale_inv"]
+        weights = torch.zeros_like(new[name], dtype=torch.float32)
+        weights[: tensor.shape[0], : tensor.shape[1]] = tensor
         # e4m3 has three bits after the point, so that the error is 2^-4 at most; below 2^-6 steps no longer shrink.
         error = (new[name].float() * scale - weights).abs()
         assert bool((error <= weights.abs() / 16 + scale * 2**-10).all()), name
+        assert not new[name].float()[weights == 0].any()
 
 
 def test_digest_of_an_expert_counts_its_scales() -> None:
