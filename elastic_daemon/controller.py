@@ -19,12 +19,11 @@ from typing import assert_never
 from elastic_daemon import protocol as p
 from elastic_daemon.control_state import STEPPING, Frontend, Phase
 from elastic_daemon.deadlines import Wait
-from elastic_daemon.membership import MEMBERS, Rank, RankState
+from elastic_daemon.membership import Rank, RankState
 from elastic_daemon.policy import Policy
 from elastic_daemon.recovery import Fault, Remedy
 from elastic_daemon.scaling_control import ScalingControl
 from elastic_daemon.service_control import EXIT_STOPPED
-from elastic_daemon.verdicts import Measure, Situation, decide
 
 
 class Controller(ScalingControl):
@@ -77,6 +76,7 @@ class Controller(ScalingControl):
             self._fill()
         if self._phase in (Phase.EXITED, Phase.STOPPING):
             return
+        self._reconsider()
         self._advance_operation()
         self._advance_departure()
         self._advance_operation()  # a departure may just have ended
@@ -228,35 +228,6 @@ class Controller(ScalingControl):
         if hopeless:
             self._record("requests_given_up", epoch=self.epoch, reason=why)
         self._new_epoch(hold=not hopeless)
-
-    def _on_verdict(self, event: p.TelemetryVerdict) -> None:
-        rows = [row for identity in event.ranks if (row := self._ranks.current(*identity))]
-        members = sum(row.state in MEMBERS for row in rows)
-        serving, stopping = self._phase in STEPPING, self._phase is Phase.STOPPING
-        departure = self._departure
-        may_drain = self._phase is Phase.SERVING and departure is None
-        leaving = departure is not None and departure.forced and {row.identity for row in rows} <= departure.ranks
-        situation = Situation(
-            len(rows), members, len(self._ranks.members), serving, stopping, may_drain, leaving, self._automatic
-        )
-        decision = decide(event, situation, self._policy)
-        self._doubts.hear(event, decision)
-        self._show_doubts()
-        bad_gpu = event.verdict in (p.VerdictKind.DRAIN, p.VerdictKind.EXCLUDE)
-        if bad_gpu and event.act:
-            self._gpus.condemn(event.subject, event.reason)
-        match decision.measure:
-            case Measure.DRAIN:
-                self._drain_for_verdict(event, rows)
-            case Measure.EXCLUDE:
-                reasons = {row.rank: event.reason for row in rows}
-                self._lose(reasons, kill=True, evidence_at=event.at, for_good=bad_gpu)
-            case Measure.FENCE:
-                cause = "; ".join(f"rank {row.rank}: {event.reason}" for row in rows)
-                self._open_recovery(cause, event.at).add_cause(cause)
-                self._new_epoch()
-            case Measure.REFUSE:
-                self._refuse(event, rows, decision.why)
 
     # --- answers on the path ------------------------------------------------------------------------------------
 

@@ -128,7 +128,7 @@ class DepartureControl(CapacityControl):
 
     def _refuse(self, verdict: p.TelemetryVerdict, rows: Iterable[Rank], why: str) -> None:
         """Ranks are kept against a verdict, which is shown until the watchdog takes it back."""
-        self._doubts.hear(verdict, Decision(Measure.REFUSE, why))
+        self._doubts.hear(verdict, Decision(Measure.REFUSE, why), self.epoch)
         self._show_doubts()
         ranks, told = [row.rank for row in rows], verdict.verdict.value
         self._record("verdict_refused", ranks=ranks, verdict=told, reason=verdict.reason, why=why)

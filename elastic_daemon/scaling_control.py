@@ -12,12 +12,12 @@ from elastic_daemon import protocol as p
 from elastic_daemon.control_state import Phase
 from elastic_daemon.deadlines import Wait
 from elastic_daemon.departure import Departure, Operation, lowest_free, victims
-from elastic_daemon.departure_control import DepartureControl
 from elastic_daemon.membership import IN_GROUP, Rank, RankState
 from elastic_daemon.protocol import OperationKind, OperationState
+from elastic_daemon.verdict_control import VerdictControl
 
 
-class ScalingControl(DepartureControl):
+class ScalingControl(VerdictControl):
     def _on_scale_order(self, order: p.ScaleOrder) -> None:
         operation = self._operation_of(order.operation, OperationKind.SCALE, order.timeout_s)
         operation.target, operation.retire = order.target, order.retire

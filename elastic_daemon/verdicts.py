@@ -25,6 +25,10 @@ class Decision:
     measure: Measure
     why: str = ""  # of a refusal
 
+    @property
+    def acts(self) -> bool:
+        return self.measure in (Measure.EXCLUDE, Measure.DRAIN, Measure.FENCE)
+
 
 @dataclass(frozen=True)
 class Situation:
@@ -71,9 +75,16 @@ def decide(verdict: TelemetryVerdict, now: Situation, policy: Policy) -> Decisio
 
 @dataclass(frozen=True)
 class _Doubt:
-    ranks: tuple[Identity, ...]
+    """`refused`: it is to be acted on, and was not in `epoch`."""
+
+    verdict: TelemetryVerdict
     reason: str
     refused: bool
+    epoch: int
+
+    @property
+    def ranks(self) -> tuple[Identity, ...]:
+        return self.verdict.ranks
 
 
 class Doubts:
@@ -82,14 +93,14 @@ class Doubts:
     def __init__(self) -> None:
         self._by_subject: dict[str, _Doubt] = {}
 
-    def hear(self, verdict: TelemetryVerdict, decision: Decision) -> None:
+    def hear(self, verdict: TelemetryVerdict, decision: Decision, epoch: int) -> None:
         """The newest word on a subject replaces what was said before."""
         self._by_subject.pop(verdict.subject, None)
-        if verdict.verdict is VerdictKind.OK or decision.measure in (Measure.EXCLUDE, Measure.DRAIN, Measure.FENCE):
+        if verdict.verdict is VerdictKind.OK or decision.acts:
             return
         refused = decision.measure is Measure.REFUSE
         reason = f"{verdict.reason}; kept: {decision.why}" if refused else verdict.reason
-        self._by_subject[verdict.subject] = _Doubt(verdict.ranks, reason, refused)
+        self._by_subject[verdict.subject] = _Doubt(verdict, reason, refused, epoch)
 
     def forget(self, is_current: Callable[[Identity], bool]) -> None:
         """Let go of what is about ranks of the past only."""
@@ -100,6 +111,12 @@ class Doubts:
     def of(self, rank: Identity) -> str | None:
         """Why this rank is in doubt."""
         return "; ".join(doubt.reason for doubt in self._by_subject.values() if rank in doubt.ranks) or None
+
+    def refused(self, epoch: int) -> tuple[TelemetryVerdict, ...]:
+        """What was refused and still holds in `epoch`. A GPU stays bad; a rank that has met the others in a newer epoch
+        does not hang any more."""
+        doubts = (doubt for doubt in self._by_subject.values() if doubt.refused)
+        return tuple(doubt.verdict for doubt in doubts if doubt.verdict.about_gpu or doubt.epoch == epoch)
 
     @property
     def refusals(self) -> tuple[tuple[tuple[Identity, ...], str], ...]:

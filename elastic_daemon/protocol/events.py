@@ -181,6 +181,11 @@ class TelemetryVerdict:
     reason: str
     at: float
 
+    @property
+    def about_gpu(self) -> bool:
+        """The GPU is bad, whichever process runs on it."""
+        return self.verdict in (VerdictKind.DRAIN, VerdictKind.EXCLUDE)
+
 
 @dataclass(frozen=True)
 class GpuSeen:

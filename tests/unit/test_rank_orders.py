@@ -203,7 +203,7 @@ def test_without_automation_losses_are_survived_and_nothing_else_is_done() -> No
     assert shell.now < 1.0, "nothing was waited for"
 
     assert [start.rank for start in of(p.StartRank, shell.send(p.AutomationSwitched(True)))] == [2]
-    assert shell.settle().serving == [0, 1, 2, 3]
+    assert shell.settle().serving == [0, 1, 2], "and rank 3 is given up after all"
     assert [event["enabled"] for event in events("automation_switched", shell.actions)] == [False, True]
 
 
