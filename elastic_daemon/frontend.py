@@ -28,8 +28,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from elastic_daemon.access import AccessGuard, AccessRules
 from elastic_daemon.admission import Limits, Queue
 from elastic_daemon.control_routes import is_control_path
-from elastic_daemon.engine.client import Applied, ElasticClient, Membership, NotServed, membership_from_message
+from elastic_daemon.engine.client import ElasticClient, NotServed
 from elastic_daemon.engine.configure import Deployment
+from elastic_daemon.engine.group_view import Applied, Membership, membership_from_message
 from elastic_daemon.engine.openai_app import fail_in_flight, fail_requests, make_app, make_llm
 from elastic_daemon.errors import ConfigError
 from elastic_daemon.exposition import Exposition

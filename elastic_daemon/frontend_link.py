@@ -46,7 +46,11 @@ class FrontendLink:
             self._peer.send("settings", **settings)
 
     def gone(self) -> None:
+        """It has ended, and its requests with it: as many as it last told of."""
         self._peer = None
+        if self.in_flight:
+            self._metrics.lost(self.in_flight)
+            self._events.record("requests_lost", {"count": self.in_flight})
         self.in_flight, self.in_flight_by_rank = 0, {}
 
     def introduce(self, incarnation: int, response: str) -> None:

@@ -92,7 +92,9 @@ class Metrics:
         self._refused = Counter(
             "elastic_requests_refused_total", "Requests that would have waited too long (503)", registry=registry
         )
-        self._lost = Counter("elastic_requests_lost_total", "Requests that a recovery lost", registry=registry)
+        self._lost = Counter(
+            "elastic_requests_lost_total", "Requests lost: by a recovery, or with the front end", registry=registry
+        )
 
     def refused(self, requests: int) -> None:
         self._refused.inc(requests)
@@ -119,7 +121,10 @@ class Metrics:
         if (counts := report.requests) is not None:
             for how, number in (("kept", counts.kept), ("replayed", counts.replayed), ("restarted", counts.restarted)):
                 self._preserved.labels(how).inc(number)
-            self._lost.inc(counts.lost)
+            self.lost(counts.lost)
+
+    def lost(self, requests: int) -> None:
+        self._lost.inc(requests)
 
     def client_gap(self, seconds: float) -> None:
         self._gap.observe(seconds)

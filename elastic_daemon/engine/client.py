@@ -13,8 +13,7 @@ import copy
 import itertools
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine
 from http import HTTPStatus
 from typing import Any
 
@@ -31,6 +30,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from elastic_daemon.engine.core import WAVES_PER_EPOCH
+from elastic_daemon.engine.group_view import Applied, Membership
 from elastic_daemon.engine.request_watch import RequestWatch
 from elastic_daemon.engine.resume import resuming_params
 from elastic_daemon.requests import Entry, Handover, Ledger
@@ -49,38 +49,6 @@ class NotServed(GracefulHTTPError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"this request could not be served: {reason}", HTTPStatus.SERVICE_UNAVAILABLE)
-
-
-@dataclass(frozen=True)
-class Membership:
-    """What the supervisor says about the group. Requests of incarnations that are not members are void."""
-
-    epoch: int
-    serving: bool
-    hold: bool
-    reason: str
-    ranks: dict[int, int]  # incarnation -> rank
-    ready: dict[int, str]  # incarnation -> vLLM's ready response, base64
-    draining: frozenset[int] = frozenset()  # incarnations whose requests go to the other members
-
-    @property
-    def takers(self) -> tuple[int, ...]:
-        """Who gets requests. Everybody, if all are draining: there is nobody else."""
-        return tuple(incarnation for incarnation in self.ranks if incarnation not in self.draining) or tuple(self.ranks)
-
-
-@dataclass(frozen=True)
-class Applied:
-    """What a change of membership has done to the requests in flight.
-
-    `handover`: once for each epoch, when it first serves. `moved`: how many were moved off each draining rank, now that
-    it has none left and gets none; None if nothing drains, or nobody could take them. `given_up`: their clients are to
-    be told.
-    """
-
-    handover: Handover | None = None
-    moved: dict[int, int] | None = None
-    given_up: tuple[str, ...] = ()
 
 
 class ElasticClient(AsyncMPClient):
@@ -346,10 +314,18 @@ class ElasticClient(AsyncMPClient):
             self.current_wave = outputs.wave_complete + 1
             self.engines_running = False
         outputs.engine_index = rank
+        self._drop_unknown(outputs.outputs, incarnation)
         now = time.monotonic()
         outputs.outputs = [output for output in outputs.outputs if self._deliver(output, incarnation, now)]
         if outputs.outputs or outputs.scheduler_stats:
             self.outputs_queue.put_nowait(outputs)
+
+    def _drop_unknown(self, outputs: list[EngineCoreOutput], incarnation: int) -> None:
+        """Nobody waits for these: a front end that died has left them. A rank computes them to their end otherwise."""
+        unknown = [each.request_id for each in outputs if not each.finished]
+        unknown = [attempt_id for attempt_id in unknown if not self.ledger.is_under_way(attempt_id)]
+        if unknown:
+            self._in_background(self._send(EngineCoreRequestType.ABORT, unknown, incarnation))
 
     def _deliver(self, output: EngineCoreOutput, incarnation: int, now: float) -> bool:
         """Whether it is for our clients. They know the request, not the attempt."""
@@ -390,16 +366,3 @@ def _attempt(entry: Entry[EngineCoreRequest]) -> EngineCoreRequest:
     if request.sampling_params is not None and entry.output:
         request.sampling_params = resuming_params(request.sampling_params, entry.output)
     return request
-
-
-def membership_from_message(message: dict[str, Any]) -> Membership:
-    members: Sequence[dict[str, Any]] = message["members"]
-    return Membership(
-        message["epoch"],
-        message["status"] in ("ok", "degraded"),
-        message["hold"],
-        message["reason"],
-        {member["incarnation"]: member["rank"] for member in members},
-        {member["incarnation"]: member["response"] for member in members},
-        frozenset(message["draining"]),
-    )

@@ -11,7 +11,8 @@ import pytest
 import zmq.asyncio
 from vllm.config import VllmConfig
 
-from elastic_daemon.engine.client import Applied, ElasticClient, Membership
+from elastic_daemon.engine.client import ElasticClient
+from elastic_daemon.engine.group_view import Applied, Membership
 from elastic_daemon.engine.resume import RESUME_KEY
 from elastic_daemon.requests import MAX_DEATHS, Handover
 from tests.contract.engine_ends import TIMEOUT_S, EngineEnd, input_address, output_address, request
@@ -220,3 +221,13 @@ async def test_silence_across_a_change_of_the_group_is_told_once(world: World) -
     assert len(gaps) == 2, "one had no token yet"
     assert all(0.05 <= gap < 5 for gap in gaps)
     assert world.client.watch.take_gaps() == []
+
+
+async def test_what_a_front_end_that_died_has_left_is_stopped(world: World) -> None:
+    world.connect(A, B)
+    await world.serve(RANKS)
+    await world.begin("ours", A, 1)
+    await world.ends[B].say("left behind", 7)
+    assert await world.ends[B].aborted() == ["left behind"]
+    await world.ends[A].say("ours", 2)
+    assert await world.delivered() == ("ours", [2], False)

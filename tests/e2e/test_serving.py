@@ -191,13 +191,26 @@ def test_busy_port_is_refused(cluster: Cluster, tmp_path: Path) -> None:
 def test_front_end_crash_keeps_the_ranks(cluster: Cluster) -> None:
     """Its crash costs its requests, never ranks or weights; control routes answer meanwhile."""
     ranks = cluster.health()["ranks"]
-    (front_end,) = [pid for pid in cluster.descendants() if "front end" in Path(f"/proc/{pid}/cmdline").read_text()]
-    os.kill(front_end, signal.SIGKILL)
+    (front_end,) = cluster.titled("front end")
+    with pytest.raises(httpx.TransportError):
+        run_streams(cluster, max_tokens=1800, during=lambda: os.kill(front_end, signal.SIGKILL))
     cluster.wait_for(lambda: cluster.health()["status"] != "ok")
     assert httpx.get(f"{cluster.url}/health").json()["status"] == "recovering"
     cluster.wait_for(lambda: cluster.health()["status"] == "ok", 30)
     assert [row["pids"] for row in cluster.health()["ranks"]] == [row["pids"] for row in ranks]
+    (lost,) = cluster.events("requests_lost")
+    assert lost["count"] == len(PROMPTS)
+    assert f"elastic_requests_lost_total {len(PROMPTS)}.0" in cluster.control("/metrics").text
     assert_same(run_streams(cluster, max_tokens=10), run_streams(cluster, max_tokens=10))
+    cluster.wait_for(lambda: running(cluster) == 0)  # of the 1800 tokens for each, few were computed in vain
+
+
+def running(cluster: Cluster) -> float:
+    """Requests that ranks compute."""
+    lines = httpx.get(f"{cluster.url}/metrics").text.splitlines()
+    values = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:num_requests_running{")]
+    assert values
+    return sum(values)
 
 
 def test_memory_of_the_whole_deployment(cluster: Cluster) -> None:
