@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from elastic_daemon.control_routes import CONTROL_PATHS, CONTROL_TEMPLATES
-from tests.e2e.cluster import Cluster, assert_same, run_streams
+from tests.e2e.cluster import PROMPTS, Cluster, assert_same, run_streams
 
 pytestmark = pytest.mark.e2e
 
@@ -193,7 +194,8 @@ def test_front_end_crash_keeps_the_ranks(cluster: Cluster) -> None:
     ranks = cluster.health()["ranks"]
     (front_end,) = cluster.titled("front end")
     with pytest.raises(httpx.TransportError):
-        run_streams(cluster, max_tokens=1800, during=lambda: os.kill(front_end, signal.SIGKILL))
+        kill = functools.partial(os.kill, front_end, signal.SIGKILL)
+        run_streams(cluster, max_tokens=1800, during=kill, at_tokens=3200)
     cluster.wait_for(lambda: cluster.health()["status"] != "ok")
     assert httpx.get(f"{cluster.url}/health").json()["status"] == "recovering"
     cluster.wait_for(lambda: cluster.health()["status"] == "ok", 30)
