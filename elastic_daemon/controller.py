@@ -183,6 +183,8 @@ class Controller(ScalingControl):
             self._spread_late()
         if due(Wait.SPREAD_START, now):
             self._spread_for_safety()
+        if due(Wait.STORE, now):
+            self._store_single_copies()
         if due(Wait.DEPARTURE, now):
             self._departure_overdue()
         if due(Wait.OPERATION, now):

@@ -27,6 +27,7 @@ OF_THE_EPOCH = (
     Wait.HOLD,
     Wait.SPREAD_START,
     Wait.SPREAD,
+    Wait.STORE,
 )
 
 

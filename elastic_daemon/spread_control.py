@@ -37,6 +37,7 @@ class SpreadControl(GroupControl):
     def _on_column(self, event: p.ColumnChanged, row: Rank) -> None:
         """vLLM's balancing has moved experts."""
         self._set_column(row, event.column)
+        self._wait_to_store()
 
     def _on_stored(self, event: p.RankStored) -> None:
         self._host_copies.update(event.experts)
@@ -54,6 +55,7 @@ class SpreadControl(GroupControl):
         if spread is not None:
             ranks = sorted(rank for rank, _ in spread.waiting)
             self._record("spread_late", epoch=self.epoch, purpose=spread.purpose, ranks=ranks)
+            self._wait_to_store()
 
     def _wait_to_spread(self) -> None:
         """After a change of the group, once it serves."""
@@ -83,6 +85,11 @@ class SpreadControl(GroupControl):
         self._record("spreading_experts", epoch=self.epoch, purpose=purpose, loads=loads)
         for row in members:
             self._emit(p.Respread(row.rank, self.epoch, self._spread_serial, placement))
+
+    def _wait_to_store(self) -> None:
+        """More may move at once: each layer is told of by itself."""
+        if self._policy.host_copies and Wait.STORE not in self._deadlines:
+            self._deadlines.arm(Wait.STORE, self._now + self._policy.spread_delay_s)
 
     def _store_single_copies(self) -> None:
         """Experts that one more loss could take from all GPUs get a copy in host memory. Each is stored once."""

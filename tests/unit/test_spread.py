@@ -242,3 +242,26 @@ def test_off_means_none() -> None:
     loads = [load for regroup in of(p.Regroup, shell.actions)[-3:] for load in regroup.loads]
     assert {load.source for load in loads} == {Source.CHECKPOINT}
     assert not of(p.StoreExperts, shell.settle().actions)
+
+
+def test_experts_that_balancing_leaves_alone_get_one() -> None:
+    shell = Shell(replace(POLICY, host_copies=True)).serve().settle()
+    assert stores(shell) == [], "each has two"
+    column = tuple((0,) * 8 for _ in range(LAYERS))
+    shell.send(p.ColumnChanged(*shell.identity(2), 1, column))
+    shell.send(p.ColumnChanged(*shell.identity(2), 1, column))
+    began = shell.now
+    assert stores(shell) == []
+    shell.tick()
+    assert shell.now == began + POLICY.spread_delay_s
+    lost = {(layer, expert) for layer, row in enumerate(shell.column(2)) for expert in row if expert}
+    assert set(stores(shell)) == lost and len(stores(shell)) == len(lost)
+
+
+def test_so_do_those_of_a_spread_that_is_late() -> None:
+    shell = after_a_loss(replace(SPREADING, host_copies=True))
+    assert of(p.Respread, shell.tick())
+    shell.tick()
+    assert events("spread_late", shell.actions) and stores(shell) == []
+    shell.tick()
+    assert stores(shell)
