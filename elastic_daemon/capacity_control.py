@@ -37,7 +37,7 @@ class CapacityControl(SpreadControl):
 
     @property
     def _may_restore(self) -> bool:
-        return self._policy.restore and self._automatic and self._phase is not Phase.STOPPING
+        return self._policy.restore and self._automatic and not self._ending
 
     def _is_alive(self, rank: int) -> bool:
         return any(row.rank == rank for row in self._ranks.where(*ALIVE))

@@ -45,6 +45,7 @@ class Phase(StrEnum):
 
 
 STEPPING = (Phase.RESUMING, Phase.SERVING, Phase.QUIESCING)
+CHANGING = (Phase.QUIESCING, Phase.FENCING, Phase.REGROUPING)
 
 TIMERS = {Phase.FENCING: Timer.FENCE, Phase.REGROUPING: Timer.REGROUP, Phase.RESUMING: Timer.RESUME}
 
@@ -90,6 +91,7 @@ class ControlState:
         self._shown: Status | None = None  # to the front end, last
         self._opened = False  # whether the endpoint has ever served
         self._hold = True  # whether requests are held while nothing is served
+        self._stop_by: float | None = None  # asked to stop, at the latest then, and the group is changing
         self._trouble = ""  # why it is unavailable, or ends
         self._last: dict[RecoveryKind, RecoveryReport] = {}
         self._last_recovery: RecoveryReport | None = None
@@ -127,6 +129,10 @@ class ControlState:
                 return Status.OK if serving >= self._wanted else Status.DEGRADED
             case _:
                 return Status.RECOVERING if self._opened else Status.STARTING
+
+    @property
+    def _ending(self) -> bool:
+        return self._phase is Phase.STOPPING or self._stop_by is not None
 
     @property
     def reason(self) -> str:

@@ -72,6 +72,7 @@ class Controller(ScalingControl):
 
     def _go_on(self) -> None:
         """Begin what can begin now. At most one change of the group is under way."""
+        self._stop_when_serving()
         if self._phase not in (Phase.EXITED, Phase.STOPPING):
             self._fill()
         if self._phase in (Phase.EXITED, Phase.STOPPING):

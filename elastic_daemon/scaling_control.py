@@ -38,10 +38,9 @@ class ScalingControl(VerdictControl):
                 self._release(operation, order.rank)
 
     def _refuse_at_end(self, operation: Operation) -> bool:
-        ends = self._phase is Phase.STOPPING
-        if ends:
+        if self._ending:
             self._answer(operation, OperationState.INVALID, "the daemon is stopping")
-        return ends
+        return self._ending
 
     def _operation_of(self, id_: str, kind: OperationKind, timeout_s: float) -> Operation:
         return Operation(id_, kind, self.target, self.target, self._now, timeout_s)

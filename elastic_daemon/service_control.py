@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from elastic_daemon import protocol as p
-from elastic_daemon.control_state import ControlState, Frontend, Phase
+from elastic_daemon.control_state import CHANGING, ControlState, Frontend, Phase
 from elastic_daemon.deadlines import Wait
 
 EXIT_STOPPED, EXIT_START, EXIT_FRONTEND = 0, 3, 4
@@ -38,7 +38,7 @@ class ServiceControl(ControlState):
         self._frontend = Frontend.DOWN
         self._deadlines.disarm(Wait.FRONTEND_START)
         self._record("frontend_exited", status=status)
-        if self._phase is Phase.STOPPING:
+        if self._ending:
             return self._exit(EXIT_STOPPED, "the front end is gone, and its requests with it")
         exits, window = self._frontend_exits, self._policy.frontend_window_s
         exits.append(self._now)
@@ -55,6 +55,10 @@ class ServiceControl(ControlState):
         deadline = self._now + timeout_s
         if self._phase is Phase.STOPPING:  # asked again: may shorten the wait
             deadline = min(deadline, *self._deadlines.of(Wait.DRAIN).values())
+        elif self._phase in CHANGING and self._frontend is Frontend.READY:
+            self._stop_by = deadline if self._stop_by is None else min(deadline, self._stop_by)
+            self._record("stop_waits", reason="the group is changing, and requests wait for it")
+            return self._deadlines.arm(Wait.DRAIN, self._stop_by)
         elif self._phase not in (Phase.RESUMING, Phase.SERVING) or self._frontend is not Frontend.READY:
             return self._exit(EXIT_STOPPED, "stopped on request; nothing was being served")
         elif self._recovery is not None:
@@ -64,6 +68,13 @@ class ServiceControl(ControlState):
         self._deadlines.clear()
         self._deadlines.arm(Wait.DRAIN, deadline)
         self._publish()
+
+    def _stop_when_serving(self) -> None:
+        """A stop that was asked for while the group changed: its requests go on first, and then to their end."""
+        if self._stop_by is None or self._phase in CHANGING or self._phase is Phase.RESUMING:
+            return
+        stop_by, self._stop_by = self._stop_by, None
+        self._on_stop(max(stop_by - self._now, 0.0))
 
     def _exit(self, code: int, reason: str) -> None:
         self._phase = Phase.EXITED

@@ -144,11 +144,11 @@ class Shell:
         assert self.controller.status is Status.OK
         return self
 
-    def recover(self, *survivors: int) -> Shell:
+    def recover(self, *survivors: int, serving: bool = True) -> Shell:
         self.fenced(*survivors)
         self.regrouped(*survivors)
         self.synced()
-        assert self.controller.phase is Phase.SERVING
+        assert not serving or self.controller.phase is Phase.SERVING
         return self
 
     def join(self, *members: int) -> Shell:

@@ -221,6 +221,35 @@ def test_with_nothing_to_drain_it_stops_at_once() -> None:
     assert of(p.Exit, shell.send(p.StopRequested(10.0))), "no front end"
 
 
+def test_a_stop_in_a_recovery_waits_for_it_and_then_for_the_requests() -> None:
+    shell = Shell(replace(POLICY, restore=True)).serve()
+    shell.exited(1)
+    assert not of(p.Exit, shell.send(p.StopRequested(10.0), p.StopRequested(20.0)))
+    began = shell.now
+    shell.recover(0, 2, 3, serving=False)
+    assert shell.controller.phase is Phase.STOPPING
+    assert not of(p.StartRank, shell.actions[-20:]), "nobody comes back for the end"
+    assert shell.controller.next_deadline() == began + 10.0
+    assert of(p.Exit, shell.send(p.DrainComplete()))[0].reason == "drained"
+
+
+@pytest.mark.parametrize("outcome", ["time", "front end", "too few"])
+def test_a_stop_in_a_recovery_that_does_not_end_well(outcome: str) -> None:
+    shell = Shell().serve()
+    shell.exited(1)
+    shell.send(p.StopRequested(1.0))
+    match outcome:
+        case "time":
+            shell.now += 1.0
+            actions = shell.send(p.Tick())
+            assert of(p.Exit, actions)[0].reason == "the time to drain is over"
+        case "front end":
+            assert of(p.Exit, shell.send(p.FrontendExited("signal 11")))
+        case _:
+            shell.exited(2, 3)
+            assert of(p.Exit, shell.fenced(0))
+
+
 @pytest.mark.parametrize("loss", ["death", "fault", "front end"])
 def test_losses_while_draining_end_the_wait(loss: str) -> None:
     shell = Shell().serve()
@@ -274,6 +303,7 @@ def test_it_says_what_it_does_and_what_it_waits_for() -> None:
     shell.send(p.Tick(), after=1.0)
     shell.fenced(2)
     assert shell.controller.describe() == "fencing epoch 2; waiting for ranks to park: 0, 3 (2.0 s left)"
+    shell.send(p.FrontendExited("signal 11"))
     shell.send(p.StopRequested(1.0))
     assert shell.controller.describe() == "exited: stopped on request; nothing was being served"
 

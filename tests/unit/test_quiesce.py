@@ -85,7 +85,10 @@ def test_ranks_leave_when_all_stand_still() -> None:
     assert [fence.rank for fence in of(p.Fence, actions)] == [0, 1, 2, 3]
 
 
-def test_a_stop_meanwhile_ends_the_daemon() -> None:
+def test_a_stop_meanwhile_waits_for_the_end_of_the_change() -> None:
     shell = joining()
-    (end,) = of(p.Exit, shell.send(p.StopRequested(10.0)))
-    assert end.reason == "stopped on request; nothing was being served"
+    assert not of(p.Exit, shell.send(p.StopRequested(10.0)))
+    assert shell.controller.phase is Phase.QUIESCING
+    shell.settle()
+    (end,) = of(p.Exit, shell.actions)
+    assert end.reason == "the time to drain is over", "requests that never end"
