@@ -32,6 +32,7 @@ from elastic_daemon.engine.experts import (
     routed_layers,
 )
 from elastic_daemon.engine.faults import transfer_fault
+from elastic_daemon.engine.graph_outputs import GraphOutputs
 from elastic_daemon.engine.groups import EpochConnections, EpochGroups
 from elastic_daemon.engine.heartbeat import Page
 from elastic_daemon.engine.plan import rank_plan
@@ -72,6 +73,10 @@ class ElasticModelRunner:
     def balance(self, model: torch.nn.Module) -> None:
         """Set up expert slots and load balancing over a loaded model."""
         self._moe_model = moe_model(model)
+        if largest_graph := self.vllm_config.compilation_config.max_cudagraph_capture_size:
+            outputs = GraphOutputs(largest_graph)
+            for number, layer in enumerate(self._moe_model.moe_layers):
+                outputs.keep_of(number, layer)
         self.expert_slots = ExpertSlots(model, self.model_config, self.vllm_config.load_config)
         self.eplb_state = ElasticEplbState(self.parallel_config, self.device)
         self.eplb_state.on_transfer = transfer_fault(rank_plan(self.vllm_config).rank)

@@ -113,6 +113,10 @@ EXPERTS = (
     ),
     ReliedOn(f"{_MOE}.runner.moe_runner._moe_forward_shared", "is vllm::moe_forward_shared, likewise"),
     ReliedOn(
+        f"{_MOE}.runner.moe_runner.MoERunner._forward_impl",
+        "is what both look up on the layer and call: what it returns is put where CUDA graphs read it",
+    ),
+    ReliedOn(
         f"{_MOE}.config.FusedMoEConfig",
         "replaced with every epoch",
         attributes=(
