@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import os
 import signal
 
 import structlog
@@ -22,6 +23,9 @@ from watchdog.heartbeat.layout import Phase
 
 log = structlog.get_logger(__name__)
 
+CPU_NICENESS = 5
+"""Of a rank that computes on the host, whose processors it fills: who supervises it and who is asked come first."""
+
 
 def connect_store(host: str, port: int) -> Store:
     """The rank's one client of the supervisor's rendezvous store."""
@@ -38,6 +42,8 @@ def run_rank(config: VllmConfig, spec: Message) -> None:
     faulthandler.register(signal.SIGUSR1)  # the supervisor asks for the stacks of a rank before it gives it up
     control = ControlClient(spec["control"])
     device = _device(config)
+    if device.type == "cpu":
+        os.nice(CPU_NICENESS)
     counters = StreamCounters(device) if device.type == "cuda" else None
     page = open_page(spec, counters.map if counters is not None else None)
     page.set_phase(Phase.LOADING)
