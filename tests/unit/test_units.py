@@ -16,6 +16,7 @@ import pytest
 from elastic_daemon.config import Device
 from elastic_daemon.service_manager import END_S
 from elastic_daemon.sources import CONFIG_VARIABLE, load_settings
+from watchdog import ras
 from watchdog.service import WATCH_S
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,6 +158,19 @@ def test_the_watchdog_is_another_unit_and_serving_does_not_hang_on_it(installed:
     assert command.endswith("serve --watchdog external")
     assert "elastic-watchdog.service" in setting(installed, UNITS[0], "Wants")[0].split()
     assert not setting(installed, UNITS[0], "Requires")
+
+
+def test_the_watchdog_reaches_nccl_s_ras_and_nothing_beyond_loopback(
+    installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an address family or in a network of its own, the second source of evidence would be silent."""
+    monkeypatch.delenv("NCCL_RAS_ADDR", raising=False)
+    assert ras.address()[0] == "localhost", "which is 127.0.0.1, ::1 or both"
+    [families] = setting(installed, UNITS[1], "RestrictAddressFamilies")
+    assert set(families.split()) == {"AF_UNIX", "AF_INET", "AF_INET6"}
+    assert not setting(installed, UNITS[1], "PrivateNetwork")
+    assert setting(installed, UNITS[1], "IPAddressAllow") == ["localhost"]
+    assert setting(installed, UNITS[1], "IPAddressDeny") == ["any"]
 
 
 def test_loops_turn_often_enough_for_their_pings(installed: Path) -> None:
