@@ -54,8 +54,8 @@ put_rendered() {
   chmod "$1" "$DESTDIR$3"
 }
 
-# put_once MODE FILE TARGET: not over what an operator has written.
-put_once() { [[ -e "$DESTDIR$3" ]] || put "$@"; }
+# put_once MODE FILE TARGET: rendered, and not over what an operator has written.
+put_once() { [[ -e "$DESTDIR$3" ]] || put_rendered "$@"; }
 
 # Not the environment's own scripts, whose first line names the place where it was built.
 put_program() {
@@ -92,9 +92,12 @@ install_all() {
   put_rendered 0644 systemd/elastic-daemon.service "$UNITDIR/elastic-daemon.service"
   put_rendered 0644 systemd/elastic-watchdog.service "$UNITDIR/elastic-watchdog.service"
   put 0644 systemd/sysusers.conf "$SYSUSERSDIR/elastic-daemon.conf"
-  put 0644 systemd/tmpfiles.conf "$TMPFILESDIR/elastic-daemon.conf"
+  put_rendered 0644 systemd/tmpfiles.conf "$TMPFILESDIR/elastic-daemon.conf"
   put_once 0644 systemd/elastic-daemon.toml "$CONFDIR/elastic-daemon.toml"
   put_once 0600 systemd/secrets.env "$CONFDIR/secrets.env"
+  # systemd-tmpfiles gives them to the daemon's group, which may not exist yet.
+  put_once 0640 systemd/api-keys "$CONFDIR/api-keys"
+  put_once 0640 systemd/admin-key "$CONFDIR/admin-key"
   put 0644 docs/deploy.md "$DOCDIR/deploy.md"
   put 0644 docs/watchdog.md "$DOCDIR/watchdog.md"
   printf '[install] installed below %s\n' "$DESTDIR$PREFIX"

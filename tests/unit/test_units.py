@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from elastic_daemon.config import Device
+from elastic_daemon.errors import ConfigError
 from elastic_daemon.service_manager import END_S
+from elastic_daemon.settings_table import reloadable
 from elastic_daemon.sources import CONFIG_VARIABLE, load_settings
 from watchdog import ras
 from watchdog.service import WATCH_S
@@ -22,6 +24,9 @@ from watchdog.service import WATCH_S
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = ("elastic-daemon.service", "elastic-watchdog.service")
 MAX_EXPOSURE = 2.5
+KEY_FILES = {"api_key_file": "api-keys", "admin_key_file": "admin-key"}
+CONFIGURATION = ("elastic-daemon.toml", "secrets.env", *KEY_FILES.values())
+"""What an operator writes to: it outlives upgrades, and the end of the service too."""
 
 needs_analyze = pytest.mark.skipif(
     shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed (Debian and Ubuntu: systemd)"
@@ -196,31 +201,76 @@ def test_the_example_is_where_the_unit_looks(installed: Path) -> None:
     assert f"{CONFIG_VARIABLE}={installed}/etc/elastic-daemon/elastic-daemon.toml" in environment
 
 
+def test_keys_have_files_of_their_own_which_a_reload_reads(
+    installed: Path, tmp_path: Path, clean_environment: pytest.MonkeyPatch
+) -> None:
+    """With the two lines of the example in force. Variables, as in secrets.env, would wait for a restart."""
+    conf = installed / "etc" / "elastic-daemon"
+    text = (conf / "elastic-daemon.toml").read_text()
+    for name, key in KEY_FILES.items():
+        assert (conf / key).stat().st_mode & 0o777 == 0o640
+        assert f'#{name} = "{conf / key}"' in text
+        assert name in reloadable()
+        text = text.replace(f"#{name} = ", f"{name} = ").replace(str(conf / key), str(tmp_path / key))
+        (tmp_path / key).write_text((conf / key).read_text())
+    (config := tmp_path / "elastic-daemon.toml").write_text(text)
+    clean_environment.setenv(CONFIG_VARIABLE, str(config))
+    with pytest.raises(ConfigError, match="api-keys has no key in it"):
+        load_settings({})
+    for key in KEY_FILES.values():
+        with (tmp_path / key).open("a") as file:
+            file.write(f"of-{key}\n")
+    access = load_settings({}).access
+    assert (access.keys, access.admin_key) == (("of-api-keys",), "of-admin-key")
+    assert "ELASTIC_" not in (conf / "secrets.env").read_text()
+
+
+def test_the_user_and_its_groups_are_made(installed: Path) -> None:
+    lines = (installed / "lib" / "sysusers.d" / "elastic-daemon.conf").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("#")] == [
+        'u elastic-daemon - "Elastic daemon" /var/lib/elastic-daemon -',
+        "g video - -",
+        "g render - -",
+        "m elastic-daemon video",
+        "m elastic-daemon render",
+    ]
+
+
+def test_directories_are_the_service_s_alone_and_keys_are_root_s_for_it_to_read(installed: Path) -> None:
+    lines = (installed / "lib" / "tmpfiles.d" / "elastic-daemon.conf").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("#")] == [
+        *(
+            f"d /{place}/elastic-daemon 0700 elastic-daemon elastic-daemon -"
+            for place in ("run", "var/lib", "var/cache")
+        ),
+        *(f"z {installed}/etc/elastic-daemon/{key} 0640 root elastic-daemon -" for key in KEY_FILES.values()),
+    ]
+
+
 def test_an_install_is_taken_away_again_but_not_the_configuration(tmp_path: Path, installed: Path) -> None:
     """Into DESTDIR, as packagers do: nothing of the machine itself is touched, and paths do not name DESTDIR."""
     stage, venv = tmp_path / "stage", environment(tmp_path / "venv")
     make("install", Path("/opt/elastic"), venv, DESTDIR=str(stage), SYSCONFDIR="/etc")
     files = {str(path.relative_to(stage)) for path in stage.rglob("*") if path.is_file()}
     below = "opt/elastic"
-    assert files >= {
+    configuration = {f"etc/elastic-daemon/{name}" for name in CONFIGURATION}
+    assert files >= configuration | {
         f"{below}/bin/elastic-daemon",
         f"{below}/bin/elastic-watchdog",
         f"{below}/lib/systemd/system/elastic-daemon.service",
         f"{below}/lib/systemd/system/elastic-watchdog.service",
         f"{below}/lib/sysusers.d/elastic-daemon.conf",
         f"{below}/lib/tmpfiles.d/elastic-daemon.conf",
-        "etc/elastic-daemon/elastic-daemon.toml",
-        "etc/elastic-daemon/secrets.env",
     }
     assert not [file for file in files if str(stage) in (stage / file).read_text()]
     secrets = stage / "etc/elastic-daemon/secrets.env"
     assert secrets.stat().st_mode & 0o777 == 0o600
 
-    config = stage / "etc/elastic-daemon/elastic-daemon.toml"
-    config.write_text("port = 1\n")
+    for file in configuration:
+        (stage / file).write_text("port = 1\n")
     make("install", Path("/opt/elastic"), venv, DESTDIR=str(stage), SYSCONFDIR="/etc")
-    assert config.read_text() == "port = 1\n", "an upgrade must not undo what an operator wrote"
+    assert {(stage / file).read_text() for file in configuration} == {"port = 1\n"}, "an upgrade undoes nothing"
 
     make("uninstall", Path("/opt/elastic"), venv, DESTDIR=str(stage), SYSCONFDIR="/etc")
     left = {str(path.relative_to(stage)) for path in stage.rglob("*") if path.is_file()}
-    assert left == {"etc/elastic-daemon/elastic-daemon.toml", "etc/elastic-daemon/secrets.env"}
+    assert left == configuration
