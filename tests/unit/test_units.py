@@ -137,6 +137,22 @@ def test_a_program_runs_in_the_environment_and_what_completes_it_is_installed(
 
 
 @unit
+def test_the_page_of_a_unit_is_installed(name: str, installed: Path) -> None:
+    [page] = setting(installed, name, "Documentation")
+    assert Path(page.removeprefix("file://")).is_file()
+
+
+def test_links_between_installed_pages_hold(installed: Path) -> None:
+    home = installed / "share" / "doc" / "elastic-daemon"
+    pages = list(home.rglob("*.md"))
+    assert {page.name for page in pages} == {"README.md", *(page.name for page in (ROOT / "docs").glob("*.md"))}
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)\s#]+)[^)\s]*\)", page.read_text())]
+    assert len(links) > 50
+    assert not [(page, link) for page, link in links if "://" not in link and not (page.parent / link).exists()]
+    assert (home / "deploy" / "prometheus" / "alerts.yml").is_file()
+
+
+@unit
 @pytest.mark.parametrize("key", ["RuntimeDirectory", "StateDirectory", "User", "Group"])
 def test_both_units_meet_in_one_place(name: str, key: str, installed: Path) -> None:
     assert setting(installed, name, key) == ["elastic-daemon"]
@@ -262,14 +278,16 @@ def test_an_install_is_taken_away_again_but_not_the_configuration(tmp_path: Path
         f"{below}/lib/sysusers.d/elastic-daemon.conf",
         f"{below}/lib/tmpfiles.d/elastic-daemon.conf",
     }
-    assert not [file for file in files if str(stage) in (stage / file).read_text()]
+    assert not [file for file in files if str(stage).encode() in (stage / file).read_bytes()]
     secrets = stage / "etc/elastic-daemon/secrets.env"
     assert secrets.stat().st_mode & 0o777 == 0o600
 
     for file in configuration:
         (stage / file).write_text("port = 1\n")
+    (stale := stage / below / "share/doc/elastic-daemon/docs/of-another-version.md").touch()
     make("install", Path("/opt/elastic"), venv, DESTDIR=str(stage), SYSCONFDIR="/etc")
     assert {(stage / file).read_text() for file in configuration} == {"port = 1\n"}, "an upgrade undoes nothing"
+    assert not stale.exists()
 
     make("uninstall", Path("/opt/elastic"), venv, DESTDIR=str(stage), SYSCONFDIR="/etc")
     left = {str(path.relative_to(stage)) for path in stage.rglob("*") if path.is_file()}
