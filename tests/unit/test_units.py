@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from elastic_daemon.config import Device
+from elastic_daemon.config import Device, Settings
 from elastic_daemon.errors import ConfigError
 from elastic_daemon.service_manager import END_S
 from elastic_daemon.settings_table import reloadable
 from elastic_daemon.sources import CONFIG_VARIABLE, load_settings
+from tests.tools import require
 from watchdog import ras
 from watchdog.service import WATCH_S
 
@@ -28,9 +28,6 @@ KEY_FILES = {"api_key_file": "api-keys", "admin_key_file": "admin-key"}
 CONFIGURATION = ("elastic-daemon.toml", "secrets.env", *KEY_FILES.values())
 """What an operator writes to: it outlives upgrades, and the end of the service too."""
 
-needs_analyze = pytest.mark.skipif(
-    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed (Debian and Ubuntu: systemd)"
-)
 unit = pytest.mark.parametrize("name", UNITS)
 
 
@@ -80,8 +77,8 @@ def seconds(span: str) -> int:
     return int(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]]
 
 
-@needs_analyze
 def test_systemd_finds_nothing_to_say_about_the_units(installed: Path) -> None:
+    require("systemd-analyze")
     run = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", *(str(path_of(installed, name)) for name in UNITS)],
         env={**os.environ, "SYSTEMD_UNIT_PATH": f"{path_of(installed, UNITS[0]).parent}:"},
@@ -93,9 +90,9 @@ def test_systemd_finds_nothing_to_say_about_the_units(installed: Path) -> None:
     assert (run.returncode, run.stderr) == (0, "")
 
 
-@needs_analyze
 @unit
 def test_exposure_is_low(name: str, installed: Path) -> None:
+    require("systemd-analyze")
     run = subprocess.run(
         ["systemd-analyze", "security", "--offline=true", "--no-pager", str(path_of(installed, name))],
         capture_output=True,
@@ -192,6 +189,28 @@ def test_the_watchdog_reaches_nccl_s_ras_and_nothing_beyond_loopback(
     assert not setting(installed, UNITS[1], "PrivateNetwork")
     assert setting(installed, UNITS[1], "IPAddressAllow") == ["localhost"]
     assert setting(installed, UNITS[1], "IPAddressDeny") == ["any"]
+
+
+def test_ranks_are_watched_from_their_first_step_on_devices_that_are_up(installed: Path) -> None:
+    drivers = {"nvidia-persistenced.service", "nvidia-fabricmanager.service"}
+    for name, after in zip(UNITS, ({"network-online.target", "elastic-watchdog.service"}, set[str]()), strict=True):
+        [line] = setting(installed, name, "After")
+        assert set(line.split()) == drivers | after
+    [wants] = setting(installed, UNITS[0], "Wants")
+    assert "network-online.target" in wants.split(), "After= alone starts nothing"
+
+
+def test_starts_are_limited_where_a_restart_does_not_help(installed: Path) -> None:
+    """Starts that each use up their time must fit into the interval: else the limit would never be reached."""
+    daemon, watchdog = (
+        (seconds(*setting(installed, name, "StartLimitIntervalSec")), int(*setting(installed, name, "StartLimitBurst")))
+        for name in UNITS
+    )
+    assert daemon == (7200, 5)
+    assert daemon[1] * Settings().start_timeout < daemon[0]
+    assert watchdog == (600, 30)
+    [pause] = setting(installed, UNITS[1], "RestartSec")
+    assert watchdog[1] * seconds(pause) < watchdog[0], "else it would be tried without end"
 
 
 def test_loops_turn_often_enough_for_their_pings(installed: Path) -> None:
