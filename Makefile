@@ -5,6 +5,7 @@
 # ARGS             arguments of `make serve`
 # STAGES           test stages to run (unit contract e2e chaos gpu)
 # PYTEST_ARGS      further arguments of pytest
+# REQUIRE_TOOLS    1: a missing program that tests use (docs/contributing.md) fails them
 # PREFIX, SYSCONFDIR, DESTDIR, VENV   of `make install`: scripts/install.sh
 
 SHELL := /bin/bash
@@ -13,7 +14,7 @@ SHELL := /bin/bash
 .PHONY: help setup serve test check format install uninstall clean distclean
 
 # Exported as they came (empty is the same as unset to the scripts).
-export PYTHON TORCH_INDEX_URL STAGES PYTEST_ARGS PREFIX SYSCONFDIR DESTDIR VENV
+export PYTHON TORCH_INDEX_URL STAGES PYTEST_ARGS REQUIRE_TOOLS PREFIX SYSCONFDIR DESTDIR VENV
 unexport ARGS
 
 help: ## list the targets

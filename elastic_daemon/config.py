@@ -113,7 +113,7 @@ class Settings(BaseModel):
     watchdog: WatchMode = Field(
         WatchMode.SPAWN, description="start and tend a watchdog, expect one that others start, or do without"
     )
-    watchdog_flags: tuple[str, ...] = Field((), description="flags for `elastic-watchdog run`")
+    watchdog_flags: tuple[str, ...] = Field((), description="flags for the `elastic-watchdog run` that it starts")
     spare_gpus: int = Field(0, ge=0, le=71, description="idle simulated GPUs on --device cpu")
     gpu_probation: float = Field(
         2.0,
@@ -219,6 +219,17 @@ class Settings(BaseModel):
     def _split_flags(cls, value: Any) -> Any:
         """One text is taken as a command line."""
         return tuple(shlex.split(value)) if isinstance(value, str) else value
+
+    @field_validator("watchdog_flags")
+    @classmethod
+    def _of_our_own_watchdog(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        """Who starts another one gives it its flags: here they would be lost without a word."""
+        if value and info.data.get("watchdog") is WatchMode.EXTERNAL:
+            raise ValueError(
+                "of no use with --watchdog external: give them where that one is started, as WATCHDOG_FLAGS in "
+                "watchdog.env under systemd"
+            )
+        return value
 
     @property
     def access(self) -> AccessRules:

@@ -32,10 +32,14 @@ CHILD_ENVIRONMENT = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "PYTHONWARNINGS": "ignore::FutureWarning",
     "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",
 }
-"""Defaults for the children; what the environment already says wins, but for loopback-only communication."""
+"""Defaults for the children; what the environment already says wins, but for what is in `FORCED`."""
 
 LOOPBACK_ONLY = ("VLLM_HOST_IP", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+FORCED = (*LOOPBACK_ONLY, "VLLM_ALLOW_INSECURE_SERIALIZATION")
+"""Whatever the environment says: children talk over loopback, and unpickle nothing that comes over a socket."""
 
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -91,8 +95,9 @@ class Child:
 
 
 def child_environment() -> dict[str, str]:
+    """The environment of the zygote, and so of all that it forks."""
     environment = {**CHILD_ENVIRONMENT, **os.environ}
-    return {**environment, **{name: CHILD_ENVIRONMENT[name] for name in LOOPBACK_ONLY}}
+    return {**environment, **{name: CHILD_ENVIRONMENT[name] for name in FORCED}}
 
 
 class Zygote:

@@ -66,8 +66,8 @@ class Sources:
             values[ENGINE_TABLE] = table
         doubts = [f"{given[name].label}: others on this machine can read it in `ps`" for name in flags.keys() & SECRETS]
         for file in filter(None, (self.file if given.keys() & SECRETS else None, *_read_keys(values, given))):
-            if file.stat().st_mode & 0o044:
-                doubts.append(f"{file}: others on this machine can read the keys in it: chmod 600")
+            if remedy := _remedy(file):
+                doubts.append(f"{file}: others on this machine can read the keys in it: {remedy}")
         settings = _validated(values, given)
         if settings.tls is not None:
             settings.tls.check()
@@ -81,6 +81,17 @@ class Sources:
             raise ConfigError(f"{path}: {error.strerror} ({named} names it)") from error
         except ValueError as error:
             raise ConfigError(f"{path}: not UTF-8: {error}") from error
+
+
+def _remedy(file: Path) -> str | None:
+    """What to do where others can read a file with keys.
+
+    One that belongs to another user, to root say, is read through its group: whoever set that up chose who is in it.
+    """
+    found = file.stat()
+    if found.st_uid == os.geteuid():
+        return "chmod 600" if found.st_mode & 0o044 else None
+    return "chmod 640, with a group that the daemon is in" if found.st_mode & 0o004 else None
 
 
 def _read_keys(values: dict[str, Any], given: dict[str, Given]) -> list[Path]:

@@ -42,9 +42,10 @@ engine_flags = ["--max-model-len", "8192"]   # for vLLM
 
 ## Settings
 
-*Live*: a reload (SIGHUP) applies a change; all others wait for a restart. Secrets belong into the environment or the
-file: `ps` shows flags. Lists are arrays in the file; in a variable `ELASTIC_API_KEY` has commas between keys, the
-others are split like a command line.
+*Live*: a reload (SIGHUP) applies a change in the file, and in files of keys; all other settings wait for a restart, and
+so do all variables, since a process cannot read its environment anew. Secrets belong into files of their own, else into
+the environment or the file: `ps` shows flags. Lists are arrays in the file; in a variable `ELASTIC_API_KEY` has commas
+between keys, the others are split like a command line.
 
 | in the file | flag | variable | value | default | live | |
 |---|---|---|---|---|---|---|

@@ -27,6 +27,9 @@ DOCDIR="$PREFIX/share/doc/elastic-daemon"
 CONFDIR="$SYSCONFDIR/elastic-daemon"
 OWN_VENV="$PREFIX/lib/elastic-daemon/venv"
 
+# All pages, what they link to, and the alert rules and dashboard that they speak of.
+DOCUMENTS=(README.md LICENSE docs deploy)
+
 # Where each shell looks for what completes a program, @ being its name.
 declare -A COMPLETIONS=(
   [bash]=share/bash-completion/completions/@
@@ -54,8 +57,8 @@ put_rendered() {
   chmod "$1" "$DESTDIR$3"
 }
 
-# put_once MODE FILE TARGET: not over what an operator has written.
-put_once() { [[ -e "$DESTDIR$3" ]] || put "$@"; }
+# put_once MODE FILE TARGET: rendered, and not over what an operator has written.
+put_once() { [[ -e "$DESTDIR$3" ]] || put_rendered "$@"; }
 
 # Not the environment's own scripts, whose first line names the place where it was built.
 put_program() {
@@ -76,6 +79,19 @@ put_completions() {
   done
 }
 
+# As the tree has them, so that their links hold.
+put_documents() {
+  local file
+  remove_documents
+  while IFS= read -r file; do put 0644 "$file" "$DOCDIR/$file"; done < <(find "${DOCUMENTS[@]}" -type f)
+}
+
+# Folders whole: nothing of an earlier version may stay beside the new one. That had two pages at the top.
+remove_documents() {
+  local name
+  for name in "${DOCUMENTS[@]}" deploy.md watchdog.md; do rm -rf "$DESTDIR$DOCDIR/$name"; done
+}
+
 make_venv() {
   "$PYTHON" -I -m venv "$DESTDIR$OWN_VENV"
   "$DESTDIR$OWN_VENV/bin/python" -I -m pip --disable-pip-version-check --no-input install ".[cuda]"
@@ -92,11 +108,13 @@ install_all() {
   put_rendered 0644 systemd/elastic-daemon.service "$UNITDIR/elastic-daemon.service"
   put_rendered 0644 systemd/elastic-watchdog.service "$UNITDIR/elastic-watchdog.service"
   put 0644 systemd/sysusers.conf "$SYSUSERSDIR/elastic-daemon.conf"
-  put 0644 systemd/tmpfiles.conf "$TMPFILESDIR/elastic-daemon.conf"
+  put_rendered 0644 systemd/tmpfiles.conf "$TMPFILESDIR/elastic-daemon.conf"
   put_once 0644 systemd/elastic-daemon.toml "$CONFDIR/elastic-daemon.toml"
   put_once 0600 systemd/secrets.env "$CONFDIR/secrets.env"
-  put 0644 docs/deploy.md "$DOCDIR/deploy.md"
-  put 0644 docs/watchdog.md "$DOCDIR/watchdog.md"
+  # systemd-tmpfiles gives them to the daemon's group, which may not exist yet.
+  put_once 0640 systemd/api-keys "$CONFDIR/api-keys"
+  put_once 0640 systemd/admin-key "$CONFDIR/admin-key"
+  put_documents
   printf '[install] installed below %s\n' "$DESTDIR$PREFIX"
   cat <<EOT
 [install] left to do on the machine that is to serve, as root:
@@ -113,8 +131,8 @@ uninstall_all() {
   local target folder
   rm -f "$DESTDIR$BINDIR/elastic-daemon" "$DESTDIR$BINDIR/elastic-watchdog" \
     "$DESTDIR$UNITDIR/elastic-daemon.service" "$DESTDIR$UNITDIR/elastic-watchdog.service" \
-    "$DESTDIR$SYSUSERSDIR/elastic-daemon.conf" "$DESTDIR$TMPFILESDIR/elastic-daemon.conf" \
-    "$DESTDIR$DOCDIR/deploy.md" "$DESTDIR$DOCDIR/watchdog.md"
+    "$DESTDIR$SYSUSERSDIR/elastic-daemon.conf" "$DESTDIR$TMPFILESDIR/elastic-daemon.conf"
+  remove_documents
   for target in "${COMPLETIONS[@]}"; do
     rm -f "$DESTDIR$PREFIX/${target//@/elastic-daemon}" "$DESTDIR$PREFIX/${target//@/elastic-watchdog}"
   done

@@ -4,6 +4,7 @@
 #
 #   STAGES="unit contract" scripts/test.sh   only these stages
 #   PYTEST_ARGS="-x -k drain" scripts/test.sh
+#   REQUIRE_TOOLS=1 scripts/test.sh         fail where a program that tests use is missing
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -53,4 +54,12 @@ for folder in tests/*/; do
     printf '[test] note: tests/%s belongs to no stage and was not run\n' "$name"
   fi
 done
+# What was skipped for want of a program must not go unnoticed either. tests/tools.py has the packages.
+missing=()
+for tool in systemd-analyze chromium chromedriver zsh fish curl jq; do
+  if ! command -v "$tool" >/dev/null 2>&1; then missing+=("$tool"); fi
+done
+if ((${#missing[@]})); then
+  printf '[test] note: not here, and tests that need them skipped: %s (REQUIRE_TOOLS=1 fails them)\n' "${missing[*]}"
+fi
 printf '[test] passed: %s; skipped: %s; %d s in all\n' "${passed[*]:-none}" "${skipped[*]:-none}" "$SECONDS"

@@ -1,7 +1,7 @@
 """A real browser for tests: Debian's Chromium through ChromeDriver, spoken to in plain WebDriver over HTTP.
 
-Neither is a dependency of the project. `require_browser()` skips a test where they are not installed; on Debian they
-are the packages `chromium` and `chromium-driver`.
+Neither is a dependency of the project: `require_browser()` skips a test where they are not installed, or fails it
+(tests/tools.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
+
+from tests.tools import require
 
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 """The name that WebDriver gives to references to elements."""
@@ -45,9 +46,7 @@ KEYS = {"tab": "\ue004", "enter": "\ue007", "escape": "\ue00c", "right": "\ue014
 
 
 def require_browser() -> None:
-    missing = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
-    if missing:
-        pytest.skip(f"no {' and no '.join(missing)} here: apt-get install chromium chromium-driver")
+    require("chromium", "chromedriver")
 
 
 class Browser:

@@ -125,6 +125,7 @@ OTHERS = (
     (r"python -m bench\.gpu_drill", Kind.NEEDS, "a GPU"),
     (r"system(ctl|d-sysusers|d-tmpfiles) ", Kind.NEEDS, "root and systemd"),
     (r"journalctl ", Kind.NEEDS, "systemd"),
+    (r"openssl rand .* >> /etc/elastic-daemon/", Kind.NEEDS, "root, and an installed daemon"),
 )
 """The start of a line, and why it is not run."""
 

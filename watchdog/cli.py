@@ -32,7 +32,7 @@ examples:
   elastic-watchdog run --signals /etc/elastic-daemon/signals.toml
   elastic-watchdog run --simulated                   the simulated GPUs of a daemon with --device cpu
 The watchdog may be started before the daemon, and outlives it: it waits.
-exit status: 0 after SIGTERM or SIGINT, 2 for a bad option or table of signals, 3 when it cannot start
+exit status: 0 after SIGTERM or SIGINT, 2 for a bad option, variable or table of signals, 3 when it cannot start
 """
 
 STATUS_EXAMPLES = """\

@@ -2,7 +2,7 @@
 
 WatchdogError
 +-- SignalsError             a table of signals that cannot be used; names file, line and reason     (exit 2)
-+-- OptionError              an option of the command line that cannot be used                       (exit 2)
++-- OptionError              an option of the command line, or a variable, that cannot be used       (exit 2)
 +-- StartError               a start that cannot succeed: directory, driver, another watchdog        (exit 3)
 +-- NotRunning               `status` found no watchdog where it was told to look                    (exit 3)
 +-- StateError               the state directory cannot be written                                   (exit 3)

@@ -15,15 +15,22 @@ from datetime import UTC, datetime
 from enum import IntEnum
 from typing import Any
 
+from watchdog.errors import OptionError
 from watchdog.journal import journal_line, log_format
 
 
 class Level(IntEnum):
+    """With the aliases of Python's logging: the daemon takes them, and hands its level on to its watchdog."""
+
+    NOTSET = 0
     DEBUG = 10
     INFO = 20
-    WARNING = 30
+    WARNING = WARN = 30
     ERROR = 40
-    CRITICAL = 50
+    CRITICAL = FATAL = 50
+
+
+FORMS = ("json", "text", "journal")
 
 
 class Logger:
@@ -59,7 +66,11 @@ class Logger:
 log = Logger()
 
 
-def configure_logging(level: str | None = None) -> None:
-    """Raises KeyError for a level that does not exist. Idempotent."""
-    log.form = log_format()
-    log.threshold = Level[(level or os.environ.get("ELASTIC_LOG_LEVEL", "info")).upper()]
+def configure_logging() -> None:
+    """As the environment says. Raises OptionError for what is no level or format. Idempotent."""
+    level, form = os.environ.get("ELASTIC_LOG_LEVEL", "info"), log_format()
+    if level.upper() not in Level.__members__:
+        raise OptionError(f"ELASTIC_LOG_LEVEL: expected debug, info, warning, error or critical (got {level!r})")
+    if form not in FORMS:
+        raise OptionError(f"ELASTIC_LOG_FORMAT: expected json, text or journal (got {form!r})")
+    log.threshold, log.form = Level[level.upper()], form

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 from elastic_daemon.config import BUNDLED_MODEL
 from tests.documents import ENDLESS, ROOT, RUN
 from tests.e2e.cluster import Cluster
+from tests.tools import have, require
 
 pytestmark = pytest.mark.e2e
 
@@ -42,7 +42,7 @@ def desk(deployment: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def typed(line: str, cluster: Cluster) -> str:
     """`line` with the address and the GPU of this deployment; without jq where there is none."""
     line = re.sub(r"GPU-5d0a1f6c\S*", cluster.health()["ranks"][2]["gpu"], line.replace(URL, cluster.url))
-    return line if shutil.which("jq") else line.partition(" | jq")[0]
+    return line if " | jq" not in line or have("jq") else line.partition(" | jq")[0]
 
 
 def environment(cluster: Cluster, home: Path) -> dict[str, str]:
@@ -64,8 +64,8 @@ def test_it_goes_on_until_ctrl_c(line: str, deployment: Cluster, desk: Path) -> 
 @pytest.mark.parametrize("number", range(len(RUN)), ids=lambda number: f"{number}-{RUN[number][:50]}")
 def test_it_runs(number: int, deployment: Cluster, desk: Path) -> None:
     """In the order of the list. Whatever changes the group has it whole again before the next one."""
-    if RUN[number].startswith("curl") and shutil.which("curl") is None:
-        pytest.skip("no curl here")
+    if RUN[number].startswith("curl"):
+        require("curl")
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", typed(RUN[number], deployment)],
         cwd=desk,

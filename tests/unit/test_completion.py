@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from elastic_daemon.cli import make_parser
+from tests.tools import require
 from watchdog.cli import make_parser as watchdog_parser
 from watchdog.completion import SHELLS, completion
 
@@ -61,18 +61,18 @@ def fish(tmp_path: Path, words: list[str]) -> set[str]:
 @pytest.mark.parametrize("shell", [bash, fish], ids=["bash", "fish"])
 def test_completion(shell: object, words: list[str], offered: set[str], tmp_path: Path) -> None:
     name = shell.__name__  # type: ignore[attr-defined]
-    if shutil.which(name) is None:
-        pytest.skip(f"no {name} here")
+    if shell is not bash:
+        require(name)
     got = shell(tmp_path, words)  # type: ignore[operator]
     assert offered <= got, got
     if shell is bash and not words[-1].startswith("--"):
         assert offered == got
 
 
-@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh here")
 @pytest.mark.parametrize("prog", PARSERS)
 def test_zsh_takes_the_script(prog: str, tmp_path: Path) -> None:
     """It completes on a terminal only; so this is as far as a test goes: the script is read, its function is there."""
+    require("zsh")
     path = script(tmp_path, "zsh", prog)
     subprocess.run(["zsh", "-f", "-n", str(path)], check=True)
     text = path.read_text(encoding="utf-8")

@@ -148,6 +148,20 @@ def test_keys_and_engine_flags_from_the_environment(monkeypatch: pytest.MonkeyPa
     assert load_settings({"api_key": ["three"]}).api_key == ("three",)
 
 
+def test_flags_of_a_watchdog_that_others_start_are_refused_and_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = config_file(tmp_path, monkeypatch, 'port = 1\nwatchdog_flags = "--mode observe"\n')
+    with pytest.raises(ConfigError) as error:
+        load_settings({"watchdog": "external"})
+    assert str(error.value).startswith(f"{path}:2: watchdog_flags: of no use with --watchdog external: ")
+    assert "WATCHDOG_FLAGS in watchdog.env" in str(error.value)
+    for mode in ("spawn", "off"):
+        assert load_settings({"watchdog": mode}).watchdog_flags == ("--mode", "observe")
+    path.write_text("watchdog = 'external'\n")
+    assert load_settings({}).watchdog_flags == ()
+
+
 def test_most_ranks_are_no_fewer_than_those_to_start_with() -> None:
     assert load_settings({"max_ranks": 4}).max_ranks == 4
     with pytest.raises(ConfigError, match=r"^--max-ranks: .*fewer than the 5 ranks"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from watchdog.cli import main
 from watchdog.journal import journal_line
+from watchdog.logs import Level
 
 PROGRAM = """
 import sys
@@ -63,3 +66,32 @@ def test_a_line_stays_one_line(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("level", "priority"), [("debug", 7), ("info", 6), ("warning", 4), ("error", 3)])
 def test_levels_become_priorities(level: str, priority: int) -> None:
     assert journal_line("event", level, {}) == f"<{priority}>event"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("ELASTIC_LOG_LEVEL", "loud", "debug, info, warning, error or critical"),
+        ("ELASTIC_LOG_LEVEL", "", "debug, info, warning, error or critical"),
+        ("ELASTIC_LOG_FORMAT", "xml", "json, text or journal"),
+    ],
+)
+def test_a_watchdog_names_a_bad_variable_and_is_not_started_again(
+    variable: str,
+    value: str,
+    expected: str,
+    tmp_path: Path,
+    clean_environment: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Exit status 2 is what systemd does not try again."""
+    clean_environment.setenv(variable, value)
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--runtime-dir", str(tmp_path), "--state-dir", str(tmp_path)])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"elastic-watchdog: {variable}: expected {expected} (got {value!r})\n"
+
+
+def test_a_watchdog_knows_each_level_that_the_daemon_takes() -> None:
+    """The daemon hands its own on."""
+    assert {name: int(level) for name, level in Level.__members__.items()} == logging.getLevelNamesMapping()

@@ -35,6 +35,11 @@ def test_ranks_talk_over_loopback_whatever_the_environment_says(name: str, monke
     assert child_environment()[name] in ("lo", "127.0.0.1")
 
 
+def test_children_unpickle_nothing_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    assert child_environment()["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "0"
+
+
 def test_loopback_covers_all_that_choose_an_interface() -> None:
     assert set(LOOPBACK_ONLY) >= {"VLLM_HOST_IP", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,8 +148,23 @@ def test_exposed_keys_are_told_of(tmp_path: Path) -> None:
     assert Sources({"api_key_file": keys}, {}).load().doubts == (
         f"{keys}: others on this machine can read the keys in it: chmod 600",
     )
+    keys.chmod(0o640)
+    assert Sources({"api_key_file": keys}, {}).load().doubts, "its own user's file: 600 does"
     (doubt,) = Sources({"api_key": ["secret"]}, {}).load().doubts
     assert doubt.startswith("--api-key: others") and "secret" not in doubt
+
+
+def test_keys_of_root_s_that_the_daemon_reads_through_its_group_are_not_exposed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As deployed: 0640 root:elastic-daemon, so that a service cannot write its own keys."""
+    (keys := tmp_path / "keys").write_text("one")
+    monkeypatch.setattr(os, "geteuid", lambda: keys.stat().st_uid + 1)
+    keys.chmod(0o640)
+    assert Sources({"api_key_file": keys}, {}).load().doubts == ()
+    keys.chmod(0o644)
+    (doubt,) = Sources({"api_key_file": keys}, {}).load().doubts
+    assert doubt.endswith("can read the keys in it: chmod 640, with a group that the daemon is in")
 
 
 async def test_restoring_can_be_switched_on_while_it_serves() -> None:

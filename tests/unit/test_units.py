@@ -7,24 +7,27 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from elastic_daemon.config import Device
+from elastic_daemon.config import Device, Settings
+from elastic_daemon.errors import ConfigError
 from elastic_daemon.service_manager import END_S
+from elastic_daemon.settings_table import reloadable
 from elastic_daemon.sources import CONFIG_VARIABLE, load_settings
+from tests.tools import require
+from watchdog import ras
 from watchdog.service import WATCH_S
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = ("elastic-daemon.service", "elastic-watchdog.service")
 MAX_EXPOSURE = 2.5
+KEY_FILES = {"api_key_file": "api-keys", "admin_key_file": "admin-key"}
+CONFIGURATION = ("elastic-daemon.toml", "secrets.env", *KEY_FILES.values())
+"""What an operator writes to: it outlives upgrades, and the end of the service too."""
 
-needs_analyze = pytest.mark.skipif(
-    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed (Debian and Ubuntu: systemd)"
-)
 unit = pytest.mark.parametrize("name", UNITS)
 
 
@@ -74,8 +77,8 @@ def seconds(span: str) -> int:
     return int(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]]
 
 
-@needs_analyze
 def test_systemd_finds_nothing_to_say_about_the_units(installed: Path) -> None:
+    require("systemd-analyze")
     run = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", *(str(path_of(installed, name)) for name in UNITS)],
         env={**os.environ, "SYSTEMD_UNIT_PATH": f"{path_of(installed, UNITS[0]).parent}:"},
@@ -87,9 +90,9 @@ def test_systemd_finds_nothing_to_say_about_the_units(installed: Path) -> None:
     assert (run.returncode, run.stderr) == (0, "")
 
 
-@needs_analyze
 @unit
 def test_exposure_is_low(name: str, installed: Path) -> None:
+    require("systemd-analyze")
     run = subprocess.run(
         ["systemd-analyze", "security", "--offline=true", "--no-pager", str(path_of(installed, name))],
         capture_output=True,
@@ -131,6 +134,22 @@ def test_a_program_runs_in_the_environment_and_what_completes_it_is_installed(
 
 
 @unit
+def test_the_page_of_a_unit_is_installed(name: str, installed: Path) -> None:
+    [page] = setting(installed, name, "Documentation")
+    assert Path(page.removeprefix("file://")).is_file()
+
+
+def test_links_between_installed_pages_hold(installed: Path) -> None:
+    home = installed / "share" / "doc" / "elastic-daemon"
+    pages = list(home.rglob("*.md"))
+    assert {page.name for page in pages} == {"README.md", *(page.name for page in (ROOT / "docs").glob("*.md"))}
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)\s#]+)[^)\s]*\)", page.read_text())]
+    assert len(links) > 50
+    assert not [(page, link) for page, link in links if "://" not in link and not (page.parent / link).exists()]
+    assert (home / "deploy" / "prometheus" / "alerts.yml").is_file()
+
+
+@unit
 @pytest.mark.parametrize("key", ["RuntimeDirectory", "StateDirectory", "User", "Group"])
 def test_both_units_meet_in_one_place(name: str, key: str, installed: Path) -> None:
     assert setting(installed, name, key) == ["elastic-daemon"]
@@ -159,6 +178,41 @@ def test_the_watchdog_is_another_unit_and_serving_does_not_hang_on_it(installed:
     assert not setting(installed, UNITS[0], "Requires")
 
 
+def test_the_watchdog_reaches_nccl_s_ras_and_nothing_beyond_loopback(
+    installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an address family or in a network of its own, the second source of evidence would be silent."""
+    monkeypatch.delenv("NCCL_RAS_ADDR", raising=False)
+    assert ras.address()[0] == "localhost", "which is 127.0.0.1, ::1 or both"
+    [families] = setting(installed, UNITS[1], "RestrictAddressFamilies")
+    assert set(families.split()) == {"AF_UNIX", "AF_INET", "AF_INET6"}
+    assert not setting(installed, UNITS[1], "PrivateNetwork")
+    assert setting(installed, UNITS[1], "IPAddressAllow") == ["localhost"]
+    assert setting(installed, UNITS[1], "IPAddressDeny") == ["any"]
+
+
+def test_ranks_are_watched_from_their_first_step_on_devices_that_are_up(installed: Path) -> None:
+    drivers = {"nvidia-persistenced.service", "nvidia-fabricmanager.service"}
+    for name, after in zip(UNITS, ({"network-online.target", "elastic-watchdog.service"}, set[str]()), strict=True):
+        [line] = setting(installed, name, "After")
+        assert set(line.split()) == drivers | after
+    [wants] = setting(installed, UNITS[0], "Wants")
+    assert "network-online.target" in wants.split(), "After= alone starts nothing"
+
+
+def test_starts_are_limited_where_a_restart_does_not_help(installed: Path) -> None:
+    """Starts that each use up their time must fit into the interval: else the limit would never be reached."""
+    daemon, watchdog = (
+        (seconds(*setting(installed, name, "StartLimitIntervalSec")), int(*setting(installed, name, "StartLimitBurst")))
+        for name in UNITS
+    )
+    assert daemon == (7200, 5)
+    assert daemon[1] * Settings().start_timeout < daemon[0]
+    assert watchdog == (600, 30)
+    [pause] = setting(installed, UNITS[1], "RestartSec")
+    assert watchdog[1] * seconds(pause) < watchdog[0], "else it would be tried without end"
+
+
 def test_loops_turn_often_enough_for_their_pings(installed: Path) -> None:
     [daemon], [watchdog] = (setting(installed, name, "WatchdogSec") for name in UNITS)
     assert seconds(daemon) >= 20
@@ -182,31 +236,78 @@ def test_the_example_is_where_the_unit_looks(installed: Path) -> None:
     assert f"{CONFIG_VARIABLE}={installed}/etc/elastic-daemon/elastic-daemon.toml" in environment
 
 
+def test_keys_have_files_of_their_own_which_a_reload_reads(
+    installed: Path, tmp_path: Path, clean_environment: pytest.MonkeyPatch
+) -> None:
+    """With the two lines of the example in force. Variables, as in secrets.env, would wait for a restart."""
+    conf = installed / "etc" / "elastic-daemon"
+    text = (conf / "elastic-daemon.toml").read_text()
+    for name, key in KEY_FILES.items():
+        assert (conf / key).stat().st_mode & 0o777 == 0o640
+        assert f'#{name} = "{conf / key}"' in text
+        assert name in reloadable()
+        text = text.replace(f"#{name} = ", f"{name} = ").replace(str(conf / key), str(tmp_path / key))
+        (tmp_path / key).write_text((conf / key).read_text())
+    (config := tmp_path / "elastic-daemon.toml").write_text(text)
+    clean_environment.setenv(CONFIG_VARIABLE, str(config))
+    with pytest.raises(ConfigError, match="api-keys has no key in it"):
+        load_settings({})
+    for key in KEY_FILES.values():
+        with (tmp_path / key).open("a") as file:
+            file.write(f"of-{key}\n")
+    access = load_settings({}).access
+    assert (access.keys, access.admin_key) == (("of-api-keys",), "of-admin-key")
+    assert "ELASTIC_" not in (conf / "secrets.env").read_text()
+
+
+def test_the_user_and_its_groups_are_made(installed: Path) -> None:
+    lines = (installed / "lib" / "sysusers.d" / "elastic-daemon.conf").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("#")] == [
+        'u elastic-daemon - "Elastic daemon" /var/lib/elastic-daemon -',
+        "g video - -",
+        "g render - -",
+        "m elastic-daemon video",
+        "m elastic-daemon render",
+    ]
+
+
+def test_directories_are_the_service_s_alone_and_keys_are_root_s_for_it_to_read(installed: Path) -> None:
+    lines = (installed / "lib" / "tmpfiles.d" / "elastic-daemon.conf").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("#")] == [
+        *(
+            f"d /{place}/elastic-daemon 0700 elastic-daemon elastic-daemon -"
+            for place in ("run", "var/lib", "var/cache")
+        ),
+        *(f"z {installed}/etc/elastic-daemon/{key} 0640 root elastic-daemon -" for key in KEY_FILES.values()),
+    ]
+
+
 def test_an_install_is_taken_away_again_but_not_the_configuration(tmp_path: Path, installed: Path) -> None:
     """Into DESTDIR, as packagers do: nothing of the machine itself is touched, and paths do not name DESTDIR."""
     stage, venv = tmp_path / "stage", environment(tmp_path / "venv")
     make("install", Path("/opt/elastic"), venv, DESTDIR=str(stage), SYSCONFDIR="/etc")
     files = {str(path.relative_to(stage)) for path in stage.rglob("*") if path.is_file()}
     below = "opt/elastic"
-    assert files >= {
+    configuration = {f"etc/elastic-daemon/{name}" for name in CONFIGURATION}
+    assert files >= configuration | {
         f"{below}/bin/elastic-daemon",
         f"{below}/bin/elastic-watchdog",
         f"{below}/lib/systemd/system/elastic-daemon.service",
         f"{below}/lib/systemd/system/elastic-watchdog.service",
         f"{below}/lib/sysusers.d/elastic-daemon.conf",
         f"{below}/lib/tmpfiles.d/elastic-daemon.conf",
-        "etc/elastic-daemon/elastic-daemon.toml",
-        "etc/elastic-daemon/secrets.env",
     }
-    assert not [file for file in files if str(stage) in (stage / file).read_text()]
+    assert not [file for file in files if str(stage).encode() in (stage / file).read_bytes()]
     secrets = stage / "etc/elastic-daemon/secrets.env"
     assert secrets.stat().st_mode & 0o777 == 0o600
 
-    config = stage / "etc/elastic-daemon/elastic-daemon.toml"
-    config.write_text("port = 1\n")
+    for file in configuration:
+        (stage / file).write_text("port = 1\n")
+    (stale := stage / below / "share/doc/elastic-daemon/docs/of-another-version.md").touch()
     make("install", Path("/opt/elastic"), venv, DESTDIR=str(stage), SYSCONFDIR="/etc")
-    assert config.read_text() == "port = 1\n", "an upgrade must not undo what an operator wrote"
+    assert {(stage / file).read_text() for file in configuration} == {"port = 1\n"}, "an upgrade undoes nothing"
+    assert not stale.exists()
 
     make("uninstall", Path("/opt/elastic"), venv, DESTDIR=str(stage), SYSCONFDIR="/etc")
     left = {str(path.relative_to(stage)) for path in stage.rglob("*") if path.is_file()}
-    assert left == {"etc/elastic-daemon/elastic-daemon.toml", "etc/elastic-daemon/secrets.env"}
+    assert left == configuration
