@@ -113,7 +113,9 @@ def test_a_front_end_that_crashes_keeps_ranks_and_serves_again_soon(services: Se
     [frontend] = cluster.titled("front end")
     os.kill(frontend, signal.SIGKILL)
     killed = time.monotonic()
+    cluster.wait_for(lambda: cluster.control("/readyz").status_code == 503)
     cluster.wait_for(lambda: len(cluster.events("frontend_ready")) == 2 and cluster.health()["status"] == "ok")
+    assert cluster.control("/readyz").status_code == 200
     assert_same(run_streams(cluster, PROMPTS[:4], max_tokens=10), reference)
     assert time.monotonic() - killed <= 5.0 + SLACK_S
     assert [cluster.pid(rank) for rank in range(2)] == ranks
