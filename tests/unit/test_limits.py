@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
 import socket
 import ssl
 import stat
@@ -14,9 +13,6 @@ from typing import Any
 
 import httpx
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -28,6 +24,7 @@ from elastic_daemon.errors import ConfigError
 from elastic_daemon.limits import MAX_HEADER_BYTES, MAX_HEADERS, SizeLimits
 from elastic_daemon.sources import Sources
 from elastic_daemon.tasks import Tasks
+from tests.certificates import certificate
 from tests.unit.http_server import serving
 
 BODY = 2000
@@ -101,31 +98,6 @@ async def test_large_bodies_are_no_headers() -> None:
 
 
 # --- TLS --------------------------------------------------------------------------------------------------------------
-
-
-def certificate(folder: Path, name: str = "localhost", passphrase: bytes | None = None) -> tuple[Path, Path]:
-    """A self-signed one, and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    now = datetime.datetime.now(datetime.UTC)
-    signed = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    kept = serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
-    (cert := folder / "cert.pem").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
-    (secret := folder / "key.pem").write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, kept)
-    )
-    return cert, secret
 
 
 async def test_the_supervisor_speaks_tls_and_takes_a_new_certificate(tmp_path: Path, socket_dir: Path) -> None:
