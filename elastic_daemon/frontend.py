@@ -196,6 +196,7 @@ class Frontend:
                 await self._apply(message)
             elif message["type"] == "settings":
                 self._adopt(message)
+                self._say("adopted")
             elif message["type"] == "drain":
                 self._server.config.timeout_graceful_shutdown = max(1, int(message["timeout_s"]))
                 self._stop()
