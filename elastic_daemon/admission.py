@@ -3,7 +3,8 @@
 Requests leave the queue with their first token. A request is refused where it would join a queue that is full, or one
 that, at the rate at which requests leave it, holds it longer than the deadline. While nothing is served nobody leaves,
 and that says nothing about the rate: time counts while the group serves only, so a recovery makes requests wait and
-refuses none of them, unless the queue is full.
+refuses none of them, unless the queue is full. Few departures say something only where requests have waited all the
+time: then the service is slow, else it had nothing to do.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ WINDOW_S = 60.0
 """Of serving time, over which the rate is measured."""
 
 FEWEST = 16
-"""Departures that say something about the rate."""
+"""Departures that say something about the rate, however long the queue has been there."""
 
 LONGEST_RETRY_S = 600
 UNKNOWN_RETRY_S = 5
@@ -51,6 +52,7 @@ class Departures:
 
     def __init__(self) -> None:
         self._times: deque[float] = deque()  # on a clock that stands still in pauses
+        self._waited_since: float | None = None  # on that clock: since when somebody has waited all the time
         self._clock = 0.0
         self._last = 0.0
         self.is_serving = False
@@ -70,12 +72,25 @@ class Departures:
         self._advance(now)
         self._times.append(self._clock)
 
-    def rate(self, now: float) -> float | None:
-        """Per second; None while too few have left to tell."""
+    def somebody_waits(self, now: float) -> None:
         self._advance(now)
-        if len(self._times) < FEWEST:
-            return None
-        return len(self._times) / max(self._clock - self._times[0], 1e-3)
+        if self._waited_since is None:
+            self._waited_since = self._clock
+
+    def nobody_waits(self) -> None:
+        self._waited_since = None
+
+    def rate(self, now: float) -> float | None:
+        """Per second; None while there is too little to tell by.
+
+        What is told by few departures is rather too high: the next one may be just about to come.
+        """
+        self._advance(now)
+        if len(self._times) >= FEWEST:
+            return len(self._times) / max(self._clock - self._times[0], 1e-3)
+        if self._waited_since is not None and self._clock - self._waited_since >= WINDOW_S:
+            return (len(self._times) + 1) / WINDOW_S
+        return None
 
 
 _ARRIVED: ContextVar[Callable[[], None] | None] = ContextVar("arrived", default=None)
@@ -96,10 +111,13 @@ class Queue:
         return self._arriving + len(self._unstarted)
 
     def retry_after(self, limits: Limits, now: float) -> int | None:
-        """None: admit."""
+        """Of a request that comes now. None: it is admitted."""
         rate = self.departures.rate(now)
         seconds = retry_after(self.waiting, rate, limits, serving=self.departures.is_serving)
-        self.refused += seconds is not None
+        if seconds is None:
+            self.departures.somebody_waits(now)  # this one
+        else:
+            self.refused += 1
         return seconds
 
     def arrive(self) -> Callable[[], None]:
@@ -111,6 +129,7 @@ class Queue:
             nonlocal on_the_way
             self._arriving -= on_the_way
             on_the_way = False
+            self._fewer()
 
         _ARRIVED.set(arrived)
         return arrived
@@ -125,7 +144,13 @@ class Queue:
         if request_id in self._unstarted:
             self._unstarted.remove(request_id)
             self.departures.left(now)
+            self._fewer()
 
     def leave(self, request_ids: Iterable[str]) -> None:
         """They have ended, however far they got."""
         self._unstarted.difference_update(request_ids)
+        self._fewer()
+
+    def _fewer(self) -> None:
+        if not self.waiting:
+            self.departures.nobody_waits()

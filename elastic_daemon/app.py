@@ -16,7 +16,6 @@ from elastic_daemon.errors import ControlClosed
 from elastic_daemon.event_stream import MAX_STREAMS, EventStreams, Patience
 from elastic_daemon.events import KEPT, EventLog
 from elastic_daemon.http_errors import error_response, unavailable
-from elastic_daemon.membership import Status
 from elastic_daemon.metrics import METRICS_TYPE, Metrics
 from elastic_daemon.operator_routes import OperatorPlane, make_operator_router
 from elastic_daemon.placement_routes import GroupPlane, make_group_router
@@ -55,9 +54,8 @@ def make_control_app(plane: ControlPlane, patience: Patience | None = None) -> F
     @app.api_route("/readyz", methods=PROBE)
     async def readyz() -> JSONResponse:
         """Whether a request that comes now would be served, if need be after a recovery."""
-        status = plane.health().status
-        ready = status in (Status.OK, Status.DEGRADED, Status.RECOVERING)
-        return JSONResponse({"ready": ready, "status": status.value}, 200 if ready else 503)
+        view = plane.health()
+        return JSONResponse({"ready": view.ready, "status": view.status.value}, 200 if view.ready else 503)
 
     @app.api_route("/metrics", methods=PROBE)
     async def metrics() -> Response:

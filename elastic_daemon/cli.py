@@ -43,6 +43,7 @@ STATUS_EXAMPLES = """\
 examples:
   elastic-daemon status                                  the daemon in the default runtime directory
   elastic-daemon status --url http://127.0.0.1:8000
+  elastic-daemon status --url https://gpu-host:8000 --cacert ca.pem
   elastic-daemon status --json | jq .last_recovery.seconds
   elastic-daemon status --watch                          until Ctrl-C; on a terminal in place
   elastic-daemon status --watch 5 --json >> status.jsonl
@@ -64,7 +65,9 @@ examples:
   elastic-daemon drill --kill 0,2 --at 40%               two ranks at once, after 40% of all tokens
   elastic-daemon drill --streams 32 --tokens 500 --at 2s --seed 7
   elastic-daemon drill --url http://127.0.0.1:8000 --json > drill.json
+  elastic-daemon drill --url https://gpu-host:8000 --cacert ca.pem
 The drill kills processes of the daemon for real. It needs to run on the daemon's machine, as its user.
+Where the daemon serves with TLS, give a --url with a name that is in its certificate.
 exit status: 0 if no stream was lost or changed, 1 otherwise, 2 for bad arguments, 3 when no daemon answers or starts
 """
 

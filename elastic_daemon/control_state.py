@@ -190,6 +190,7 @@ class ControlState:
             last_recovery=self._last_recovery,
             last_shrink=self._last.get(RecoveryKind.SHRINK),
             last_grow=self._last.get(RecoveryKind.GROW),
+            frontend_ready=self._frontend is Frontend.READY,
         )
 
     @property

@@ -177,7 +177,7 @@ async def run_drill(options: Options, display: Display) -> DrillResult:
         ranks = choose_ranks(before, options.kill, options.seed)
         prompts = prompts_for(options.streams)
         with victims_of(before, ranks) as victims:
-            await run_streams(daemon.url, prompts, min(WARM_UP_TOKENS, options.tokens))
+            await run_streams(daemon.url, prompts, min(WARM_UP_TOKENS, options.tokens), tls=daemon.control.tls)
             display.phase(f"undisturbed run: {options.streams} streams of {options.tokens} tokens")
             reference, reference_delays, _ = await _watched_run(daemon, display, "undisturbed", options, prompts, None)
             display.phase(f"disturbed run: SIGKILL of rank {', '.join(map(str, ranks))} on the way")
@@ -215,7 +215,7 @@ async def _watched_run(
         async with scheduling_probe() as delays:
             if fault is not None:
                 fault.run_begins()
-            streams = await run_streams(daemon.url, prompts, options.tokens, watch.token)
+            streams = await run_streams(daemon.url, prompts, options.tokens, watch.token, tls=daemon.control.tls)
     finally:
         follower.cancel()
         if fault is not None:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from elastic_daemon.drill_load import stream_client
 from elastic_daemon.drill_report import Delay, Spread, StreamResult, Strike
 from elastic_daemon.engine.zygote import die_with_parent
 from elastic_daemon.errors import ConfigError, DaemonUnreachable, StartError
@@ -238,10 +240,23 @@ class Daemon:
             await asyncio.sleep(POLL_S)
 
     async def find_url(self) -> str:
-        """Where it serves, from its own account. Raises ConfigError where it does not tell."""
+        """Where it serves, from its own account: an address of this machine, which a certificate need not be for.
+
+        Raises:
+            ConfigError: it does not tell, or cannot be asked there.
+        """
         url: str | None = (await self.health()).get("url")
         if url is None:
             raise ConfigError(f"the daemon at {self.control.where} does not tell where it serves; name it with --url")
+        if url.startswith("https:"):
+            try:
+                async with stream_client(url, self.control.tls) as client:
+                    await client.get("/livez")
+            except httpx.HTTPError as error:
+                raise ConfigError(
+                    f"the daemon serves at {url}, and cannot be asked there: {error}; give a --url with a name that is "
+                    "in its certificate, and its authority with --cacert"
+                ) from error
         return url
 
 
@@ -257,7 +272,7 @@ async def attached_or_started(target: Target, ranks: int | None, display: Displa
             try:
                 await daemon.health()
             except DaemonUnreachable:
-                async with own_daemon(ranks, display) as started:
+                async with own_daemon(ranks, display, tls=target.tls) as started:
                     yield started
                 return
             daemon.url = await daemon.find_url()
@@ -276,17 +291,19 @@ async def own_daemon(
     options: Sequence[str] = (),
     log: Path | None = None,
     ready_timeout: float = READY_TIMEOUT_S,
+    tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[Daemon]:
     """Start a daemon with the settings of the environment, and stop it whatever happens. Raises StartError.
 
-    `options`: further arguments of `elastic-daemon serve`. `log`: where its log is to stay.
+    `options`: further arguments of `elastic-daemon serve`. `log`: where its log is to stay. `tls`: what its certificate
+    is checked with, where those settings have one.
     """
     # The paths of sockets are limited to 107 bytes, so the directory lies in the temporary one.
     home = Path(tempfile.mkdtemp(prefix="elastic-drill-"))
     runtime_dir, log = home / "run", log or home / "daemon.log"
     display.phase("starting a daemon for the drill")
     process = _start(runtime_dir, log, ranks, options)
-    daemon = Daemon(Target(runtime_dir), "", process)
+    daemon = Daemon(Target(runtime_dir, tls=tls), "", process)
     daemon.log = log
     try:
         await daemon.until_ready(display, ready_timeout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
@@ -33,22 +34,32 @@ def prompts_for(streams: int) -> list[str]:
 
 
 async def run_streams(
-    url: str, prompts: Sequence[str], tokens: int, on_token: OnToken | None = None, logprobs: int | None = None
+    url: str,
+    prompts: Sequence[str],
+    tokens: int,
+    on_token: OnToken | None = None,
+    logprobs: int | None = None,
+    tls: ssl.SSLContext | None = None,
 ) -> list[StreamResult]:
     """Stream a greedy completion of exactly `tokens` tokens for each prompt, all at once, from the daemon at `url`.
 
-    Never raises for a stream that fails: its result has the error.
+    Never raises for a stream that fails: its result has the error. `tls`: see `stream_client`.
     """
-    async with stream_client(url) as client:
+    async with stream_client(url, tls) as client:
         streams = [run_stream(client, prompt, tokens, n, on_token, logprobs) for n, prompt in enumerate(prompts)]
         return await asyncio.gather(*streams)
 
 
-def stream_client(url: str) -> httpx.AsyncClient:
-    """For any number of streams at once from the daemon at `url`, each on a connection of its own."""
+def stream_client(url: str, tls: ssl.SSLContext | None = None) -> httpx.AsyncClient:
+    """For any number of streams at once from the daemon at `url`, each on a connection of its own.
+
+    `tls`: what its certificate is checked with; None: with the usual authorities.
+    """
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     timeout = httpx.Timeout(SILENCE_TIMEOUT_S, connect=10)
-    return httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits, trust_env=False, headers=key_header())
+    return httpx.AsyncClient(
+        base_url=url, verify=tls or True, timeout=timeout, limits=limits, trust_env=False, headers=key_header()
+    )
 
 
 async def run_stream(

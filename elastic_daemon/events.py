@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import structlog
 
+from elastic_daemon.event_levels import level_of
+
 log = structlog.get_logger("elastic_daemon")
 
 KEPT = 2000
@@ -49,7 +51,7 @@ class EventLog:
         id_ = self.newest + 1
         event = {"id": id_, "time": time.time(), "event": name, **fields}
         self._events.append(Event(id_, name, event, json.dumps(event, default=str)))
-        log.info(name, **fields)
+        log.log(level_of(name, fields), name, **fields)
         self._wake()
 
     def end(self) -> None:

@@ -26,7 +26,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from elastic_daemon.access import AccessGuard, AccessRules
-from elastic_daemon.admission import Limits, Queue
+from elastic_daemon.admission import Limits
+from elastic_daemon.admission_gate import AdmissionGate
 from elastic_daemon.control_routes import is_control_path
 from elastic_daemon.engine.client import ElasticClient, NotServed
 from elastic_daemon.engine.configure import Deployment
@@ -107,30 +108,6 @@ class HoldGate:
                 body = {"error": {"message": str(error), "type": "ServiceUnavailableError", "code": 503}}
                 return await JSONResponse(body, 503, {"Retry-After": "5"})(scope, receive, send)
         await self._app(scope, receive, send)
-
-
-class AdmissionGate:
-    """ASGI middleware that refuses requests for inference which would wait too long, before they wait at all."""
-
-    def __init__(self, app: ASGIApp, queue: Queue, limits: Limits) -> None:
-        self._app = app
-        self._queue = queue
-        self.limits = limits
-        """May be replaced while it serves."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
-            return await self._app(scope, receive, send)
-        seconds = self._queue.retry_after(self.limits, time.monotonic())
-        if seconds is not None:
-            message = f"{self._queue.waiting} requests wait already: come again in {seconds} s"
-            body = {"error": {"message": message, "type": "ServiceUnavailableError", "code": 503}}
-            return await JSONResponse(body, 503, {"Retry-After": str(seconds)})(scope, receive, send)
-        arrived = self._queue.arrive()
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            arrived()
 
 
 class Frontend:
@@ -220,6 +197,7 @@ class Frontend:
                 await self._apply(message)
             elif message["type"] == "settings":
                 self._adopt(message)
+                self._say("adopted")
             elif message["type"] == "drain":
                 self._server.config.timeout_graceful_shutdown = max(1, int(message["timeout_s"]))
                 self._stop()

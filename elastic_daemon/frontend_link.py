@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+
+import structlog
 
 from elastic_daemon import protocol as p
 from elastic_daemon.config import Settings
@@ -10,6 +13,11 @@ from elastic_daemon.control_server import Peer
 from elastic_daemon.events import EventLog
 from elastic_daemon.messages import Message
 from elastic_daemon.metrics import Metrics
+
+log = structlog.get_logger(__name__)
+
+ADOPT_TIMEOUT_S = 10.0
+"""A front end that has not adopted new settings after this long is not waited for."""
 
 SYNCED_FIELDS = ("epoch", "kept", "replayed", "restarted", "lost", "delivered")
 
@@ -28,22 +36,39 @@ class FrontendLink:
         self._stop_timeout_s = stop_timeout_s
         self._refused = 0  # by the front end that there is
         self._settings: Message | None = None
+        self._unadopted = 0  # how often the front end that there is was sent settings without saying that it has them
+        self._waiting: list[tuple[Callable[[], None], asyncio.TimerHandle]] = []
         self._peer: Peer | None = None
         self._ready: dict[int, str] = {}  # by incarnation: how vLLM's client gets to know a rank
 
     def connected(self, peer: Peer) -> None:
         self._peer = peer
         self._refused = 0
-        if self._settings is not None:  # they may have changed since it was forked
-            self._peer.send("settings", **self._settings)
+        self._unadopted = 0
+        self._send_settings()  # they may have changed since it was forked
         self._send_membership()
 
     def adopt(self, settings: Message, stop_timeout_s: float) -> None:
         """What changes while it serves, for this front end and those after it. Secret."""
         self._settings = settings
         self._stop_timeout_s = stop_timeout_s
-        if self._peer is not None:
-            self._peer.send("settings", **settings)
+        self._send_settings()
+
+    def when_adopted(self, then: Callable[[], None]) -> None:
+        """Call `then` once the front end goes by the settings that it was sent, is gone, or has had time enough."""
+        if not self._unadopted:
+            return then()
+        self._waiting.append((then, asyncio.get_running_loop().call_later(ADOPT_TIMEOUT_S, self._adoption_overdue)))
+
+    def _adoption_overdue(self) -> None:
+        log.warning("settings_not_adopted", seconds=ADOPT_TIMEOUT_S)
+        self._all_adopted()
+
+    def _all_adopted(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for then, timer in waiting:
+            timer.cancel()
+            then()
 
     def gone(self) -> None:
         """It has ended, and its requests with it: as many as it last told of."""
@@ -52,6 +77,8 @@ class FrontendLink:
             self._metrics.lost(self.in_flight)
             self._events.record("requests_lost", {"count": self.in_flight})
         self.in_flight, self.in_flight_by_rank = 0, {}
+        self._unadopted = 0
+        self._all_adopted()
 
     def introduce(self, incarnation: int, response: str) -> None:
         """What a rank has to say to it, once it is a member."""
@@ -84,6 +111,10 @@ class FrontendLink:
                 self.in_flight_by_rank = {int(rank): count for rank, count in message["by_rank"].items()}
                 for gap in message["gaps"]:
                     self._metrics.client_gap(gap)
+            case "adopted":
+                self._unadopted -= 1
+                if not self._unadopted:
+                    self._all_adopted()
             case "drained":
                 self._tell(p.DrainComplete())
 
@@ -92,6 +123,11 @@ class FrontendLink:
             if moved["count"]:
                 self._metrics.moved(moved["count"])
                 self._events.record("requests_moved", {"rank": moved["rank"], "count": moved["count"]})
+
+    def _send_settings(self) -> None:
+        if self._settings is not None and self._peer is not None:
+            self._peer.send("settings", **self._settings)
+            self._unadopted += 1
 
     def _send_membership(self) -> None:
         snapshot = self.published

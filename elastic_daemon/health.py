@@ -52,6 +52,11 @@ class HealthView:
     def http_status(self) -> int:
         return 200 if self.status in SERVING else 503
 
+    @property
+    def ready(self) -> bool:
+        """Whether a request that comes now would be served, if need be after a recovery that holds it."""
+        return self.snapshot is not None and self.snapshot.frontend_ready and self.status in SERVING
+
     def to_json(self) -> dict[str, Any]:
         """The body of section "health" in docs/api.md."""
         snapshot = self.snapshot if self.snapshot is not None else _before_configured(self.target)
@@ -107,6 +112,7 @@ def _before_configured(target: int) -> HealthSnapshot:
         last_recovery=None,
         last_shrink=None,
         last_grow=None,
+        frontend_ready=False,
     )
 
 

@@ -5,8 +5,8 @@ gets an answer to an older epoch drops it.
 
     rank  -> supervisor   hello, ready, fault, fenced, regrouped, regroup_failed, respread_done, stored, column, reply
     supervisor -> rank    fence, regroup, resume, respread, store, call
-    front end -> supervisor   hello, ready, synced, moved, stats, drained
-    supervisor -> front end   membership, drain
+    front end -> supervisor   hello, ready, synced, moved, adopted, stats, drained
+    supervisor -> front end   membership, settings, drain
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
+import ssl
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +29,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_aft
 from elastic_daemon.config import key_header
 from elastic_daemon.errors import DaemonUnreachable
 from elastic_daemon.runtime_dir import http_socket
+from elastic_daemon.tls import trust
 
 SERVING = ("ok", "degraded", "recovering")
 """Statuses in which clients are served, if need be after a short wait."""
@@ -45,19 +48,27 @@ PIPE_WIDTH = 250
 """Columns of the output where it goes to no terminal."""
 
 
+UNPROVEN = "CERTIFICATE_VERIFY_FAILED"
+"""In the errors of OpenSSL: there is a server, and it is not known to be the one that was asked for."""
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where to ask: at `url`, or without one on the socket of the daemon that uses `runtime_dir`."""
+    """Where to ask: at `url`, or without one on the socket of the daemon that uses `runtime_dir`.
+
+    `tls`: what certificates are checked with; None: with the usual authorities.
+    """
 
     runtime_dir: Path
     url: str | None = None
+    tls: ssl.SSLContext | None = None
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Target:
-        return cls(arguments.runtime_dir, arguments.url)
+        """Raises ConfigError where the file of authorities cannot be used."""
+        return cls(arguments.runtime_dir, arguments.url, trust(arguments.cacert, os.environ))
 
     @property
     def where(self) -> str:
@@ -72,15 +83,22 @@ class Target:
     ) -> httpx.Client:
         transport = None if self.url else httpx.HTTPTransport(uds=http_socket(self.runtime_dir))
         sent = key_header() if headers is None else headers
-        return httpx.Client(transport=transport, timeout=timeout, trust_env=False, headers=sent)
+        return httpx.Client(
+            transport=transport, verify=self.tls or True, timeout=timeout, trust_env=False, headers=sent
+        )
 
     def async_client(self) -> httpx.AsyncClient:
         transport = None if self.url else httpx.AsyncHTTPTransport(uds=http_socket(self.runtime_dir))
-        return httpx.AsyncClient(transport=transport, timeout=TIMEOUT_S, trust_env=False, headers=key_header())
+        return httpx.AsyncClient(
+            transport=transport, verify=self.tls or True, timeout=TIMEOUT_S, trust_env=False, headers=key_header()
+        )
 
     def unreachable(self, error: object) -> DaemonUnreachable:
         why = str(error) or type(error).__name__
-        return DaemonUnreachable(f"no daemon answers at {self.where}: {why}, start one with `elastic-daemon serve`")
+        hint = "start one with `elastic-daemon serve`"
+        if UNPROVEN in why:
+            hint = "name the authority of its certificate with --cacert, and in --url a name that is in it"
+        return DaemonUnreachable(f"no daemon answers at {self.where}: {why}, {hint}")
 
     def get(self, path: str, **params: Any) -> Any:
         """The JSON body of a control route, whatever its HTTP status. Raises DaemonUnreachable."""

@@ -96,6 +96,12 @@ def add_target(parser: argparse.ArgumentParser) -> None:
         help="runtime directory of the daemon (default: %(default)s)",
     )
     parser.add_argument("--url", help="ask a daemon over HTTP instead, e.g. http://127.0.0.1:8000")
+    parser.add_argument(
+        "--cacert",
+        type=Path,
+        metavar="FILE",
+        help="https: trust the authorities in this file (PEM), and no others (default: $ELASTIC_CACERT)",
+    )
 
 
 def add_watch(parser: argparse.ArgumentParser) -> None:

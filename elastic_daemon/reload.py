@@ -57,8 +57,8 @@ def has_terminal() -> bool:
 class Reloader:
     """Reads the sources anew on request. `apply` gets the new settings, and the names of what has changed in them.
 
-    `around()` is entered before the file is read and left when all is done, however that goes: whoever tells a service
-    manager of reloads sets it.
+    `around()` is entered before the file is read and left when `apply` has returned, however that goes: whoever tells a
+    service manager of reloads sets it.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Protocol
 
 from elastic_daemon.config import Settings
@@ -63,13 +63,16 @@ class ServiceManager:
             self.notifier.turn(lambda: sentence(controller), serving=controller.status in SERVING)
 
     @contextlib.contextmanager
-    def reloading(self) -> Iterator[None]:
-        """Around a reload, which is over however it went."""
+    def reloading(self, when_adopted: Callable[[Callable[[], None]], None]) -> Iterator[None]:
+        """Around a reload, which is over however it went.
+
+        `when_adopted` is given what to call once all processes go by what was read.
+        """
         self.notifier.reloading()
         try:
             yield
         finally:
-            self.notifier.ready()
+            when_adopted(self.notifier.ready)
 
     def stopping(self, drain_s: float) -> None:
         """An orderly end begins. `drain_s`: what running requests get."""

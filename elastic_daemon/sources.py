@@ -22,11 +22,19 @@ from elastic_daemon.resolve import (
     from_toml,
     resolve,
 )
+from elastic_daemon.tls import CACERT_VARIABLE
 
 CONFIG_VARIABLE = "ELASTIC_CONFIG"
 
 OTHER_VARIABLES = frozenset(
-    {CONFIG_VARIABLE, "ELASTIC_NVML_SIMULATOR", "ELASTIC_FAULT_TRANSFER", "ELASTIC_FAULT_LINKS", "ELASTIC_CUDA_GRAPHS"}
+    {
+        CONFIG_VARIABLE,
+        CACERT_VARIABLE,
+        "ELASTIC_NVML_SIMULATOR",
+        "ELASTIC_FAULT_TRANSFER",
+        "ELASTIC_FAULT_LINKS",
+        "ELASTIC_CUDA_GRAPHS",
+    }
 )
 """Variables of ours that are no settings of `serve`."""
 

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, ClassVar, get_args
 
 import structlog
@@ -77,7 +78,7 @@ class Supervisor:
         self._tasks = Tasks(lambda error: self._finish(p.Exit(1, error)))
         self._wake = asyncio.Event()
         self.reloader = Reloader(sources, settings, self._adopt, self.events)
-        self.reloader.around = self.service.reloading
+        self.reloader.around = partial(self.service.reloading, self._frontend.when_adopted)
 
     # --- life ---------------------------------------------------------------------------------------------------------
 

@@ -1,12 +1,16 @@
-"""TLS of the public socket, by vLLM's flags."""
+"""TLS of the public socket, by vLLM's flags; and whom the operator's commands believe that they speak to it."""
 
 from __future__ import annotations
 
 import ssl
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from elastic_daemon.errors import ConfigError
+
+CACERT_VARIABLE = "ELASTIC_CACERT"
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,23 @@ class Tls:
 
 def tls_from_message(message: dict[str, Any] | None) -> Tls | None:
     return Tls(**message) if message is not None else None
+
+
+def trust(flag: Path | None, environ: Mapping[str, str]) -> ssl.SSLContext | None:
+    """What a client of ours checks certificates with: the authorities in the file that is given, and no others.
+
+    None where none is given: those of the client's library.
+
+    Raises:
+        ConfigError: the file cannot be read, or has no certificate in it.
+    """
+    file, named = (str(flag), "--cacert") if flag is not None else (environ.get(CACERT_VARIABLE), CACERT_VARIABLE)
+    if not file:
+        return None
+    try:
+        return ssl.create_default_context(cafile=file)
+    except OSError as error:
+        raise ConfigError(f"{named} {file}: {_reason(error)}") from error
 
 
 def _no_password() -> str:

@@ -110,6 +110,7 @@ OTHERS = (
     (r"(\.venv/bin/)?elastic-daemon serve", Kind.PARSED, "every end-to-end test starts it, with flags of its own"),
     (r"elastic-watchdog run", Kind.PARSED, "the deployment has a watchdog; tests/contract starts others"),
     (r"elastic-daemon drill --", Kind.PARSED, "one drill is run; each further one takes half a minute"),
+    (r"elastic-daemon status --url https:", Kind.PARSED, "of another machine"),
     (r"elastic-daemon drain 2 --timeout 30", Kind.PARSED, "drained once already"),
     (r"elastic-daemon scale 6", Kind.PARSED, "the deployment has room for four ranks"),
     (r"ELASTIC_ADMIN_KEY=… elastic-daemon scale", Kind.PARSED, "of another machine"),

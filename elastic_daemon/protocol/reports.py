@@ -96,6 +96,7 @@ class HealthSnapshot:
 
     `expert_safety` and `survivable_losses` are -1 when an expert is in no rank's memory, or finds no slot;
     `expert_safety` is None before the first placement. `doing`: one sentence on what goes on and what it waits for.
+    `frontend_ready`: whether somebody is there to accept requests, be it to hold them.
     """
 
     status: Status
@@ -110,3 +111,4 @@ class HealthSnapshot:
     last_recovery: RecoveryReport | None
     last_shrink: RecoveryReport | None
     last_grow: RecoveryReport | None
+    frontend_ready: bool

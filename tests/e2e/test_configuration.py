@@ -13,9 +13,9 @@ import pytest
 import schemathesis
 
 from elastic_daemon.control_routes import CONTROL_PATHS, CONTROL_TEMPLATES
+from tests.certificates import certificate
 from tests.e2e.cluster import Cluster
 from tests.fuzzing import fuzz
-from tests.unit.test_limits import certificate
 
 pytestmark = pytest.mark.e2e
 

@@ -113,11 +113,24 @@ def test_a_front_end_that_crashes_keeps_ranks_and_serves_again_soon(services: Se
     [frontend] = cluster.titled("front end")
     os.kill(frontend, signal.SIGKILL)
     killed = time.monotonic()
+    cluster.wait_for(lambda: cluster.control("/readyz").status_code == 503)
     cluster.wait_for(lambda: len(cluster.events("frontend_ready")) == 2 and cluster.health()["status"] == "ok")
+    assert cluster.control("/readyz").status_code == 200
     assert_same(run_streams(cluster, PROMPTS[:4], max_tokens=10), reference)
     assert time.monotonic() - killed <= 5.0 + SLACK_S
     assert [cluster.pid(rank) for rank in range(2)] == ranks
     assert len(services.manager.said("READY")) == 1, "systemd is told once"
+
+
+def test_a_reload_is_over_when_the_front_end_goes_by_it(services: Services) -> None:
+    cluster, manager = services.cluster, services.manager
+    began = time.monotonic()
+    cluster.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: manager.said("READY", began), 10, "READY after a reload")
+    [reloading], [ready] = manager.said("RELOADING", began), manager.said("READY", began)
+    assert began <= int(reloading.fields["MONOTONIC_USEC"]) / 1e6 <= ready.at
+    assert len(cluster.events("reloaded")) == 1
+    assert not any("settings_not_adopted" in line for line in cluster.log.splitlines())
 
 
 def test_a_kill_of_the_supervisor_leaves_nothing_and_a_restart_serves(services: Services) -> None:

@@ -18,13 +18,17 @@ from elastic_daemon.access import AccessGuard, AccessRules
 from elastic_daemon.app import make_control_app
 from elastic_daemon.cli import main
 from elastic_daemon.runtime_dir import http_socket
+from tests.certificates import Issued
 from tests.unit.operator_plane import OperatorPlane
 
 
 class Server:
-    """Serves a plane's control routes in a thread: on a runtime directory's socket, or guarded on a TCP port."""
+    """Serves a plane's control routes in a thread: on a runtime directory's socket, or guarded on a TCP port.
 
-    def __init__(self, plane: OperatorPlane, where: Path | AccessRules) -> None:
+    `tls`: what it is to prove itself with there.
+    """
+
+    def __init__(self, plane: OperatorPlane, where: Path | AccessRules, tls: Issued | None = None) -> None:
         app, guarded = make_control_app(plane), isinstance(where, AccessRules)
         self._listener = socket.create_server(("127.0.0.1", 0)) if guarded else None
         config = uvicorn.Config(
@@ -32,7 +36,10 @@ class Server:
             uds=http_socket(where) if isinstance(where, Path) else None,
             log_level="warning",
             timeout_graceful_shutdown=1,
+            ssl_certfile=tls.cert if tls is not None else None,
+            ssl_keyfile=tls.key if tls is not None else None,
         )
+        self._origin = "http://127.0.0.1" if tls is None else "https://localhost"
         self._plane, self._server = plane, uvicorn.Server(config)
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -42,7 +49,7 @@ class Server:
     @property
     def url(self) -> str:
         assert self._listener is not None
-        return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        return f"{self._origin}:{self._listener.getsockname()[1]}"
 
     def _run(self) -> None:
         async def serve() -> None:
@@ -66,8 +73,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(plane: OperatorPlane, where: Path | AccessRules) -> Iterator[Server]:
-    server = Server(plane, where)
+def serving(plane: OperatorPlane, where: Path | AccessRules, tls: Issued | None = None) -> Iterator[Server]:
+    server = Server(plane, where, tls)
     try:
         yield server
     finally:

@@ -68,6 +68,81 @@ def test_too_few_departures_say_nothing() -> None:
     assert departures.rate(float(FEWEST)) == pytest.approx(1.0)
 
 
+@given(gap=st.floats(0.5, 1000.0), watched=st.floats(WINDOW_S, 600.0))
+def test_a_slow_pace_is_told_and_never_told_too_low(gap: float, watched: float) -> None:
+    departures = Departures()
+    departures.serving(True, 0.0)
+    departures.somebody_waits(0.0)
+    for number in range(1, int(watched / gap) + 1):
+        departures.left(number * gap)
+    rate = departures.rate(watched)
+    assert rate is not None
+    assert 1 / gap <= rate * (1 + 1e-9)
+    assert rate <= FEWEST / (FEWEST - 1) / gap + 2 / WINDOW_S
+
+
+def test_few_departures_tell_only_of_a_queue_that_was_there_all_the_time() -> None:
+    departures = Departures()
+    departures.serving(True, 0.0)
+    assert departures.rate(10 * WINDOW_S) is None, "idle"
+    departures.somebody_waits(1000.0)
+    assert departures.rate(1000.0 + WINDOW_S - 1) is None, "a first burst"
+    departures.left(1059.0)
+    assert departures.rate(1000.0 + WINDOW_S) == pytest.approx(2 / WINDOW_S)
+    assert departures.rate(1000.0 + 3 * WINDOW_S) == pytest.approx(1 / WINDOW_S), "nobody has left lately"
+    departures.nobody_waits()
+    departures.somebody_waits(1200.0)
+    assert departures.rate(1200.0 + WINDOW_S - 1) is None, "it was empty in between"
+    departures.serving(False, 1200.0 + WINDOW_S - 1)
+    assert departures.rate(9000.0) is None, "a pause does not count"
+    departures.serving(True, 9000.0)
+    assert departures.rate(9001.0) == pytest.approx(1 / WINDOW_S)
+
+
+SLOW = Limits(max_waiting=4096, queue_timeout_s=30.0)
+
+
+def test_a_queue_that_hardly_moves_is_not_joined_for_ever() -> None:
+    queue = Queue()
+    queue.departures.serving(True, 0.0)
+    for number in range(10):
+        assert queue.retry_after(SLOW, 0.0) is None
+        queue.arrive()
+        queue.join(str(number))
+    queue.begin("0", 20.0)
+    assert queue.retry_after(SLOW, WINDOW_S - 1) is None, "that may still be a start"
+    seconds = queue.retry_after(SLOW, WINDOW_S)
+    assert seconds == math.ceil(9 / (2 / WINDOW_S) - 30.0), "nine wait, one left, one may come"
+    queue.leave(map(str, range(10)))
+    assert queue.retry_after(SLOW, WINDOW_S + 1) is None, "nobody waits any more"
+    assert queue.refused == 1
+    queue.arrive()()
+
+
+@given(
+    idle=st.sampled_from([0.0, 1.0, 1e4]),
+    steps=st.lists(st.tuples(st.floats(0.0, WINDOW_S * 0.999), st.booleans()), max_size=100),
+)
+def test_a_first_burst_is_never_refused(idle: float, steps: list[tuple[float, bool]]) -> None:
+    """Of a service that has just started, or had nothing to do: whatever its pace, in its first minute."""
+    queue = Queue()
+    queue.departures.serving(True, 0.0)
+    waiting: list[str] = []
+    departed = 0
+    for number, (after, comes) in enumerate(sorted(steps)):
+        if comes:
+            assert queue.retry_after(SLOW, idle + after) is None
+            queue.arrive()
+            queue.join(str(number))
+            waiting.append(str(number))
+        elif waiting and departed < FEWEST - 1:
+            queue.begin(waiting.pop(0), idle + after)
+            departed += 1
+    queue.leave(waiting)
+    assert queue.waiting == 0
+    queue.arrive()()
+
+
 @given(st.lists(st.tuples(st.sampled_from(["arrive", "join", "begin", "leave"]), st.integers(0, 5)), max_size=60))
 def test_the_queue_counts_each_once(steps: list[tuple[str, int]]) -> None:
     queue = Queue()

@@ -37,6 +37,7 @@ SNAPSHOT = HealthSnapshot(
     last_recovery=None,
     last_shrink=None,
     last_grow=None,
+    frontend_ready=True,
 )
 
 
@@ -88,6 +89,16 @@ async def test_health_and_readyz_of_each_status(plane: Plane, client: httpx.Asyn
     ready = await client.get("/readyz")
     assert ready.status_code == CODES[status]
     assert ready.json() == {"ready": CODES[status] == 200, "status": status.value}
+
+
+async def test_nobody_is_ready_without_a_front_end(plane: Plane, client: httpx.AsyncClient) -> None:
+    """Ranks live, so that it recovers soon; who asks meanwhile gets 503 at once, as a request does."""
+    plane.snapshot = dataclasses.replace(SNAPSHOT, status=Status.RECOVERING, frontend_ready=False)
+    assert (await client.get("/health")).status_code == 200
+    ready = await client.get("/readyz")
+    assert (ready.status_code, ready.json()) == (503, {"ready": False, "status": "recovering"})
+    assert (await client.head("/readyz")).status_code == 503
+    assert (await client.post("/v1/completions", json={})).status_code == 503
 
 
 async def test_before_the_engine_is_known(plane: Plane, client: httpx.AsyncClient) -> None:

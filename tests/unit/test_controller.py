@@ -144,11 +144,15 @@ def test_a_death_in_the_first_regroup_is_a_recovery_like_any_other() -> None:
 
 def test_a_front_end_that_exits_is_started_again_and_ranks_are_left_alone() -> None:
     shell = Shell().serve()
+    assert shell.controller.snapshot(shell.now).frontend_ready
     actions = shell.send(p.FrontendExited("signal 11"))
     assert shell.controller.status is Status.RECOVERING
+    assert not shell.controller.snapshot(shell.now).frontend_ready
     assert not of(p.Fence, actions)
     assert of(p.StartFrontend, shell.tick())
+    assert not shell.controller.snapshot(shell.now).frontend_ready, "it has only been asked for"
     assert published(shell.send(p.FrontendReady())).status is Status.OK
+    assert shell.controller.snapshot(shell.now).frontend_ready
     assert shell.controller.epoch == 1
 
 
@@ -156,6 +160,7 @@ def test_a_front_end_that_exits_in_a_recovery_ends_only_its_own_part() -> None:
     shell = Shell().serve()
     shell.exited(1)
     shell.fenced(0, 2, 3)
+    assert shell.controller.snapshot(shell.now).frontend_ready, "it holds what comes in a recovery"
     shell.send(p.FrontendExited("signal 11"))
     [done] = of(p.RecoveryDone, shell.regrouped(0, 2, 3))
     assert done.report.requests is None

@@ -241,7 +241,7 @@ def test_variables_exist(path: Path) -> None:
 
 REPORT = RecoveryReport(1, RecoveryKind.SHRINK, (2,), "", dict.fromkeys(Timer, 0.0), RequestCounts(0, 0, 0, 0))
 SNAPSHOT = HealthSnapshot(
-    Status.OK, "", "", 1, 4, 4, 1, 2, (RankHealth(0, RankState.ACTIVE, 0.0, None, 1),), REPORT, REPORT, None
+    Status.OK, "", "", 1, 4, 4, 1, 2, (RankHealth(0, RankState.ACTIVE, 0.0, None, 1),), REPORT, REPORT, None, True
 )
 
 

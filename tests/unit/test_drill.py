@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
+import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,12 @@ from rich.console import Console
 from elastic_daemon.cli import make_parser
 from elastic_daemon.drill import (
     Daemon,
+    Display,
     Fault,
     Moment,
     Options,
     Victim,
+    _watched_run,
     choose_ranks,
     parse_ranks,
     prompts_for,
@@ -45,6 +50,8 @@ from elastic_daemon.drill_report import (
 )
 from elastic_daemon.errors import ConfigError
 from elastic_daemon.operator_commands import Target
+from elastic_daemon.tls import trust
+from tests.certificates import issued
 
 
 def stream(prompt: str = "p", tokens: tuple[int, ...] = (5, 6, 7), **changes: Any) -> StreamResult:
@@ -474,8 +481,9 @@ USAGE = json.dumps({"choices": [], "usage": {"completion_tokens": 2}})
 GOOD = [chunk(97), chunk(98, "length"), USAGE, "[DONE]"]
 
 
-async def answered(status: str, lines: list[str]) -> tuple[StreamResult, list[tuple[int, int]]]:
-    """One stream against a server that sends these events and hangs up."""
+@contextlib.asynccontextmanager
+async def answering(status: str, lines: list[str], tls: ssl.SSLContext | None = None) -> AsyncIterator[int]:
+    """The port of a server that sends these events to whoever asks, and hangs up."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -484,9 +492,15 @@ async def answered(status: str, lines: list[str]) -> tuple[StreamResult, list[tu
         await writer.drain()
         writer.close()
 
+    async with await asyncio.start_server(answer, "127.0.0.1", 0, ssl=tls) as server:
+        yield server.sockets[0].getsockname()[1]
+
+
+async def answered(status: str, lines: list[str]) -> tuple[StreamResult, list[tuple[int, int]]]:
+    """One stream against such a server."""
     tokens: list[tuple[int, int]] = []
-    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with answering(status, lines) as port:
+        url = f"http://127.0.0.1:{port}"
         (seen,) = await run_streams(url, ["p"], 2, lambda number, count: tokens.append((number, count)))
     return seen, tokens
 
@@ -512,6 +526,20 @@ async def test_streams_that_fail_say_why(status: str, lines: list[str], error: s
     seen, _ = await answered(status, lines)
     assert seen.error is not None
     assert re.search(error, seen.error)
+
+
+async def test_streams_of_a_daemon_with_a_private_authority(tmp_path: Path) -> None:
+    made = issued(tmp_path)
+    (server := ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)).load_cert_chain(made.cert, made.key)
+    console = Console(file=io.StringIO())
+    async with answering("200 OK", GOOD, server) as port:
+        for authority, error in ((made.authority, None), (None, "CERTIFICATE_VERIFY_FAILED")):
+            target = Target(tmp_path, f"https://localhost:{port}", trust(authority, {}))
+            daemon = Daemon(target, target.base_url)
+            options = Options(target, streams=1, tokens=2)
+            (seen,), _, _ = await _watched_run(daemon, Display(console), "undisturbed", options, ["p"], None)
+            assert seen.error is None if error is None else error in str(seen.error)
+            await daemon.close()
 
 
 async def test_stream_without_server() -> None:

@@ -37,6 +37,7 @@ SNAPSHOT = HealthSnapshot(
     last_recovery=REPORT,
     last_shrink=REPORT,
     last_grow=None,
+    frontend_ready=True,
 )
 
 
@@ -59,9 +60,16 @@ def test_http_status(status: Status) -> None:
     assert view(dataclasses.replace(SNAPSHOT, status=status)).http_status == (200 if serving else 503)
 
 
+@pytest.mark.parametrize("status", Status)
+@pytest.mark.parametrize("frontend_ready", [True, False])
+def test_ready_is_who_would_serve_or_hold_a_request(status: Status, frontend_ready: bool) -> None:
+    shown = view(dataclasses.replace(SNAPSHOT, status=status, frontend_ready=frontend_ready))
+    assert shown.ready is (frontend_ready and shown.http_status == 200)
+
+
 def test_before_the_engine_is_known() -> None:
     starting = view(None)
-    assert (starting.status, starting.http_status) == (Status.STARTING, 503)
+    assert (starting.status, starting.http_status, starting.ready) == (Status.STARTING, 503, False)
     body = starting.to_json()
     assert (body["status"], body["epoch"], body["model"]) == ("starting", 0, "tiny-moe")
     assert body["reason"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
 import socket
 import ssl
 import stat
@@ -14,10 +13,6 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -26,9 +21,11 @@ from starlette.routing import Route
 from elastic_daemon.answering import Answering
 from elastic_daemon.config import Settings
 from elastic_daemon.errors import ConfigError
-from elastic_daemon.limits import MAX_HEADER_BYTES, MAX_HEADERS, BoundedHttp, SizeLimits
+from elastic_daemon.limits import MAX_HEADER_BYTES, MAX_HEADERS, SizeLimits
 from elastic_daemon.sources import Sources
 from elastic_daemon.tasks import Tasks
+from tests.certificates import certificate
+from tests.unit.http_server import serving
 
 BODY = 2000
 
@@ -38,20 +35,7 @@ async def answer(request: Request) -> JSONResponse:
 
 
 APP = Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "POST"])])
-
-
-@contextlib.asynccontextmanager
-async def serving() -> AsyncIterator[tuple[str, int]]:
-    listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(SizeLimits(APP, BODY), http=BoundedHttp, log_level="error", lifespan="off")
-    server = uvicorn.Server(config)
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
-    task = asyncio.create_task(server.serve([listener]))
-    while not server.started:
-        await asyncio.sleep(0.005)
-    yield listener.getsockname()
-    server.should_exit = True
-    await task
+LIMITED = SizeLimits(APP, BODY)
 
 
 async def raw(address: tuple[str, int], *parts: bytes) -> bytes:
@@ -73,7 +57,7 @@ async def test_bodies() -> None:
         for _ in range(number):
             yield b"x" * 100
 
-    async with serving() as (host, port), httpx.AsyncClient(base_url=f"http://{host}:{port}") as http:
+    async with serving(LIMITED) as (host, port), httpx.AsyncClient(base_url=f"http://{host}:{port}") as http:
         assert (await http.post("/", content=b"x" * BODY)).json() == {"size": BODY}
         assert (await http.post("/", content=chunks(20))).json() == {"size": BODY}
         for content in (b"x" * (BODY + 1), chunks(21)):
@@ -83,7 +67,7 @@ async def test_bodies() -> None:
 
 
 async def test_headers() -> None:
-    async with serving() as address:
+    async with serving(LIMITED) as address:
         host, port = address
         async with httpx.AsyncClient(base_url=f"http://{host}:{port}") as http:
             assert (await http.get("/", headers={"X": "x" * (MAX_HEADER_BYTES - 1000)})).is_success
@@ -106,47 +90,14 @@ async def test_large_bodies_are_no_headers() -> None:
         sent.append(len(await Request(scope, receive).body()))
         await JSONResponse({})(scope, receive, send)
 
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(
-        uvicorn.Config(SizeLimits(app, 1 << 24), http=BoundedHttp, log_level="error", lifespan="off")
-    )
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
-    task = asyncio.create_task(server.serve([listener]))
-    host, port = listener.getsockname()
-    async with httpx.AsyncClient(base_url=f"http://{host}:{port}") as http:
-        for _ in range(3):  # on one connection
-            assert (await http.post("/", content=b"x" * (1 << 20))).is_success
-    server.should_exit = True
-    await task
+    async with serving(SizeLimits(app, 1 << 24)) as (host, port):
+        async with httpx.AsyncClient(base_url=f"http://{host}:{port}") as http:
+            for _ in range(3):  # on one connection
+                assert (await http.post("/", content=b"x" * (1 << 20))).is_success
     assert sent == [1 << 20] * 3
 
 
 # --- TLS --------------------------------------------------------------------------------------------------------------
-
-
-def certificate(folder: Path, name: str = "localhost", passphrase: bytes | None = None) -> tuple[Path, Path]:
-    """A self-signed one, and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    now = datetime.datetime.now(datetime.UTC)
-    signed = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    kept = serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
-    (cert := folder / "cert.pem").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
-    (secret := folder / "key.pem").write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, kept)
-    )
-    return cert, secret
 
 
 async def test_the_supervisor_speaks_tls_and_takes_a_new_certificate(tmp_path: Path, socket_dir: Path) -> None:

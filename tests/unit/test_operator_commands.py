@@ -68,6 +68,7 @@ class Plane(OperatorPlane):
             last_recovery=SHRINK,
             last_shrink=SHRINK,
             last_grow=None,
+            frontend_ready=True,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,15 @@ from pathlib import Path
 import pytest
 
 from elastic_daemon import protocol as p
+from elastic_daemon.answering import Answering
 from elastic_daemon.config import Settings
 from elastic_daemon.control_server import ControlServer
 from elastic_daemon.health import HealthView
 from elastic_daemon.membership import Status
 from elastic_daemon.messages import Message, decode, encode
+from elastic_daemon.sources import Sources
 from elastic_daemon.supervisor import Supervisor
+from elastic_daemon.tasks import Tasks
 
 TIMEOUT_S = 10.0
 SNAPSHOT = p.Snapshot(5, Status.OK, "", ((0, 11), (1, 12)), ())
@@ -24,8 +28,8 @@ SNAPSHOT = p.Snapshot(5, Status.OK, "", ((0, 11), (1, 12)), ())
 class Heard(Supervisor):
     """A supervisor whose controller only listens."""
 
-    def __init__(self) -> None:
-        super().__init__(Settings())
+    def __init__(self, sources: Sources | None = None) -> None:
+        super().__init__(sources.load().settings if sources is not None else Settings(), sources)
         self.told: asyncio.Queue[p.Event] = asyncio.Queue()
         self._frontend.introduce(11, "response of 11")
         self._frontend.introduce(12, "response of 12")
@@ -85,3 +89,60 @@ async def test_moved_requests_are_reported_and_counted(pair: tuple[Heard, FrontE
     assert [(event["rank"], event["count"]) for event in moves] == [(1, 3)]
     metrics = supervisor.metrics.render(HealthView(None, "m", 4, 0, {}, {}, 0.0)).decode()
     assert 'elastic_requests_preserved_total{how="moved"} 3.0' in metrics
+
+
+class Serves:
+    """A controller, as far as the service manager is told of it."""
+
+    status, reason = Status.OK, ""
+
+    def describe(self) -> str:
+        return "serving"
+
+
+async def test_a_reload_is_over_for_systemd_when_the_front_end_goes_by_it(
+    clean_environment: pytest.MonkeyPatch, socket_dir: Path
+) -> None:
+    (file := socket_dir / "daemon.toml").write_text("max_waiting = 6\n")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, socket.socket() as listener:
+        manager.bind(str(socket_dir / "notify"))
+        manager.setblocking(False)
+        clean_environment.setenv("NOTIFY_SOCKET", str(socket_dir / "notify"))
+        supervisor = Heard(Sources({"config": file}, {}))
+        supervisor._answering = Answering(nowhere, nowhere, listener, supervisor.settings, Tasks(pytest.fail))  # type: ignore[arg-type]
+        server = await supervisor.listen(path := str(socket_dir / "control.sock"))
+        front_end = FrontEnd(*await asyncio.open_unix_connection(path))
+        front_end.say("hello", role="frontend")
+        supervisor.service.turn(Serves())
+        assert "READY=1" in manager.recv(4096).decode().split("\n"), "of the start"
+        supervisor.publish(SNAPSHOT)
+        await front_end.hear()  # it is known
+
+        for text, waiting in (("max_waiting = 7\n", 7), ("max_waiting = 8\n", 8)):
+            file.write_text(text)
+            supervisor._hung_up(False)
+            assert manager.recv(4096).decode().startswith("RELOADING=1\nMONOTONIC_USEC=")
+            told = await front_end.hear()
+            assert (told["type"], told["max_waiting"]) == ("settings", waiting)
+            front_end.say("moved", epoch=5, draining=[], requests=[])
+            await asyncio.wait_for(supervisor.told.get(), TIMEOUT_S)
+            with pytest.raises(BlockingIOError):
+                manager.recv(4096)
+            front_end.say("adopted")
+            assert await asyncio.wait_for(read(manager), TIMEOUT_S) == "READY=1"
+        assert [event["event"] for event in supervisor.events.since(0)] == ["reloaded"] * 2
+
+        file.write_text("max_waiting = -1\n")
+        supervisor._hung_up(False)
+        assert manager.recv(4096).decode().startswith("RELOADING=1\n")
+        assert manager.recv(4096).decode() == "READY=1", "nothing has changed: nobody is waited for"
+        front_end.close()
+        await server.close()
+
+
+async def nowhere(*_: object) -> None:
+    """An application that nobody asks."""
+
+
+async def read(manager: socket.socket) -> str:
+    return (await asyncio.get_running_loop().sock_recv(manager, 4096)).decode()

@@ -1,0 +1,94 @@
+"""When a reload is over: the front end says that it goes by the new settings, or there is nobody to wait for."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import pytest
+from structlog.testing import capture_logs
+
+from elastic_daemon import frontend_link
+from elastic_daemon.config import Settings
+from elastic_daemon.control_server import Peer
+from elastic_daemon.events import EventLog
+from elastic_daemon.frontend_link import FrontendLink, frontend_settings
+from elastic_daemon.metrics import Metrics
+
+
+class FakePeer:
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+
+    def send(self, type_: str, **_: Any) -> None:
+        self.sent.append(type_)
+
+
+class Link(FrontendLink):
+    def __init__(self) -> None:
+        super().__init__(EventLog(), Metrics(), lambda event: None, 5.0)
+        self.over = 0
+
+    def connect(self) -> Peer:
+        peer = cast(Peer, FakePeer())
+        self.connected(peer)
+        return peer
+
+    def reload(self) -> None:
+        self.adopt(frontend_settings(Settings()), 5.0)
+        self.when_adopted(self._count)
+
+    def _count(self) -> None:
+        self.over += 1
+
+
+def sent(peer: Peer) -> list[str]:
+    return cast(FakePeer, peer).sent
+
+
+async def test_it_is_over_when_the_front_end_has_adopted_all_that_it_was_sent() -> None:
+    link = Link()
+    peer = link.connect()
+    link.reload()
+    link.reload()
+    assert sent(peer) == ["settings", "settings"]
+    link.hear(peer, {"type": "adopted"})
+    assert link.over == 0, "those of the second reload are on their way"
+    link.hear(peer, {"type": "adopted"})
+    assert link.over == 2
+
+
+def test_without_a_front_end_nobody_is_waited_for() -> None:
+    link = Link()
+    link.reload()
+    assert link.over == 1
+
+
+async def test_one_that_ends_is_not_waited_for_and_the_next_one_is_told() -> None:
+    link = Link()
+    first = link.connect()
+    link.reload()
+    link.gone()
+    assert link.over == 1
+    second = link.connect()
+    assert sent(second) == ["settings"]
+    link.reload()
+    link.hear(first, {"type": "adopted"})
+    link.hear(second, {"type": "adopted"})
+    assert link.over == 1, "what it was told first, it says first"
+    link.hear(second, {"type": "adopted"})
+    assert link.over == 2
+
+
+async def test_one_that_says_nothing_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frontend_link, "ADOPT_TIMEOUT_S", 0.01)
+    link = Link()
+    peer = link.connect()
+    with capture_logs() as logs:
+        link.reload()
+        async with asyncio.timeout(5):
+            while not link.over:
+                await asyncio.sleep(0.005)
+    assert [(line["event"], line["log_level"]) for line in logs] == [("settings_not_adopted", "warning")]
+    link.hear(peer, {"type": "adopted"})
+    assert link.over == 1, "once"
