@@ -73,7 +73,7 @@ def decide(verdict: TelemetryVerdict, now: Situation, policy: Policy) -> Decisio
 class _Doubt:
     ranks: tuple[Identity, ...]
     reason: str
-    refused: bool
+    kept: bool
 
 
 class Doubts:
@@ -88,8 +88,9 @@ class Doubts:
         if verdict.verdict is VerdictKind.OK or decision.measure in (Measure.EXCLUDE, Measure.DRAIN, Measure.FENCE):
             return
         refused = decision.measure is Measure.REFUSE
+        held = verdict.verdict.acts and not verdict.act  # by the watchdog, whose reason says why
         reason = f"{verdict.reason}; kept: {decision.why}" if refused else verdict.reason
-        self._by_subject[verdict.subject] = _Doubt(verdict.ranks, reason, refused)
+        self._by_subject[verdict.subject] = _Doubt(verdict.ranks, reason, refused or held)
 
     def forget(self, is_current: Callable[[Identity], bool]) -> None:
         """Let go of what is about ranks of the past only."""
@@ -102,6 +103,6 @@ class Doubts:
         return "; ".join(doubt.reason for doubt in self._by_subject.values() if rank in doubt.ranks) or None
 
     @property
-    def refusals(self) -> tuple[tuple[tuple[Identity, ...], str], ...]:
-        """Ranks that are kept against a verdict, and why."""
-        return tuple((doubt.ranks, doubt.reason) for doubt in self._by_subject.values() if doubt.refused)
+    def kept(self) -> tuple[tuple[tuple[Identity, ...], str], ...]:
+        """Ranks that are kept against a verdict, and why: it was refused here, or held back by the watchdog."""
+        return tuple((doubt.ranks, doubt.reason) for doubt in self._by_subject.values() if doubt.kept)

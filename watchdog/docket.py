@@ -213,7 +213,7 @@ class Docket:
             return None
         incarnations = self._incarnations(target)
         standing = old is not None and old.act and old.verdict is judgement.verdict and incarnations <= old.incarnations
-        held = None if standing else self._held(target, judgement.verdict, now)
+        held = None if standing else self._held(target, judgement, now)
         act = judgement.verdict.acts and held is None
         unchanged = old is not None and (old.verdict, old.act, old.held) == (judgement.verdict, act, held)
         if (
@@ -249,12 +249,12 @@ class Docket:
             else frozenset()
         )
 
-    def _held(self, target: Target, verdict: Verdict, now: float) -> str | None:
-        if not verdict.acts:
+    def _held(self, target: Target, judgement: Judgement, now: float) -> str | None:
+        if not judgement.verdict.acts:
             return None
         if self.mode is Mode.OBSERVE:
             return "observe mode"
-        return held_back(verdict, target if isinstance(target, str) else None, self.bound(now), self.policy, now)
+        return held_back(judgement, target if isinstance(target, str) else None, self.bound(now), self.policy, now)
 
     def bound(self, now: float) -> Bound:
         """What the breaker goes by."""
@@ -279,9 +279,11 @@ class Docket:
             if judgement.verdict.removes and self.bindings.on_gpu(target):
                 self._exclusions.append(now)
             return
-        self._restarts.append(now)
+        if not judgement.holds_others_up:
+            self._restarts.append(now)
+            return
         gpu = next((one.gpu for one in self.bindings.ranks if (one.rank, one.incarnation) == target), None)
-        if gpu is not None and judgement.signal == "hung":
+        if gpu is not None:
             self.state.add_restart(gpu, wall)
 
 

@@ -111,6 +111,8 @@ def _rank_line(rank: dict[str, Any]) -> str:
     silent = "-" if rank["silent_s"] is None else f"{rank['silent_s']:.1f} s"
     step = "-" if rank["step"] is None else rank["step"]
     verdict = rank["verdict"] + (f": {rank['reason']}" if rank["reason"] else "")
+    if rank["held"]:
+        verdict += f" [held: {rank['held']}]"
     if rank["nccl_error"]:
         verdict += f" [its NCCL: {rank['nccl_error']}]"
     return (

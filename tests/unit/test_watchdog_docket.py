@@ -129,6 +129,46 @@ def test_ranks_that_hang_again_and_again_cost_their_gpu(tmp_path: Path) -> None:
     assert ("a", Verdict.DRAIN, True) in said(case.review(4.0, WALL + 4))
 
 
+def test_a_rank_that_hangs_is_restarted_however_many_were_before(tmp_path: Path) -> None:
+    """The group stands still until it is gone: there is nothing to be saved by waiting."""
+    case = docket(tmp_path, Policy(max_exclusions=2, repeat_restarts=0))
+    for turn in range(1, 7):
+        case.bind(bindings("a", "b", "c", "d", epoch=turn, incarnation=10 * turn, least=4))
+        rank = case.bindings.ranks[turn % 4]
+        case.see_rank(rank, "hung", True, float(turn))
+        assert said(case.review(float(turn), WALL + turn)) == [
+            ((rank.rank, rank.incarnation), Verdict.RESTART_RANK, True)
+        ]
+
+
+def test_offenders_are_restarted_also_while_the_breaker_keeps_their_gpu(tmp_path: Path) -> None:
+    case = docket(tmp_path, Policy(repeat_restarts=2))
+    for turn in range(1, 5):
+        case.bind(bindings("a", "b", epoch=turn, incarnation=10 * turn, least=2))
+        case.see_rank(case.bindings.ranks[0], "hung", True, float(turn))
+        rulings = case.review(float(turn), WALL + turn)
+        assert ((0, 10 * turn), Verdict.RESTART_RANK, True) in said(rulings)
+        if turn == 3:
+            (drain,) = [ruling for ruling in rulings if ruling.target == "a"]
+            assert (drain.verdict, drain.signal, drain.act) == (Verdict.DRAIN, "repeat_offender", False)
+            assert drain.held == "breaker: 2 ranks in service, 2 must stay"
+    assert len(case.state.record("a").history.restarts) == 4
+
+
+def test_restarts_for_xids_have_a_limit_of_their_own_until_the_rank_is_found_to_hang(tmp_path: Path) -> None:
+    case = docket(tmp_path, Policy(max_exclusions=1))
+    for number, gpu in enumerate("ab"):
+        case.see_event(gpu, "xid", 31, 1.0)
+        case.views[10 + number] = RankView(number, 10 + number, gpu, 1.5)
+    rulings = case.review(2.5, WALL)
+    acting = {ruling.target: ruling.act for ruling in rulings if ruling.verdict is Verdict.RESTART_RANK}
+    assert acting == {(0, 10): True, (1, 11): False}
+    assert case.bound(2.5).restarts == (2.5,)
+    case.see_rank(case.bindings.ranks[1], "hung", True, 3.0)
+    assert said(case.review(3.0, WALL)) == [((1, 11), Verdict.RESTART_RANK, True)]
+    assert case.bound(3.0).restarts == (2.5,)
+
+
 def test_straggler_is_named_only(tmp_path: Path) -> None:
     case = docket(tmp_path)
     case.see_rank(case.bindings.ranks[3], "straggler", True, 1.0, slowdown=3.1)
@@ -214,6 +254,8 @@ def test_acting_never_goes_beyond_the_limits(tmp_path: Path, steps: list[tuple[s
         before = {one for one in case.gpus if case.gpus[one].ruling and case.gpus[one].ruling.act}
         for ruling in case.review(now, WALL + now):
             assert ruling.act is False or ruling.held is None
+            if ruling.evidence and ruling.evidence[0]["signal"] == "hung":
+                assert ruling.act, "a rank that holds all others up was kept"
             if ruling.act and ruling.verdict.removes and ruling.target in serving and ruling.target not in before:
                 acted.append(now)
         leaving = {
