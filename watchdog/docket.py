@@ -175,6 +175,7 @@ class Docket:
             for_gpu = judgement if judgement.verdict is not Verdict.RESTART_RANK else _only_suspect(judgement)
             if ruling := self._rule(uuid, self.gpus[uuid], for_gpu, now, wall):
                 rulings.append(ruling)
+            self._remember(uuid, judgement, wall)
         for binding in self.bindings.ranks:
             key = (binding.rank, binding.incarnation)
             case = self.ranks[key]
@@ -194,14 +195,20 @@ class Docket:
         bound = self.bindings.on_gpu(uuid)
         views = [self.views.get(one.incarnation, RankView(one.rank, one.incarnation, uuid)) for one in bound]
         history = self.state.record(uuid).history
-        judgement = judge_gpu(case.log.all(now), self._table, self.policy, history, views, now, wall)
-        if judgement.verdict.removes and not self.state.record(uuid).verdict.removes:
+        return judge_gpu(case.log.all(now), self._table, self.policy, history, views, now, wall)
+
+    def _remember(self, uuid: str, judgement: Judgement, wall: float) -> None:
+        """A GPU has failed when it is taken out of service, once until it is well again, also over a restart. What is
+        held back, or only observed, does not count: it would be acted on later, by quarantine."""
+        removes, ruling = judgement.verdict.removes, self.gpus[uuid].ruling
+        if removes and (ruling is None or not ruling.act):
+            return
+        if removes and not self.state.record(uuid).verdict.removes:
             self.state.see(uuid, wall)
             if judgement.signal != "quarantine":
                 self.state.add_failure(uuid, self.policy, wall)
         if uuid.startswith("GPU-") or judgement.verdict is not Verdict.OK:
             self.state.set_verdict(uuid, judgement.verdict)
-        return judgement
 
     def _rule(self, target: Target, case: Case, judgement: Judgement, now: float, wall: float) -> Ruling | None:
         """The new ruling on a case, or None when what was said before still stands."""

@@ -71,9 +71,9 @@ class GpuHistory:
     """What outlives a restart of the watchdog. Times are wall-clock seconds since the epoch."""
 
     failures: tuple[float, ...] = ()
-    """Times at which the GPU was found to be taken out of service."""
+    """Times at which the GPU was taken out of service."""
     restarts: tuple[float, ...] = ()
-    """Times at which a rank on it hung."""
+    """Times at which a rank on it hung and was to be restarted."""
     quarantined: float | None = None
     """Since when."""
 

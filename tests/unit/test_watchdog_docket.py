@@ -107,6 +107,51 @@ def test_observe_mode_never_acts(tmp_path: Path) -> None:
     assert not case.bound(1.0).exclusions
 
 
+def test_what_is_only_observed_does_not_count_later(tmp_path: Path) -> None:
+    """It would put the GPU in quarantine, and that is acted on as soon as the mode is `act`."""
+    policy = Policy(quarantine_failures=2, repeat_restarts=1)
+    case = docket(tmp_path, policy, Mode.OBSERVE)
+    for turn in range(5):
+        now = 1.0 + 200 * turn
+        case.see_event("a", "xid", 79, now)
+        case.bind(bindings("a", "b", "c", "d", incarnation=10 * turn))
+        case.see_rank(case.bindings.ranks[1], "hung", True, now)
+        assert not any(ruling.act for ruling in case.review(now, WALL + now))
+        case.review(now + 100, WALL + now + 100)
+    assert not any(case.state.record(gpu).history.failures for gpu in "abcd")
+    assert not any(case.state.record(gpu).history.restarts for gpu in "abcd")
+    acting = Docket(TABLE, policy, Mode.ACT, case.state)
+    acting.bind(bindings("a", "b", "c", "d"))
+    for gpu in "abcd":
+        acting.gpu(gpu).observer.observe(FINE, 0.0)
+    assert acting.review(2000.0, WALL + 2000) == []
+
+
+def test_a_failure_counts_once_when_it_is_acted_on(tmp_path: Path) -> None:
+    policy = Policy(max_exclusions=1, exclusion_window_s=30.0, quarantine_failures=9)
+    case = docket(tmp_path, policy)
+    case.see_event("a", "xid", 79, 1.0)
+    case.gpu("b").observer.observe({**FINE, "status": "lost"}, 1.0)
+    case.review(1.0, WALL)
+
+    def failures(gpu: str) -> int:
+        return len(case.state.record(gpu).history.failures)
+
+    assert (failures("a"), failures("b")) == (1, 0), "b is held back"
+    case.review(20.0, WALL + 19)
+    assert failures("b") == 0
+    case.review(40.0, WALL + 39)
+    assert failures("b") == 1, "the breaker has let go"
+    case.bind(bindings("a", "b", "c", "d", epoch=2, incarnation=20))
+    case.review(41.0, WALL + 40)
+    assert (failures("a"), failures("b")) == (1, 1), "ranks that come to it do not make it fail again"
+    again = Docket(TABLE, policy, Mode.ACT, case.state)
+    again.bind(case.bindings)
+    again.gpu("b").observer.observe({**FINE, "status": "lost"}, 50.0)
+    again.review(50.0, WALL + 49)
+    assert failures("b") == 1, "nor does a restart of the watchdog"
+
+
 def test_hung_rank_is_restarted_and_its_gpu_kept(tmp_path: Path) -> None:
     case = docket(tmp_path)
     case.see_rank(case.bindings.ranks[2], "hung", True, 1.0, seconds=1.5)
@@ -229,12 +274,13 @@ def test_counter_never_invents_a_rise(steps: list[tuple[float, int, bool]]) -> N
     )
 )
 def test_acting_never_goes_beyond_the_limits(tmp_path: Path, steps: list[tuple[str, str, float]]) -> None:
-    """Whatever happens: ranks in service, less those that rulings take away, are never fewer than the minimum."""
+    """Whatever happens: ranks in service, less those that rulings take away, are never fewer than the minimum. Of the
+    failures of GPUs, those count that are acted on."""
     policy = Policy(max_exclusions=3, exclusion_window_s=100.0, quarantine_failures=2)
     case = Docket(TABLE, policy, Mode.ACT, State.load(tmp_path / "state"))
     serving = list("abcd")
     case.bind(bindings(*serving, least=2))
-    now, epoch, acted = 0.0, 1, []
+    now, epoch, acted, told = 0.0, 1, [], 0
     for gpu, what, wait in steps:
         now += wait
         rank = next((one for one in case.bindings.ranks if one.gpu == gpu), None)
@@ -254,6 +300,7 @@ def test_acting_never_goes_beyond_the_limits(tmp_path: Path, steps: list[tuple[s
         before = {one for one in case.gpus if case.gpus[one].ruling and case.gpus[one].ruling.act}
         for ruling in case.review(now, WALL + now):
             assert ruling.act is False or ruling.held is None
+            told += ruling.act and ruling.verdict.removes
             if ruling.evidence and ruling.evidence[0]["signal"] == "hung":
                 assert ruling.act, "a rank that holds all others up was kept"
             if ruling.act and ruling.verdict.removes and ruling.target in serving and ruling.target not in before:
@@ -264,3 +311,4 @@ def test_acting_never_goes_beyond_the_limits(tmp_path: Path, steps: list[tuple[s
         if leaving:
             assert len(serving) - len(leaving) >= 2
         assert sum(time > now - policy.exclusion_window_s for time in acted) <= policy.max_exclusions
+        assert sum(len(case.state.record(one).history.failures) for one in "abcd") <= told
