@@ -68,8 +68,8 @@ def render(status: dict[str, Any]) -> str:
     lines.append(
         f"driver {driver['version'] or 'not yet known'}{', ' + driver['trouble'] if driver['trouble'] else ''}"
     )
-    for name, pid in driver["stuck"].items():
-        lines.append(f"  process {pid} is stuck in the kernel ({name})")
+    for name, pids in driver["stuck"].items():
+        lines += [f"  process {pid} is stuck in the kernel ({name})" for pid in pids]
     if not status["daemon"]["reachable"]:
         lines.append(f"daemon not reachable: {status['daemon']['error']}")
     lines.append("")

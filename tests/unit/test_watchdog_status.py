@@ -1,4 +1,4 @@
-"""What `elastic-watchdog status` prints of ranks."""
+"""What `elastic-watchdog status` prints of ranks and of children that are stuck."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ RANK: dict[str, Any] = {
     "rank": 2, "incarnation": 12, "finding": "hung", "phase": "decode", "step": 7, "silent_s": 1.5,
     "verdict": "restart-rank", "reason": "it stands still", "held": None, "nccl_error": None,
 }  # fmt: skip
+
+
+def test_every_child_that_is_stuck() -> None:
+    driver = {"version": "1", "trouble": "", "stuck": {"GPU-a": [7, 9], "poll": [8]}}
+    assert [line.strip() for line in render({**STATUS, "ranks": [], "driver": driver}).splitlines()[2:5]] == [
+        "process 7 is stuck in the kernel (GPU-a)",
+        "process 9 is stuck in the kernel (GPU-a)",
+        "process 8 is stuck in the kernel (poll)",
+    ]
 
 
 @pytest.mark.parametrize(
