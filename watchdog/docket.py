@@ -72,6 +72,14 @@ class Ruling:
             "evidence": list(self.evidence),
         }
 
+    def for_log(self) -> dict[str, Any]:
+        """The same in short: a line has its own time. Evidence by signal."""
+        body = {name: value for name, value in self.as_json().items() if name != "at" and value is not None}
+        body["evidence"] = {
+            one["signal"]: {name: value for name, value in one.items() if name != "signal"} for one in self.evidence
+        }
+        return body
+
 
 @dataclass
 class Case:

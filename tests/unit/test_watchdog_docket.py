@@ -51,6 +51,24 @@ def test_a_ruling_is_issued_once(tmp_path: Path) -> None:
     assert case.review(101.0, WALL + 100) == []
 
 
+def test_the_log_keeps_the_evidence(tmp_path: Path) -> None:
+    """The daemon's events have it too, but who looks into a verdict that was not delivered has the log only."""
+    case = docket(tmp_path)
+    for now in (1.0, 2.0):
+        case.see_event("a", "xid", 74, now)
+    case.gpu("a").log.hold("driver_slow", True, 1.5, seconds=0.3)
+    (ruling,) = case.review(2.0, WALL)
+    line = ruling.for_log()
+    assert line["evidence"] == {
+        "xid:74": {"first": WALL - 1, "last": WALL, "count": 2},
+        "driver_slow": {"first": WALL - 0.5, "last": WALL, "active": True, "detail": {"seconds": 0.3}},
+    }
+    assert {**line, "evidence": None} == {
+        "id": ruling.id, "gpu": "a", "epoch": 1, "verdict": "drain", "signal": "xid:74", "act": True,
+        "reason": "NVLink error (2 times)", "evidence": None,
+    }  # fmt: skip
+
+
 def test_a_new_rank_on_a_bad_gpu_is_told_again(tmp_path: Path) -> None:
     case = docket(tmp_path)
     case.see_event("a", "xid", 79, 1.0)
