@@ -144,7 +144,7 @@ class ControlState:
                 rows = [row for row in self._ranks if row.rank in self._wanted]
                 wrong = [(row.rank, self._absence(row)) for row in rows if row.state not in IN_GROUP]
                 wrong += [(row.rank, f"draining: {row.reason}") for row in rows if row.state is RankState.DRAINING]
-                wrong += [(rank[0], why) for ranks, why in self._doubts.refusals for rank in ranks if self._is(rank)]
+                wrong += [(rank[0], why) for ranks, why in self._doubts.kept for rank in ranks if self._is(rank)]
                 return "; ".join(f"rank {rank}: {reason}" for rank, reason in wrong)
             case _:
                 if self._recovery is not None:

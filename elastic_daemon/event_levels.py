@@ -35,13 +35,15 @@ LEVELS: Final[Mapping[str, Level]] = {
             "spread_late",
             "target_ignored",
             "verdict",
+            "verdict_reconsidered",
             "verdict_refused",
             "watchdog_down",
         ),
         Level.WARNING,
     ),
     **dict.fromkeys(
-        ("exit", "frontend_exited", "hold_over", "requests_given_up", "stopped", "unavailable"), Level.ERROR
+        ("exit", "frontend_exited", "hold_over", "requests_given_up", "requests_lost", "stopped", "unavailable"),
+        Level.ERROR,
     ),
 }
 """Of the events that are not info."""

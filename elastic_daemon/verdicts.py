@@ -75,11 +75,12 @@ def decide(verdict: TelemetryVerdict, now: Situation, policy: Policy) -> Decisio
 
 @dataclass(frozen=True)
 class _Doubt:
-    """`refused`: it is to be acted on, and was not in `epoch`."""
+    """`refused`: it is to be acted on, and was not in `epoch`. `kept`: that, or the watchdog holds it back."""
 
     verdict: TelemetryVerdict
     reason: str
     refused: bool
+    kept: bool
     epoch: int
 
     @property
@@ -99,8 +100,9 @@ class Doubts:
         if verdict.verdict is VerdictKind.OK or decision.acts:
             return
         refused = decision.measure is Measure.REFUSE
+        held = verdict.verdict.acts and not verdict.act  # by the watchdog, whose reason says why
         reason = f"{verdict.reason}; kept: {decision.why}" if refused else verdict.reason
-        self._by_subject[verdict.subject] = _Doubt(verdict, reason, refused, epoch)
+        self._by_subject[verdict.subject] = _Doubt(verdict, reason, refused, refused or held, epoch)
 
     def forget(self, is_current: Callable[[Identity], bool]) -> None:
         """Let go of what is about ranks of the past only."""
@@ -119,6 +121,6 @@ class Doubts:
         return tuple(doubt.verdict for doubt in doubts if doubt.verdict.about_gpu or doubt.epoch == epoch)
 
     @property
-    def refusals(self) -> tuple[tuple[tuple[Identity, ...], str], ...]:
-        """Ranks that are kept against a verdict, and why."""
-        return tuple((doubt.ranks, doubt.reason) for doubt in self._by_subject.values() if doubt.refused)
+    def kept(self) -> tuple[tuple[tuple[Identity, ...], str], ...]:
+        """Ranks that are kept against a verdict, and why: it was refused here, or held back by the watchdog."""
+        return tuple((doubt.ranks, doubt.reason) for doubt in self._by_subject.values() if doubt.kept)

@@ -72,6 +72,14 @@ class Ruling:
             "evidence": list(self.evidence),
         }
 
+    def for_log(self) -> dict[str, Any]:
+        """The same in short: a line has its own time. Evidence by signal."""
+        body = {name: value for name, value in self.as_json().items() if name != "at" and value is not None}
+        body["evidence"] = {
+            one["signal"]: {name: value for name, value in one.items() if name != "signal"} for one in self.evidence
+        }
+        return body
+
 
 @dataclass
 class Case:
@@ -175,6 +183,7 @@ class Docket:
             for_gpu = judgement if judgement.verdict is not Verdict.RESTART_RANK else _only_suspect(judgement)
             if ruling := self._rule(uuid, self.gpus[uuid], for_gpu, now, wall):
                 rulings.append(ruling)
+            self._remember(uuid, judgement, wall)
         for binding in self.bindings.ranks:
             key = (binding.rank, binding.incarnation)
             case = self.ranks[key]
@@ -194,14 +203,20 @@ class Docket:
         bound = self.bindings.on_gpu(uuid)
         views = [self.views.get(one.incarnation, RankView(one.rank, one.incarnation, uuid)) for one in bound]
         history = self.state.record(uuid).history
-        judgement = judge_gpu(case.log.all(now), self._table, self.policy, history, views, now, wall)
-        if judgement.verdict.removes and not self.state.record(uuid).verdict.removes:
+        return judge_gpu(case.log.all(now), self._table, self.policy, history, views, now, wall)
+
+    def _remember(self, uuid: str, judgement: Judgement, wall: float) -> None:
+        """A GPU has failed when it is taken out of service, once until it is well again, also over a restart. What is
+        held back, or only observed, does not count: it would be acted on later, by quarantine."""
+        removes, ruling = judgement.verdict.removes, self.gpus[uuid].ruling
+        if removes and (ruling is None or not ruling.act):
+            return
+        if removes and not self.state.record(uuid).verdict.removes:
             self.state.see(uuid, wall)
             if judgement.signal != "quarantine":
                 self.state.add_failure(uuid, self.policy, wall)
         if uuid.startswith("GPU-") or judgement.verdict is not Verdict.OK:
             self.state.set_verdict(uuid, judgement.verdict)
-        return judgement
 
     def _rule(self, target: Target, case: Case, judgement: Judgement, now: float, wall: float) -> Ruling | None:
         """The new ruling on a case, or None when what was said before still stands."""
@@ -213,7 +228,7 @@ class Docket:
             return None
         incarnations = self._incarnations(target)
         standing = old is not None and old.act and old.verdict is judgement.verdict and incarnations <= old.incarnations
-        held = None if standing else self._held(target, judgement.verdict, now)
+        held = None if standing else self._held(target, judgement, now)
         act = judgement.verdict.acts and held is None
         unchanged = old is not None and (old.verdict, old.act, old.held) == (judgement.verdict, act, held)
         if (
@@ -249,12 +264,12 @@ class Docket:
             else frozenset()
         )
 
-    def _held(self, target: Target, verdict: Verdict, now: float) -> str | None:
-        if not verdict.acts:
+    def _held(self, target: Target, judgement: Judgement, now: float) -> str | None:
+        if not judgement.verdict.acts:
             return None
         if self.mode is Mode.OBSERVE:
             return "observe mode"
-        return held_back(verdict, target if isinstance(target, str) else None, self.bound(now), self.policy, now)
+        return held_back(judgement, target if isinstance(target, str) else None, self.bound(now), self.policy, now)
 
     def bound(self, now: float) -> Bound:
         """What the breaker goes by."""
@@ -279,9 +294,11 @@ class Docket:
             if judgement.verdict.removes and self.bindings.on_gpu(target):
                 self._exclusions.append(now)
             return
-        self._restarts.append(now)
+        if not judgement.holds_others_up:
+            self._restarts.append(now)
+            return
         gpu = next((one.gpu for one in self.bindings.ranks if (one.rank, one.incarnation) == target), None)
-        if gpu is not None and judgement.signal == "hung":
+        if gpu is not None:
             self.state.add_restart(gpu, wall)
 
 

@@ -3,7 +3,8 @@
     {"gpus": [{"uuid": "GPU-…", "index": 3, "fit": false, "reason": "…", "verdict": "exclude"}]}
 
 All GPUs that the driver lists; one that is not among them is not there. Verdicts say what is to be done about a GPU
-that is in use; this says what may be done with any.
+that is in use; this says what may be done with any. In observe mode all are fit: to keep a GPU from being used would be
+to act. `reason` and `verdict` say what is thought of it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from watchdog.docket import Docket
+from watchdog.docket import Docket, Mode
 from watchdog.verdict import Verdict
 
 DEAF_S = 5.0
@@ -21,7 +22,7 @@ DEAF_S = 5.0
 
 @dataclass(frozen=True)
 class Fitness:
-    """One GPU. `fit`: nothing is known against a rank on it. `reason`: what else is known, for people. It may have
+    """One GPU. `fit`: a rank may be put on it. `reason`: what else is known, for people. It may have
     numbers that change all the time, so it is no part of `key`."""
 
     uuid: str
@@ -80,7 +81,7 @@ def _judge(docket: Docket, uuid: str, heard: bool) -> Fitness:
     case = docket.gpus[uuid]
     judgement = case.judgement
     quarantined = docket.state.record(uuid).history.quarantined is not None
-    fit = not judgement.verdict.removes and not quarantined and heard
+    fit = docket.mode is Mode.OBSERVE or (not judgement.verdict.removes and not quarantined and heard)
     reason = ": ".join(part for part in ((judgement.signal or "").replace(":", " "), judgement.reason) if part)
     if not fit and not judgement.verdict.removes:
         reason = "in quarantine until it is released" if quarantined else "its events are not heard yet"

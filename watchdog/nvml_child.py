@@ -150,6 +150,7 @@ class EventsChild(Child):
                 if retry_at is not None and time.monotonic() > retry_at:
                     break
             send("deaf")
+            self.obey(self._commands.wait(0))  # what must be left alone has priority
             self.open()
 
 

@@ -6,8 +6,9 @@
 
 A call that misses its deadline is evidence against the GPU it was made for (`driver_late`). The child is killed; the
 GPU gets a child of its own. If that gets no answer either, the driver is wedged there (`driver_wedged`): two processes,
-one finding. A child that survives SIGKILL is stuck in the kernel; it is kept and counted, and nothing more is started
-for its GPU until it is gone. A child that is late because it had no processor is left alone for longer.
+one finding. Nobody else touches a GPU with a child of its own. A child that survives SIGKILL is stuck in the kernel; it
+is kept and counted, and nothing more is started for its GPU until it is gone. So a GPU has one, or two where it caught
+those that wait for events and read at once. A child that is late because it had no processor is left alone for longer.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from watchdog.child import Call, Child, Message
+from watchdog.killed import Killed
 from watchdog.logs import log
 
 
@@ -102,8 +104,7 @@ class Prober:
         self.main = _Slot()
         self.events = _Slot()
         self.isolated: dict[str, _Isolated] = {}
-        self.dying: list[tuple[str, Child]] = []
-        """What was killed and has not ended, by GPU or role."""
+        self._killed = Killed(self.policy.reap, self.policy.starved_deadline)
         self.driver: str | None = None
         self.trouble: str | None = None
         """Why NVML as a whole does not answer."""
@@ -120,11 +121,9 @@ class Prober:
         """Until then deadlines are not enforced: this process, or the whole machine, did not run."""
 
     @property
-    def stuck(self) -> dict[str, int]:
-        """Children that survived SIGKILL: pid by GPU or role."""
-        return {
-            key: child.pid for key, child in self.dying if child.killed and self._now - child.killed > self.policy.reap
-        }
+    def stuck(self) -> dict[str, tuple[int, ...]]:
+        """Children that survived SIGKILL: their pids by GPU or role."""
+        return self._killed.stuck(self._now)
 
     @property
     def absent(self) -> set[str]:
@@ -179,24 +178,25 @@ class Prober:
                 slot.child.kill(self._now)
                 slot.child.close()
                 slot.child = None
-        for _, child in self.dying:
-            child.close()
-        self.dying.clear()
+        self._killed.close()
 
     # --- starting ------------------------------------------------------------------------------------------------
 
     def _start_missing(self, now: float) -> None:
-        blocked = {key for key, _ in self.dying}
+        killed = self._killed
         skip = ",".join(sorted(self.isolated))
         known = ",".join(sorted(self.known))
-        if self.main.child is None and now >= self.main.due and "poll" not in self.stuck:
+        if self.main.child is None and now >= self.main.due and "poll" not in killed:
             self._start(self.main, "poll", ["--known", known, "--skip", skip], now)
             self._tell_expected()
-        if self.events.child is None and now >= self.events.due and "events" not in self.stuck:
+        if self.events.child is None and now >= self.events.due and "events" not in killed:
             self._start(self.events, "events", ["--known", known, "--skip", skip], now)
         running = sum(slot.child is not None for slot in self.isolated.values())
+        others = [slot.child.call(now) for slot in (self.main, self.events) if slot.child is not None]
+        taken = {call.gpu for call in others if call is not None}  # whoever is there has not been told yet to leave
         for gpu, slot in self.isolated.items():
-            if slot.child is None and now >= slot.due and gpu not in blocked and running < self.policy.max_isolated:
+            is_free = gpu not in killed and gpu not in taken
+            if slot.child is None and now >= slot.due and is_free and running < self.policy.max_isolated:
                 self._start(slot, "poll", ["--only", gpu], now)
                 slot.tried += 1
                 running += 1
@@ -240,6 +240,7 @@ class Prober:
     def _on_late(self, slot: _Slot, child: Child, call: Call, now: float) -> None:
         seconds = round(now - call.started, 3)
         log.warning("driver_call_late", gpu=call.gpu or None, call=call.name, seconds=seconds, role=child.role)
+        is_new = bool(call.gpu) and call.gpu not in self.isolated
         if call.gpu:
             case = self._isolate(call.gpu, now)
             if case.unanswered is None:
@@ -248,6 +249,8 @@ class Prober:
         else:
             self.trouble = f"{call.name} has not returned for {seconds:g} s"
         self._replace(slot, now, key=call.gpu, put_off=isinstance(slot, _Isolated) or not call.gpu)
+        if is_new:
+            self._tell_skips()
 
     def _isolate(self, gpu: str, now: float) -> _Isolated:
         case = self.isolated.setdefault(gpu, _Isolated())
@@ -260,25 +263,29 @@ class Prober:
         assert child is not None
         key = key or next((gpu for gpu, case in self.isolated.items() if case is slot), child.role)
         child.kill(now)
-        self.dying.append((key, child))
+        self._killed.add(key, child)
         if put_off:
             slot.put_off(now, self.policy)
 
     def _look_after_isolated(self, gpu: str, case: _Isolated, now: float) -> None:
         """The second opinion, and the way back."""
+        stuck = gpu in self.stuck
+        if stuck and case.unanswered is None:
+            case.unanswered = now  # it cannot be asked any more
         if case.unanswered is not None and not case.wedged and now - case.unanswered >= self.policy.wedged_after:
             call = case.child.call(now) if case.child is not None else None
             asking = call is not None and now - call.started >= self.policy.second_call
-            if (asking and case.child is not None and not case.child.starved()) or case.tried > 1 or gpu in self.stuck:
+            if (asking and case.child is not None and not case.child.starved()) or case.tried > 1 or stuck:
                 case.wedged = True
-                detail = {"seconds": round(now - case.unanswered, 3), "stuck_in_kernel": gpu in self.stuck or None}
+                detail = {"seconds": round(now - case.unanswered, 3), "stuck_in_kernel": stuck or None}
                 self.sink.condition(gpu, "driver_wedged", True, now, detail)
         if case.unanswered is None and now - case.slow >= self.policy.settled:
             self.sink.condition(gpu, "driver_slow", False, now, {})
             if case.child is not None:
                 self._replace(case, now)
-            del self.isolated[gpu]
-            self._tell_skips()
+            elif gpu not in self._killed:
+                del self.isolated[gpu]
+                self._tell_skips()
 
     def _tell_skips(self) -> None:
         for slot in (self.main, self.events):
@@ -363,7 +370,7 @@ class Prober:
         child.close()
         if self._closing:
             return
-        self.dying = [(key, one) for key, one in self.dying if one is not child]
+        self._killed.remove(child)
         for slot in (self.main, self.events, *self.isolated.values()):
             if slot.child is child:
                 slot.child = None

@@ -238,11 +238,7 @@ class Service:
 
     def _say(self, ruling: Ruling) -> None:
         say = log.warning if ruling.verdict.acts else log.info
-        body = ruling.as_json()
-        say(
-            "verdict",
-            **{name: value for name, value in body.items() if name not in ("evidence", "at") and value is not None},
-        )
+        say("verdict", **ruling.for_log())
 
     def _status(self) -> dict[str, Any]:
         now, wall = time.monotonic(), time.time()

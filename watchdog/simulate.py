@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from watchdog.runtime_dir import default_runtime_dir
-from watchdog.simulator import GpuState, Simulator, SimulatorError, Throttle
+from watchdog.simulator import UNKNOWN_ERROR, GpuState, Simulator, SimulatorError, Throttle
 
 Act = Callable[[Simulator, argparse.Namespace], object]
 
@@ -37,6 +37,7 @@ EXAMPLES = {
     "list": "--json",
     "lose": "--gpu 2 --event",
     "reset-required": "--gpu 2",
+    "driver-error": "--gpu 2",
     "xid": "--gpu 2 --code 79",
     "ecc": "--gpu 2 --count 3 --corrected",
     "remap-failure": "--gpu 2 --pending",
@@ -91,6 +92,11 @@ def _add_faults(actions: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     lose.add_argument("--event", action="store_true", help="the driver sends a GPU-unavailable event too")
 
     fault("reset-required", "calls answer RESET_REQUIRED until the GPU is healed", lambda s, g, a: s.reset_required(g))
+
+    error = fault("driver-error", "calls answer an unexpected error", lambda s, g, a: s.driver_error(g, a.code))
+    error.add_argument(
+        "--code", type=int, default=UNKNOWN_ERROR, metavar="N", help="of NVML (default: %(default)s, unknown error)"
+    )
 
     xid = fault("xid", "an Xid error, as an event", lambda s, g, a: s.xid(g, a.code))
     xid.add_argument("--code", type=int, required=True, metavar="N", help="the Xid, for example 79")

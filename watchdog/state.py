@@ -35,7 +35,8 @@ def default_state_dir() -> Path:
 
 @dataclass(frozen=True)
 class GpuRecord:
-    """One GPU's line in the file. `seen` is wall-clock seconds."""
+    """One GPU's line in the file. `verdict`: the last one, those that were not acted on left out. `seen` is wall-clock
+    seconds."""
 
     history: GpuHistory = field(default_factory=GpuHistory)
     verdict: Verdict = Verdict.OK

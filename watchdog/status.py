@@ -68,8 +68,8 @@ def render(status: dict[str, Any]) -> str:
     lines.append(
         f"driver {driver['version'] or 'not yet known'}{', ' + driver['trouble'] if driver['trouble'] else ''}"
     )
-    for name, pid in driver["stuck"].items():
-        lines.append(f"  process {pid} is stuck in the kernel ({name})")
+    for name, pids in driver["stuck"].items():
+        lines += [f"  process {pid} is stuck in the kernel ({name})" for pid in pids]
     if not status["daemon"]["reachable"]:
         lines.append(f"daemon not reachable: {status['daemon']['error']}")
     lines.append("")
@@ -111,6 +111,8 @@ def _rank_line(rank: dict[str, Any]) -> str:
     silent = "-" if rank["silent_s"] is None else f"{rank['silent_s']:.1f} s"
     step = "-" if rank["step"] is None else rank["step"]
     verdict = rank["verdict"] + (f": {rank['reason']}" if rank["reason"] else "")
+    if rank["held"]:
+        verdict += f" [held: {rank['held']}]"
     if rank["nccl_error"]:
         verdict += f" [its NCCL: {rank['nccl_error']}]"
     return (

@@ -55,7 +55,8 @@ class Policy:
     """How long a condition that was never confirmed stays visible as `suspect`."""
     min_ranks: int = 1
     max_exclusions: int = 2
-    """GPUs taken from ranks at the most within `exclusion_window_s`; as many restarts, counted apart."""
+    """GPUs taken from ranks at the most within `exclusion_window_s`; as many restarts of ranks that nobody is seen to
+    wait for, counted apart."""
     exclusion_window_s: float = 600.0
     quarantine_failures: int = 3
     quarantine_window_s: float = 24 * 3600.0
@@ -70,9 +71,9 @@ class GpuHistory:
     """What outlives a restart of the watchdog. Times are wall-clock seconds since the epoch."""
 
     failures: tuple[float, ...] = ()
-    """Times at which the GPU was found to be taken out of service."""
+    """Times at which the GPU was taken out of service."""
     restarts: tuple[float, ...] = ()
-    """Times at which a rank on it hung."""
+    """Times at which a rank on it hung and was to be restarted."""
     quarantined: float | None = None
     """Since when."""
 
@@ -97,6 +98,11 @@ class Judgement:
     evidence: tuple[Evidence, ...] = field(default=())
     confirmed: bool = False
 
+    @property
+    def holds_others_up(self) -> bool:
+        """It is on a rank that hangs: no other gets on before it is gone."""
+        return any(one.signal == HUNG for one in self.evidence)
+
 
 @dataclass(frozen=True)
 class _Weight:
@@ -105,6 +111,9 @@ class _Weight:
     evidence: Evidence | None
     signal: str
 
+
+HUNG = "hung"
+"""The condition of heartbeats whose rank all others wait for."""
 
 HEALTHY = Judgement(Verdict.OK)
 
@@ -268,7 +277,10 @@ def should_quarantine(history: GpuHistory, policy: Policy, wall: float) -> bool:
 
 @dataclass(frozen=True)
 class Bound:
-    """What the breaker must know: ranks in service by GPU, and when ranks were taken out or restarted lately."""
+    """What the breaker must know: ranks in service by GPU, and when GPUs were taken out lately.
+
+    `restarts`: when ranks were restarted lately that were not seen to hold others up.
+    """
 
     ranks: Mapping[str, tuple[int, ...]]
     exclusions: tuple[float, ...] = ()
@@ -279,18 +291,23 @@ class Bound:
     """The daemon's own minimum; the policy's when it says nothing."""
 
 
-def held_back(verdict: Verdict, gpu: str | None, bound: Bound, policy: Policy, now: float) -> str | None:
+def held_back(judgement: Judgement, gpu: str | None, bound: Bound, policy: Policy, now: float) -> str | None:
     """Why the breaker keeps a verdict from being acted on; None when it does not.
 
     It covers verdicts from telemetry; the death of a process is the daemon's to see. A GPU without ranks takes nothing
     out of service, so it is never held back. Nor has a restart a minimum of ranks: the GPU comes back.
+
+    A rank that hangs is never held back, however many were before it and however few are left: nobody is served until
+    it is gone, so waiting saves nothing. Where none can be spared, the daemon asks the rank itself, by a fence. GPUs
+    whose ranks hang again and again are drained, and drains are limited.
     """
+    verdict = judgement.verdict
     if not verdict.acts:
         return None
     since = now - policy.exclusion_window_s
     limit = f"{policy.max_exclusions} within {policy.exclusion_window_s:g} s"
     if verdict is Verdict.RESTART_RANK:
-        if sum(time >= since for time in bound.restarts) >= policy.max_exclusions:
+        if not judgement.holds_others_up and sum(time >= since for time in bound.restarts) >= policy.max_exclusions:
             return f"breaker: already {limit} restarts"
         return None
     mine = len(bound.ranks.get(gpu, ())) if gpu else 0

@@ -120,6 +120,11 @@ FAULTS: dict[str, tuple[Callable[[Simulator], object], str, Any]] = {
         "n.nvmlDeviceGetCurrentClocksEventReasons(gpu(1))",
         0x88,
     ),
+    "hw-slowdown": (
+        lambda s: s.throttle(1, Throttle.HW_SLOWDOWN),
+        "n.nvmlDeviceGetCurrentClocksEventReasons(gpu(1))",
+        0x8,
+    ),
     "temperature": (lambda s: s.temperature(1, 91), "n.nvmlDeviceGetTemperature(gpu(1), 0)", 91),
     "pcie-replays": (lambda s: s.pcie_replays(1, 7), "n.nvmlDeviceGetPcieReplayCounter(gpu(1))", 7),
     "pcie-field": (lambda s: s.pcie_replays(1, 7), FIELD.format([94]), [[0, 7]]),
@@ -200,6 +205,20 @@ def test_reset_required_leaves_identity_and_the_recovery_action(shared: tuple[Si
             elif "Cuda" not in call:
                 assert code_of(child, call) == RESET, call
         assert child(FIELD.format([230, 94])) == [[0, 1], [RESET, 0]]
+    finally:
+        simulator.heal(1)
+
+
+def test_an_unexpected_error_leaves_identity(shared: tuple[Simulator, NvmlChild]) -> None:
+    simulator, child = shared
+    child("h = gpu(1)")
+    simulator.driver_error(1)
+    try:
+        for call in CALLS:
+            if any(f"DeviceGet{name}" in call for name in IDENTITY):
+                child(call)
+            elif "Cuda" not in call:
+                assert code_of(child, call) == pynvml.NVML_ERROR_UNKNOWN, call
     finally:
         simulator.heal(1)
 

@@ -197,6 +197,7 @@ def test_values_that_are_refused_change_nothing(simulator: Simulator) -> None:
         lambda: simulator.xid(0, 0),
         lambda: simulator.ecc(0, -1),
         lambda: simulator.recovery_action(0, -1),
+        lambda: simulator.driver_error(0, 0),
         lambda: simulator.temperature(0, 1000),
         lambda: simulator.latency(0, timedelta(milliseconds=-1)),
         lambda: simulator.flap(0, timedelta(0)),

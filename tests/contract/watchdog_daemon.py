@@ -16,10 +16,34 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, TypeVar
 
-from watchdog.simulator import Simulator
+from watchdog.simulator import Simulator, create
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
+
+QUICK = """
+version = 1
+[signal]
+thermal_slowdown = { hold_s = 0.6 }
+power_brake = { hold_s = 0.6 }
+sw_thermal_slowdown = { hold_s = 0.2 }
+hw_slowdown = { hold_s = 0.2 }
+nvlink_down = { hold_s = 0.6 }
+fabric_unhealthy = { hold_s = 0.6 }
+pcie_replay_rate = { hold_s = 0.6, threshold = 50 }
+nvlink_error_rate = { hold_s = 0.6, threshold = 50 }
+ecc_corrected_rate = { threshold = 50 }
+driver_error = { hold_s = 0.2 }
+driver_late = { window_s = 1 }
+[recovery_action]
+3 = { hold_s = 0.4 }
+4 = { hold_s = 0.4 }
+other = { hold_s = 0.4 }
+"""
+"""A site's table of signals that does not make tests wait."""
+
+# Faults that share one watchdog must not meet its limits, which have tests of their own.
+NO_LIMITS = ("--max-exclusions", "1000", "--quarantine-failures", "0", "--repeat-restarts", "0", "--probation", "1")
 
 
 @dataclass
@@ -199,6 +223,18 @@ def watching(runtime_dir: Path, sim: Simulator, daemon: DaemonRoutes, *options: 
             process.kill()
             process.wait()
             raise
+
+
+@contextlib.contextmanager
+def watching_quickly(directory: Path, gpus: int) -> Iterator[Watchdog]:
+    """One for many faults, with a rank on each GPU: without limits, and quick to confirm."""
+    site = directory / "site.toml"
+    site.write_text(QUICK)
+    sim = create(directory, gpus)
+    daemon = DaemonRoutes(directory / "http.sock")
+    daemon.bind([gpu.uuid for gpu in sim.list()])
+    with serving(daemon), watching(directory, sim, daemon, "--signals", str(site), *NO_LIMITS) as watchdog:
+        yield watchdog
 
 
 def _ready(watchdog: Watchdog) -> bool:

@@ -152,6 +152,18 @@ def test_nothing_is_done_without_act(kind: Kind) -> None:
     assert rank(shell, 2).state is RankState.SUSPECT
 
 
+@pytest.mark.parametrize("kind", ACTING)
+def test_a_verdict_that_the_watchdog_holds_back_is_a_reason(kind: Kind) -> None:
+    """The status stays ok: somebody has to be told otherwise."""
+    shell = Shell().serve()
+    held = "hung [breaker: 4 ranks in service, 4 must stay]"
+    say(shell, kind, 2, act=False, why=held)
+    assert (shell.controller.status, shell.controller.reason) == (Status.OK, f"rank 2: {held}")
+    assert rank(shell, 2).reason == held
+    say(shell, Kind.SUSPECT, 2, why="hung")
+    assert shell.controller.reason == ""
+
+
 def test_a_suspect_is_shown_until_it_is_cleared() -> None:
     shell = Shell().serve()
     say(shell, Kind.SUSPECT, 2)

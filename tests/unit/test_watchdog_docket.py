@@ -51,6 +51,24 @@ def test_a_ruling_is_issued_once(tmp_path: Path) -> None:
     assert case.review(101.0, WALL + 100) == []
 
 
+def test_the_log_keeps_the_evidence(tmp_path: Path) -> None:
+    """The daemon's events have it too, but who looks into a verdict that was not delivered has the log only."""
+    case = docket(tmp_path)
+    for now in (1.0, 2.0):
+        case.see_event("a", "xid", 74, now)
+    case.gpu("a").log.hold("driver_slow", True, 1.5, seconds=0.3)
+    (ruling,) = case.review(2.0, WALL)
+    line = ruling.for_log()
+    assert line["evidence"] == {
+        "xid:74": {"first": WALL - 1, "last": WALL, "count": 2},
+        "driver_slow": {"first": WALL - 0.5, "last": WALL, "active": True, "detail": {"seconds": 0.3}},
+    }
+    assert {**line, "evidence": None} == {
+        "id": ruling.id, "gpu": "a", "epoch": 1, "verdict": "drain", "signal": "xid:74", "act": True,
+        "reason": "NVLink error (2 times)", "evidence": None,
+    }  # fmt: skip
+
+
 def test_a_new_rank_on_a_bad_gpu_is_told_again(tmp_path: Path) -> None:
     case = docket(tmp_path)
     case.see_event("a", "xid", 79, 1.0)
@@ -107,6 +125,51 @@ def test_observe_mode_never_acts(tmp_path: Path) -> None:
     assert not case.bound(1.0).exclusions
 
 
+def test_what_is_only_observed_does_not_count_later(tmp_path: Path) -> None:
+    """It would put the GPU in quarantine, and that is acted on as soon as the mode is `act`."""
+    policy = Policy(quarantine_failures=2, repeat_restarts=1)
+    case = docket(tmp_path, policy, Mode.OBSERVE)
+    for turn in range(5):
+        now = 1.0 + 200 * turn
+        case.see_event("a", "xid", 79, now)
+        case.bind(bindings("a", "b", "c", "d", incarnation=10 * turn))
+        case.see_rank(case.bindings.ranks[1], "hung", True, now)
+        assert not any(ruling.act for ruling in case.review(now, WALL + now))
+        case.review(now + 100, WALL + now + 100)
+    assert not any(case.state.record(gpu).history.failures for gpu in "abcd")
+    assert not any(case.state.record(gpu).history.restarts for gpu in "abcd")
+    acting = Docket(TABLE, policy, Mode.ACT, case.state)
+    acting.bind(bindings("a", "b", "c", "d"))
+    for gpu in "abcd":
+        acting.gpu(gpu).observer.observe(FINE, 0.0)
+    assert acting.review(2000.0, WALL + 2000) == []
+
+
+def test_a_failure_counts_once_when_it_is_acted_on(tmp_path: Path) -> None:
+    policy = Policy(max_exclusions=1, exclusion_window_s=30.0, quarantine_failures=9)
+    case = docket(tmp_path, policy)
+    case.see_event("a", "xid", 79, 1.0)
+    case.gpu("b").observer.observe({**FINE, "status": "lost"}, 1.0)
+    case.review(1.0, WALL)
+
+    def failures(gpu: str) -> int:
+        return len(case.state.record(gpu).history.failures)
+
+    assert (failures("a"), failures("b")) == (1, 0), "b is held back"
+    case.review(20.0, WALL + 19)
+    assert failures("b") == 0
+    case.review(40.0, WALL + 39)
+    assert failures("b") == 1, "the breaker has let go"
+    case.bind(bindings("a", "b", "c", "d", epoch=2, incarnation=20))
+    case.review(41.0, WALL + 40)
+    assert (failures("a"), failures("b")) == (1, 1), "ranks that come to it do not make it fail again"
+    again = Docket(TABLE, policy, Mode.ACT, case.state)
+    again.bind(case.bindings)
+    again.gpu("b").observer.observe({**FINE, "status": "lost"}, 50.0)
+    again.review(50.0, WALL + 49)
+    assert failures("b") == 1, "nor does a restart of the watchdog"
+
+
 def test_hung_rank_is_restarted_and_its_gpu_kept(tmp_path: Path) -> None:
     case = docket(tmp_path)
     case.see_rank(case.bindings.ranks[2], "hung", True, 1.0, seconds=1.5)
@@ -127,6 +190,46 @@ def test_ranks_that_hang_again_and_again_cost_their_gpu(tmp_path: Path) -> None:
         rulings = case.review(float(turn), WALL + turn)
         assert ((0, 10 * turn), Verdict.RESTART_RANK, True) in said(rulings)
     assert ("a", Verdict.DRAIN, True) in said(case.review(4.0, WALL + 4))
+
+
+def test_a_rank_that_hangs_is_restarted_however_many_were_before(tmp_path: Path) -> None:
+    """The group stands still until it is gone: there is nothing to be saved by waiting."""
+    case = docket(tmp_path, Policy(max_exclusions=2, repeat_restarts=0))
+    for turn in range(1, 7):
+        case.bind(bindings("a", "b", "c", "d", epoch=turn, incarnation=10 * turn, least=4))
+        rank = case.bindings.ranks[turn % 4]
+        case.see_rank(rank, "hung", True, float(turn))
+        assert said(case.review(float(turn), WALL + turn)) == [
+            ((rank.rank, rank.incarnation), Verdict.RESTART_RANK, True)
+        ]
+
+
+def test_offenders_are_restarted_also_while_the_breaker_keeps_their_gpu(tmp_path: Path) -> None:
+    case = docket(tmp_path, Policy(repeat_restarts=2))
+    for turn in range(1, 5):
+        case.bind(bindings("a", "b", epoch=turn, incarnation=10 * turn, least=2))
+        case.see_rank(case.bindings.ranks[0], "hung", True, float(turn))
+        rulings = case.review(float(turn), WALL + turn)
+        assert ((0, 10 * turn), Verdict.RESTART_RANK, True) in said(rulings)
+        if turn == 3:
+            (drain,) = [ruling for ruling in rulings if ruling.target == "a"]
+            assert (drain.verdict, drain.signal, drain.act) == (Verdict.DRAIN, "repeat_offender", False)
+            assert drain.held == "breaker: 2 ranks in service, 2 must stay"
+    assert len(case.state.record("a").history.restarts) == 4
+
+
+def test_restarts_for_xids_have_a_limit_of_their_own_until_the_rank_is_found_to_hang(tmp_path: Path) -> None:
+    case = docket(tmp_path, Policy(max_exclusions=1))
+    for number, gpu in enumerate("ab"):
+        case.see_event(gpu, "xid", 31, 1.0)
+        case.views[10 + number] = RankView(number, 10 + number, gpu, 1.5)
+    rulings = case.review(2.5, WALL)
+    acting = {ruling.target: ruling.act for ruling in rulings if ruling.verdict is Verdict.RESTART_RANK}
+    assert acting == {(0, 10): True, (1, 11): False}
+    assert case.bound(2.5).restarts == (2.5,)
+    case.see_rank(case.bindings.ranks[1], "hung", True, 3.0)
+    assert said(case.review(3.0, WALL)) == [((1, 11), Verdict.RESTART_RANK, True)]
+    assert case.bound(3.0).restarts == (2.5,)
 
 
 def test_straggler_is_named_only(tmp_path: Path) -> None:
@@ -189,12 +292,13 @@ def test_counter_never_invents_a_rise(steps: list[tuple[float, int, bool]]) -> N
     )
 )
 def test_acting_never_goes_beyond_the_limits(tmp_path: Path, steps: list[tuple[str, str, float]]) -> None:
-    """Whatever happens: ranks in service, less those that rulings take away, are never fewer than the minimum."""
+    """Whatever happens: ranks in service, less those that rulings take away, are never fewer than the minimum. Of the
+    failures of GPUs, those count that are acted on."""
     policy = Policy(max_exclusions=3, exclusion_window_s=100.0, quarantine_failures=2)
     case = Docket(TABLE, policy, Mode.ACT, State.load(tmp_path / "state"))
     serving = list("abcd")
     case.bind(bindings(*serving, least=2))
-    now, epoch, acted = 0.0, 1, []
+    now, epoch, acted, told = 0.0, 1, [], 0
     for gpu, what, wait in steps:
         now += wait
         rank = next((one for one in case.bindings.ranks if one.gpu == gpu), None)
@@ -214,6 +318,9 @@ def test_acting_never_goes_beyond_the_limits(tmp_path: Path, steps: list[tuple[s
         before = {one for one in case.gpus if case.gpus[one].ruling and case.gpus[one].ruling.act}
         for ruling in case.review(now, WALL + now):
             assert ruling.act is False or ruling.held is None
+            told += ruling.act and ruling.verdict.removes
+            if ruling.evidence and ruling.evidence[0]["signal"] == "hung":
+                assert ruling.act, "a rank that holds all others up was kept"
             if ruling.act and ruling.verdict.removes and ruling.target in serving and ruling.target not in before:
                 acted.append(now)
         leaving = {
@@ -222,3 +329,4 @@ def test_acting_never_goes_beyond_the_limits(tmp_path: Path, steps: list[tuple[s
         if leaving:
             assert len(serving) - len(leaving) >= 2
         assert sum(time > now - policy.exclusion_window_s for time in acted) <= policy.max_exclusions
+        assert sum(len(case.state.record(one).history.failures) for one in "abcd") <= told

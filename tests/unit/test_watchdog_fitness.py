@@ -13,8 +13,8 @@ from watchdog.verdict import Policy
 GPUS = ("GPU-a", "GPU-b", "GPU-c")
 
 
-def docket(directory: Path, policy: Policy | None = None) -> Docket:
-    made = Docket(TABLE, policy or Policy(), Mode.ACT, State.load(directory))
+def docket(directory: Path, policy: Policy | None = None, mode: Mode = Mode.ACT) -> Docket:
+    made = Docket(TABLE, policy or Policy(), mode, State.load(directory))
     made.see_gpus({gpu: (index, "a GPU", ()) for index, gpu in enumerate(GPUS)}, (), 0.0)
     for gpu in GPUS:
         made.gpu(gpu).observer.observe(FINE, 0.0)
@@ -63,6 +63,20 @@ def test_nor_one_that_is_not_heard_and_absent_ones_are_left_out(tmp_path: Path) 
     case.review(1.0, WALL)
     found = fit(case, ("GPU-c", "GPU-a", "index:4"), ("GPU-a", "GPU-b"))
     assert found == {"GPU-a": (True, ""), "GPU-c": (False, "its events are not heard yet")}
+
+
+def test_in_observe_mode_no_gpu_is_kept_from_use(tmp_path: Path) -> None:
+    before = docket(tmp_path, Policy(quarantine_failures=1))
+    before.see_event("GPU-c", "xid", 79, 1.0)
+    before.review(1.0, WALL)
+    before.state.save()
+    case = docket(tmp_path, mode=Mode.OBSERVE)
+    case.see_event("GPU-a", "xid", 79, 100.0)
+    case.review(100.0, WALL + 100)
+    found = fit(case, heard=GPUS[:1])
+    assert [is_fit for is_fit, _ in found.values()] == [True] * 3
+    assert found["GPU-a"][1] == "xid 79: GPU has fallen off the bus", "it is said"
+    assert "quarantine" in found["GPU-c"][1]
 
 
 def test_numbers_in_a_reason_are_no_news(tmp_path: Path) -> None:

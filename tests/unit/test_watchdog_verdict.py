@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from watchdog.evidence import Evidence
-from watchdog.signals import SignalClass, load_table
+from watchdog.signals import SignalClass, SignalTable, load_table
 from watchdog.verdict import (
     Bound,
     GpuHistory,
@@ -147,6 +149,8 @@ def test_ranks() -> None:
 
 
 GPUS = {"a": (0,), "b": (1,), "c": (2,), "d": (3, 4)}
+HANGS = judge_rank((condition("hung", 1),), TABLE, NOW)
+LATELY = (NOW - 10, NOW - 5)
 
 
 @pytest.mark.parametrize(
@@ -158,16 +162,29 @@ GPUS = {"a": (0,), "b": (1,), "c": (2,), "d": (3, 4)}
         (Verdict.EXCLUDE, "d", Bound(GPUS, min_ranks=4), True),
         (Verdict.DRAIN, "a", Bound(GPUS, min_ranks=5), True),
         (Verdict.EXCLUDE, "spare", Bound(GPUS, min_ranks=5), False),
-        (Verdict.EXCLUDE, "a", Bound(GPUS, (NOW - 10, NOW - 5), min_ranks=1), True),
+        (Verdict.EXCLUDE, "a", Bound(GPUS, LATELY, min_ranks=1), True),
         (Verdict.EXCLUDE, "a", Bound(GPUS, (NOW - 700, NOW - 5), min_ranks=1), False),
         (Verdict.EXCLUDE, "a", Bound(GPUS, leaving=frozenset("b"), min_ranks=4), True),
         (Verdict.EXCLUDE, "a", Bound(GPUS, leaving=frozenset("a"), min_ranks=5), False),
         (Verdict.RESTART_RANK, None, Bound(GPUS, min_ranks=5), False),
-        (Verdict.RESTART_RANK, None, Bound(GPUS, restarts=(NOW - 10, NOW - 5)), True),
+        (Verdict.RESTART_RANK, None, Bound(GPUS, LATELY), False),
+        (Verdict.RESTART_RANK, None, Bound(GPUS, restarts=LATELY), True),
+        (Verdict.RESTART_RANK, None, Bound(GPUS, restarts=(NOW - 700, NOW - 5)), False),
     ],
 )
 def test_breaker(verdict: Verdict, gpu: str | None, bound: Bound, held: bool) -> None:
-    assert bool(held_back(verdict, gpu, bound, POLICY, NOW)) is held
+    assert bool(held_back(Judgement(verdict), gpu, bound, POLICY, NOW)) is held
+
+
+def test_a_rank_that_hangs_is_restarted_for_whatever_else_speaks_against_it() -> None:
+    """A site may have stragglers restarted: that alone is limited."""
+    site = SignalTable({**TABLE.rules, "straggler": replace(TABLE.rule("straggler"), cls=SignalClass.RESTART_RANK)})
+    slow = judge_rank((condition("straggler", 100),), site, NOW)
+    both = judge_rank((condition("straggler", 100), condition("hung", 1)), site, NOW)
+    bound = Bound(GPUS, LATELY, LATELY, min_ranks=9)
+    assert (slow.verdict, both.verdict) == (Verdict.RESTART_RANK,) * 2
+    assert held_back(slow, None, bound, POLICY, NOW)
+    assert held_back(both, None, bound, POLICY, NOW) is None
 
 
 # --- any evidence --------------------------------------------------------------------------------------------------
@@ -232,18 +249,33 @@ def test_only_fatal_classes_skip_hysteresis(evidence: list[Evidence], ranks: lis
             assert not judge(fresh).verdict.acts
 
 
-@given(
-    st.dictionaries(st.sampled_from("abcdefgh"), st.lists(st.integers(0, 9), max_size=3).map(tuple)),
-    st.lists(st.floats(NOW - 1000, NOW)).map(tuple),
-    st.sets(st.sampled_from("abcdefgh")).map(frozenset),
-    st.integers(0, 12),
-    st.sampled_from("abcdefgh"),
-)
+IN_SERVICE = st.dictionaries(st.sampled_from("abcdefgh"), st.lists(st.integers(0, 9), max_size=3).map(tuple))
+MOMENTS = st.lists(st.floats(NOW - 1000, NOW)).map(tuple)
+LEAVING = st.sets(st.sampled_from("abcdefgh")).map(frozenset)
+
+
+@given(IN_SERVICE, MOMENTS, LEAVING, st.integers(0, 12), st.sampled_from("abcdefgh"))
 def test_breaker_keeps_enough_ranks(
     ranks: dict[str, tuple[int, ...]], exclusions: tuple[float, ...], leaving: frozenset[str], least: int, gpu: str
 ) -> None:
     bound = Bound(ranks, exclusions, (), leaving, least)
-    if held_back(Verdict.EXCLUDE, gpu, bound, POLICY, NOW) is None and gpu not in leaving and ranks.get(gpu):
+    exclude = Judgement(Verdict.EXCLUDE)
+    if held_back(exclude, gpu, bound, POLICY, NOW) is None and gpu not in leaving and ranks.get(gpu):
         left = sum(len(mine) for one, mine in ranks.items() if one not in leaving and one != gpu)
         assert left >= least
         assert sum(time >= NOW - POLICY.exclusion_window_s for time in exclusions) < POLICY.max_exclusions
+
+
+@given(IN_SERVICE, MOMENTS, MOMENTS, LEAVING, st.integers(0, 12), st.integers(0, 3))
+def test_breaker_never_keeps_a_rank_that_hangs(
+    ranks: dict[str, tuple[int, ...]],
+    exclusions: tuple[float, ...],
+    restarts: tuple[float, ...],
+    leaving: frozenset[str],
+    least: int,
+    most: int,
+) -> None:
+    bound, policy = Bound(ranks, exclusions, restarts, leaving, least), Policy(max_exclusions=most)
+    assert held_back(HANGS, None, bound, policy, NOW) is None
+    lately = sum(time >= NOW - policy.exclusion_window_s for time in restarts)
+    assert bool(held_back(Judgement(Verdict.RESTART_RANK), None, bound, policy, NOW)) is (lately >= most)

@@ -12,11 +12,12 @@ from watchdog.simulator.errors import BuildError, NoState, NotBuilt, SimulatorEr
 from watchdog.simulator.layout import MAX_GPUS, NVLINKS, Feature
 from watchdog.simulator.library import build_libraries, library_dir
 from watchdog.simulator.records import GpuState, Throttle
-from watchdog.simulator.simulator import Simulator, create, driver_environment
+from watchdog.simulator.simulator import UNKNOWN_ERROR, Simulator, create, driver_environment
 
 __all__ = [
     "MAX_GPUS",
     "NVLINKS",
+    "UNKNOWN_ERROR",
     "BuildError",
     "Feature",
     "GpuState",

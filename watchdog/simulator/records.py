@@ -30,6 +30,7 @@ class Throttle(StrEnum):
     THERMAL = "thermal"
     POWER_BRAKE = "power-brake"
     SW_THERMAL = "sw-thermal"
+    HW_SLOWDOWN = "hw-slowdown"  # the general bit alone: a reason that the driver does not give
     POWER_CAP = "power-cap"
 
 
@@ -38,6 +39,7 @@ CLOCK_REASONS = {
     Throttle.THERMAL: 0x40 | 0x8,
     Throttle.POWER_BRAKE: 0x80 | 0x8,
     Throttle.SW_THERMAL: 0x20,
+    Throttle.HW_SLOWDOWN: 0x8,
     Throttle.POWER_CAP: 0x4,
 }
 """nvmlClocksEventReason* of nvidia-ml-py."""
@@ -129,6 +131,8 @@ def faults(record: GpuRecord) -> list[str]:
         found.append("lost")
     if record.reset_required:
         found.append("reset required")
+    if record.error:
+        found.append(f"error {record.error}")
     if record.hang:
         found.append("hangs")
     if record.latency_ms:

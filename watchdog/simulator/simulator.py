@@ -25,6 +25,8 @@ from watchdog.simulator.records import (
     new_uuid,
 )
 
+UNKNOWN_ERROR = 999
+"""NVML_ERROR_UNKNOWN."""
 STATE_VARIABLE = "ELASTIC_NVML_SIMULATOR"
 STATE_NAME = "nvml-simulator.state"
 
@@ -111,6 +113,10 @@ class Simulator:
     def reset_required(self, gpu: int | str) -> None:
         """Calls answer RESET_REQUIRED, apart from those for its identity and the driver's recovery action."""
         self._set(gpu, reset_required=1)
+
+    def driver_error(self, gpu: int | str, code: int = UNKNOWN_ERROR) -> None:
+        """Calls answer this NVML error (nvmlReturn_t), apart from those for its identity."""
+        self._set(gpu, error=positive("an NVML error", code))
 
     def xid(self, gpu: int | str, code: int) -> None:
         """An Xid event, nothing else: combine it with `lose` and the like where the driver would."""

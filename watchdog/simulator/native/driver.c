@@ -220,6 +220,8 @@ nvmlReturn_t driver_enter(nvmlDevice_t device, uint32_t needs, struct sim_gpu *g
         return NVML_ERROR_GPU_IS_LOST;
     if (gpu->reset_required && !(needs & DRIVER_AFTER_RESET_REQUIRED))
         return NVML_ERROR_RESET_REQUIRED;
+    if (gpu->error && !(needs & DRIVER_AFTER_RESET_REQUIRED))
+        return (nvmlReturn_t)gpu->error;
     if (gpu->unsupported & needs & ~(uint32_t)DRIVER_AFTER_RESET_REQUIRED)
         return NVML_ERROR_NOT_SUPPORTED;
     return NVML_SUCCESS;

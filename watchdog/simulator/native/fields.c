@@ -142,6 +142,8 @@ NVML_EXPORT nvmlReturn_t nvmlDeviceGetFieldValues(nvmlDevice_t device, int count
     if (!values || count < 1)
         return NVML_ERROR_INVALID_ARGUMENT;
     nvmlReturn_t result = driver_enter(device, DRIVER_AFTER_RESET_REQUIRED, &gpu);
+    if (result == NVML_SUCCESS && gpu.error)
+        result = (nvmlReturn_t)gpu.error;
     if (result != NVML_SUCCESS)
         return result;
     clock_gettime(CLOCK_REALTIME, &now);

@@ -17,8 +17,9 @@
  *   latency_ms                                    every such call sleeps first
  *   reset_required                                NVML_ERROR_RESET_REQUIRED, apart from identity (index, UUID, name,
  *                                                 PCI, minor number) and the recovery action (field 230)
+ *   error                                         that nvmlReturn_t, apart from identity
  *   unsupported                                   NVML_ERROR_NOT_SUPPORTED, per value in nvmlDeviceGetFieldValues
- * Where several hold, the order is: latency, hang, lost, reset required, not supported.
+ * Where several hold, the order is: latency, hang, lost, reset required, error, not supported.
  */
 #ifndef ELASTIC_SIMULATOR_STATE_H
 #define ELASTIC_SIMULATOR_STATE_H
@@ -79,7 +80,7 @@ struct sim_gpu {
     uint32_t fabric_clique;
     uint32_t fabric_health;  /* NVML_GPU_FABRIC_HEALTH_MASK_* */
     uint32_t fabric_summary; /* NVML_GPU_FABRIC_HEALTH_SUMMARY_* */
-    uint32_t reserved;
+    uint32_t error;          /* nvmlReturn_t, 0 for none */
     uint8_t fabric_cluster[16];
 };
 
