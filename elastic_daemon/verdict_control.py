@@ -19,7 +19,7 @@ class VerdictControl(DepartureControl):
         self._show_doubts()
         if event.about_gpu and event.act:
             self._gpus.condemn(event.subject, event.reason)
-        self._take(decision, event, rows)
+        self._carry_out(decision, event, rows)
 
     def _reconsider(self) -> None:
         """The watchdog says a thing once. What was refused is acted on as soon as it can be: a rank has joined, or
@@ -32,7 +32,7 @@ class VerdictControl(DepartureControl):
             if decision.acts:
                 self._doubts.hear(verdict, decision, self.epoch)
                 self._record("verdict_reconsidered", ranks=[row.rank for row in rows], reason=verdict.reason)
-                return self._take(decision, replace(verdict, at=self._now), rows)
+                return self._carry_out(decision, replace(verdict, at=self._now), rows)
 
     def _concerned(self, verdict: p.TelemetryVerdict) -> list[Rank]:
         return [row for identity in verdict.ranks if (row := self._ranks.current(*identity))]
@@ -50,7 +50,7 @@ class VerdictControl(DepartureControl):
             automatic=self._automatic,
         )
 
-    def _take(self, decision: Decision, verdict: p.TelemetryVerdict, rows: list[Rank]) -> None:
+    def _carry_out(self, decision: Decision, verdict: p.TelemetryVerdict, rows: list[Rank]) -> None:
         match decision.measure:
             case Measure.DRAIN:
                 self._drain_for_verdict(verdict, rows)

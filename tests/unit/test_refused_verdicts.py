@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from elastic_daemon import protocol as p
+from elastic_daemon.gpu_pool import GpuPool
 from elastic_daemon.membership import RankState
 from tests.unit.driver import POLICY, Shell, events, of, published
 
@@ -49,11 +50,11 @@ def test_a_drain_is_one_then_too() -> None:
 @pytest.mark.parametrize("kind", [Kind.EXCLUDE, Kind.DRAIN])
 def test_when_another_rank_has_joined(kind: Kind) -> None:
     """A second GPU goes bad while the replacement of the first still starts."""
-    shell = Shell(RESTORING).serve()
+    gpus = tuple(f"GPU-{rank}" for rank in range(4))
+    shell = Shell(RESTORING, GpuPool(gpus, 1, 2.0)).serve()
+    shell.see(*gpus)
     shell.exited(0, 1)
-    shell.fenced(2, 3)
-    shell.regrouped(2, 3)
-    shell.synced()
+    shell.recover(2, 3)
     say(shell, kind, 2)
     assert shell.state(2) is RankState.SUSPECT
     shell.settle()
