@@ -268,7 +268,6 @@ class Supervisor:
                 members=action.members,
                 slots=action.slots,
                 gpu=action.gpu if self.settings.device is Device.CUDA else None,
-                gpu_index=self._watch.gpus.index(action.gpu),
                 scratch_dir=str(self._runtime.scratch),
                 host_copies_dir=str(self._runtime.experts) if copies else None,
                 heartbeat_dir=str(self._runtime.path),

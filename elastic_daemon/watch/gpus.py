@@ -11,10 +11,6 @@ class Gpus:
 
     uuids: tuple[str, ...] = ()
 
-    def index(self, uuid: str | None) -> int | None:
-        """Of a GPU that was there at the start."""
-        return self.uuids.index(uuid) if uuid in self.uuids else None
-
 
 def visible(uuids: list[str], variable: str | None) -> tuple[str, ...]:
     """What CUDA_VISIBLE_DEVICES leaves of them, in its order: indices or beginnings of UUIDs, up to the first unknown.

@@ -17,7 +17,7 @@ from elastic_daemon.events import EventLog
 from elastic_daemon.membership import RankState, Status
 from elastic_daemon.metrics import Metrics
 from elastic_daemon.watch.desk import WatchdogDesk
-from elastic_daemon.watch.gpus import Gpus, visible
+from elastic_daemon.watch.gpus import visible
 from elastic_daemon.watch.routes import with_watchdog_routes
 from tests.unit.test_health import SNAPSHOT, view
 from watchdog.bindings import Binding, parse_bindings
@@ -269,11 +269,6 @@ async def test_gpus_are_those_of_the_snapshot(client: httpx.AsyncClient, plane: 
     (told,) = plane.told
     assert isinstance(told, p.TelemetryVerdict)
     assert told.ranks == ((0, 1), (1, 5))
-
-
-def test_index_of_a_gpu() -> None:
-    gpus = Gpus(("GPU-a", "GPU-b"))
-    assert [gpus.index(uuid) for uuid in ("GPU-b", "GPU-new", None)] == [1, None, None]
 
 
 @pytest.mark.parametrize(
