@@ -73,7 +73,7 @@ class GpuRecord(Structure):
         ("fabric_clique", c_uint32),
         ("fabric_health", c_uint32),
         ("fabric_summary", c_uint32),
-        ("reserved", c_uint32),
+        ("process", c_uint32),
         ("fabric_cluster", c_uint8 * 16),
     ]
 

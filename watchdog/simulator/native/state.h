@@ -79,7 +79,7 @@ struct sim_gpu {
     uint32_t fabric_clique;
     uint32_t fabric_health;  /* NVML_GPU_FABRIC_HEALTH_MASK_* */
     uint32_t fabric_summary; /* NVML_GPU_FABRIC_HEALTH_SUMMARY_* */
-    uint32_t reserved;
+    uint32_t process;        /* pid of one that computes on it, 0: none */
     uint8_t fabric_cluster[16];
 };
 
