@@ -67,6 +67,8 @@ class CapacityControl(SpreadControl):
         self._ranks.move(row.rank, RankState.STANDBY, self._now)
         self._deadlines.disarm(Wait.RANK_START, row.rank)
         self._columns[row.rank] = event.column
+        if event.gpu is not None:
+            self._gpus.locate(row.rank, event.gpu)
         self._record("rank_standby", rank=row.rank, incarnation=row.incarnation)
 
     def _open_group(self) -> None:

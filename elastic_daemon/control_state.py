@@ -59,7 +59,7 @@ class ControlState:
     def __init__(self, policy: Policy, now: float, gpus: GpuPool | None = None) -> None:
         """`gpus`: None where they are not known."""
         self._policy = policy
-        self._gpus = gpus or GpuPool((), 1, 0.0)
+        self._gpus = gpus or GpuPool(None, 1, 0.0)
         self._wanted = set(range(policy.target))  # who is to serve; as many as the target
         self._ordered: set[int] = set()  # to be started although nothing is restored by itself
         self._left_out: dict[int, str] = {}  # not to be started until an operator releases them, and why

@@ -151,7 +151,7 @@ class Supervisor:
         settings = self.settings
         self.model, self.min_ranks = configured.model, configured.min_ranks
         self._policy = with_settings(configured.policy, settings)  # which may have been reloaded meanwhile
-        self._gpus = GpuPool(self._watch.gpus.uuids, settings.ranks_per_gpu, settings.gpu_probation)
+        self._gpus = GpuPool(self._watch.uuids, settings.ranks_per_gpu, settings.gpu_probation)
         self._controller = Controller(self._policy, time.monotonic(), self._gpus)
         self._carry_out(self._controller.start(time.monotonic()))
         if not self.automation:

@@ -31,4 +31,5 @@ def uuid_of(device: torch.device) -> str | None:
         return None
     import torch
 
-    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return f"GPU-{uuid}" if uuid is not None else None
