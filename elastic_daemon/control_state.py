@@ -139,7 +139,8 @@ class ControlState:
                 wrong = [(row.rank, self._absence(row)) for row in rows if row.state not in IN_GROUP]
                 wrong += [(row.rank, f"draining: {row.reason}") for row in rows if row.state is RankState.DRAINING]
                 wrong += [(rank[0], why) for ranks, why in self._doubts.refusals for rank in ranks if self._is(rank)]
-                return "; ".join(f"rank {rank}: {reason}" for rank, reason in wrong)
+                bars = self._gpus.bars if self._no_gpu & self._wanted else ()
+                return "; ".join([*(f"rank {rank}: {reason}" for rank, reason in wrong), *bars])
             case _:
                 if self._recovery is not None:
                     return self._recovery.cause
