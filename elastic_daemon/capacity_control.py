@@ -67,6 +67,8 @@ class CapacityControl(SpreadControl):
         self._ranks.move(row.rank, RankState.STANDBY, self._now)
         self._deadlines.disarm(Wait.RANK_START, row.rank)
         self._columns[row.rank] = event.column
+        if event.gpu is not None:
+            self._gpus.locate(row.rank, event.gpu)
         self._record("rank_standby", rank=row.rank, incarnation=row.incarnation)
 
     def _open_group(self) -> None:
@@ -89,7 +91,8 @@ class CapacityControl(SpreadControl):
 
     def _start_trouble(self, rank: int) -> str:
         gpu = self._gpus.of(rank)
-        return self._left_out.get(rank) or f"has {NO_USABLE_GPU}: {self._gpus.trouble(gpu) if gpu else 'none is left'}"
+        why = self._gpus.trouble(gpu) if gpu else "; ".join(("none is left", *self._gpus.bars))
+        return self._left_out.get(rank) or f"has {NO_USABLE_GPU}: {why}"
 
     def _is_in(self, rank: int, state: RankState) -> bool:
         return any(row.rank == rank for row in self._ranks.where(state))
@@ -168,12 +171,18 @@ class CapacityControl(SpreadControl):
         attempts = f"in {self._policy.max_start_attempts} attempts, the last: {row.reason}"
         if at is None and gpu is not None:  # it may be the GPU: elsewhere it gets another chance
             self._gpus.bar(gpu, f"rank {rank} did not start on it {attempts}")
+            self._emit(p.StoreBarred(dict(self._gpus.barred)))
             self._record("gpu_barred", gpu=gpu, rank=rank, reason=row.reason)
             self._comebacks.forgive(rank)
         elif at is None or (for_good and gpu is None):
             self._leave_out(rank, row.reason or "" if for_good else f"did not start {attempts}")
         else:
             self._deadlines.arm(Wait.RANK_RESTART, at, rank)
+
+    def _forgive_gpu(self, uuid: str) -> None:
+        """An operator wants ranks to be tried on it again."""
+        if self._gpus.release(uuid):
+            self._emit(p.StoreBarred(dict(self._gpus.barred)))
 
     def _leave_out(self, rank: int, reason: str) -> None:
         self._left_out[rank] = reason

@@ -60,7 +60,7 @@ class ControlState:
     def __init__(self, policy: Policy, now: float, gpus: GpuPool | None = None) -> None:
         """`gpus`: None where they are not known."""
         self._policy = policy
-        self._gpus = gpus or GpuPool((), 1, 0.0)
+        self._gpus = gpus or GpuPool(None, 1, 0.0)
         self._wanted = set(range(policy.target))  # who is to serve; as many as the target
         self._ordered: set[int] = set()  # to be started although nothing is restored by itself
         self._left_out: dict[int, str] = {}  # not to be started until an operator releases them, and why
@@ -145,7 +145,8 @@ class ControlState:
                 wrong = [(row.rank, self._absence(row)) for row in rows if row.state not in IN_GROUP]
                 wrong += [(row.rank, f"draining: {row.reason}") for row in rows if row.state is RankState.DRAINING]
                 wrong += [(rank[0], why) for ranks, why in self._doubts.kept for rank in ranks if self._is(rank)]
-                return "; ".join(f"rank {rank}: {reason}" for rank, reason in wrong)
+                bars = self._gpus.bars if self._no_gpu & self._wanted else ()
+                return "; ".join([*(f"rank {rank}: {reason}" for rank, reason in wrong), *bars])
             case _:
                 if self._recovery is not None:
                     return self._recovery.cause

@@ -60,7 +60,7 @@ class Controller(ScalingControl):
             case p.GpusSeen():
                 self._gpus.see(event.gpus, self._now)
             case p.GpuReleased():
-                self._gpus.release(event.uuid)
+                self._forgive_gpu(event.uuid)
             case p.FrontendMoved():
                 self._on_moved(event)
             case _:

@@ -22,7 +22,9 @@ LEVELS: Final[Mapping[str, Level]] = {
         (
             "frontend_not_in_step",
             "gpu_barred",
+            "gpu_not_ours",
             "gpus_unknown",
+            "gpus_unread",
             "operation_ended",
             "quiesce_overdue",
             "rank_excluded",

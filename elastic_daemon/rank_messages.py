@@ -13,7 +13,7 @@ def rank_event(identity: p.Identity, message: Message) -> p.RankEvent | None:
     rank, incarnation = identity
     match message["type"]:
         case "ready":
-            return p.RankReady(rank, incarnation, message["layers"], _column(message))
+            return p.RankReady(rank, incarnation, message["layers"], _column(message), message.get("gpu"))
         case "fault":
             return p.RankFault(rank, incarnation, message["epoch"], message["error"])
         case "quiesced":

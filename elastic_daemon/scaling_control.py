@@ -104,7 +104,7 @@ class ScalingControl(VerdictControl):
         self._comebacks.forgive(rank)
         self._deadlines.disarm(Wait.RANK_RESTART, rank)
         if gpu := self._gpus.of(rank):
-            self._gpus.release(gpu)
+            self._forgive_gpu(gpu)
         self._ordered.add(rank)
 
     def _advance_operation(self) -> None:

@@ -44,8 +44,8 @@ from elastic_daemon.service_control import EXIT_START
 from elastic_daemon.service_manager import ServiceManager
 from elastic_daemon.sources import Sources
 from elastic_daemon.start_policy import Configured, configure, with_settings
+from elastic_daemon.state_writer import StateWriter
 from elastic_daemon.store import RendezvousStore
-from elastic_daemon.target_store import TargetWriter
 from elastic_daemon.tasks import Tasks
 from elastic_daemon.watch.side import WatchdogSide
 
@@ -68,7 +68,7 @@ class Supervisor:
         self.max_ranks = settings.most_ranks
         self.automation = True
         self.operations = OperationDesk(self.tell)
-        self._targets = TargetWriter(settings)
+        self._state = StateWriter(settings)
         self._started = time.monotonic()
         self.service = ServiceManager(settings)
         self._controller: Controller | None = None
@@ -152,7 +152,7 @@ class Supervisor:
         settings = self.settings
         self.model, self.min_ranks = configured.model, configured.min_ranks
         self._policy = with_settings(configured.policy, settings)  # which may have been reloaded meanwhile
-        self._gpus = GpuPool(self._watch.gpus.uuids, settings.ranks_per_gpu, settings.gpu_probation)
+        self._gpus = GpuPool(self._watch.uuids, settings.ranks_per_gpu, settings.gpu_probation, self._watch.barred)
         self._controller = Controller(self._policy, time.monotonic(), self._gpus)
         self._carry_out(self._controller.start(time.monotonic()))
         if not self.automation:
@@ -269,7 +269,6 @@ class Supervisor:
                 members=action.members,
                 slots=action.slots,
                 gpu=action.gpu if self.settings.device is Device.CUDA else None,
-                gpu_index=self._watch.gpus.index(action.gpu),
                 scratch_dir=str(self._runtime.scratch),
                 host_copies_dir=str(self._runtime.experts) if copies else None,
                 heartbeat_dir=str(self._runtime.path),
@@ -337,8 +336,8 @@ class Supervisor:
     def _operation_changed(self, action: p.OperationChanged) -> None:
         self.operations.changed(action.report)
 
-    def _store_target(self, action: p.StoreTarget) -> None:
-        self._tasks.spawn(self._targets.store(action.target))
+    def _store(self, action: p.StoreTarget | p.StoreBarred) -> None:
+        self._tasks.spawn(self._state.store(action))
 
     def _stop_all(self, _: p.StopAll) -> None:
         self._processes.kill_all()
@@ -353,7 +352,8 @@ class Supervisor:
         p.RecordEvent: _record,
         p.RecoveryDone: _recovery_done,
         p.OperationChanged: _operation_changed,
-        p.StoreTarget: _store_target,
+        p.StoreTarget: _store,
+        p.StoreBarred: _store,
         p.StopAll: _stop_all,
         p.Exit: _finish,
     }

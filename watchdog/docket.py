@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from watchdog.bindings import Binding, Bindings
 from watchdog.evidence import EvidenceLog, Observer
@@ -94,12 +94,22 @@ class Case:
     """Its ruling is to be issued once more."""
 
 
+class Present(NamedTuple):
+    """What the driver lists of a GPU. `slot`: its address on the PCI bus."""
+
+    index: int
+    name: str
+    unsupported: tuple[str, ...]
+    slot: str | None = None
+
+
 @dataclass
 class GpuCase(Case):
     observer: Observer = field(kw_only=True)
     index: int | None = None
     name: str = ""
     unsupported: tuple[str, ...] = ()
+    slot: str | None = None
 
 
 class Docket:
@@ -126,13 +136,11 @@ class Docket:
             self.gpus[uuid] = GpuCase(log, observer=Observer(self._table, log))
         return self.gpus[uuid]
 
-    def see_gpus(
-        self, present: Mapping[str, tuple[int, str, tuple[str, ...]]], absent: Iterable[str], now: float
-    ) -> None:
-        """The driver's list: UUID -> (index, name, unsupported), and the known GPUs that are not on it any more."""
-        for uuid, (index, name, unsupported) in present.items():
+    def see_gpus(self, present: Mapping[str, Present], absent: Iterable[str], now: float) -> None:
+        """The driver's list, by UUID, and the known GPUs that are not on it any more."""
+        for uuid, gpu in present.items():
             case = self.gpu(uuid)
-            case.index, case.name, case.unsupported = index, name, unsupported
+            case.index, case.name, case.unsupported, case.slot = gpu
             case.log.hold("gpu_missing", False, now)
         for uuid in absent:
             self.gpu(uuid).log.hold("gpu_missing", True, now)

@@ -1,23 +1,29 @@
 """Which GPUs a rank could run on, for the daemon (`PUT /watchdog/gpus`). Pure.
 
-    {"gpus": [{"uuid": "GPU-…", "index": 3, "fit": false, "reason": "…", "verdict": "exclude"}]}
+    {"gpus": [{"uuid": "GPU-…", "index": 3, "slot": "00000000:C1:00.0", "fit": false, "reason": "…",
+               "verdict": "exclude"}]}
 
 All GPUs that the driver lists; one that is not among them is not there. Verdicts say what is to be done about a GPU
-that is in use; this says what may be done with any. In observe mode all are fit: to keep a GPU from being used would be
-to act. `reason` and `verdict` say what is thought of it.
+that is in use; this says what may be done with any. In observe mode all are fit that nobody else uses: to
+keep a GPU from being used would be to act. `reason` and `verdict` say what is thought of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from watchdog.bindings import Bindings
 from watchdog.docket import Docket, Mode
 from watchdog.verdict import Verdict
 
 DEAF_S = 5.0
 """A GPU that was heard stays so for this long. NVML is initialised in less."""
+OCCUPIED_S = 1.5
+"""How long a process must have been on a GPU: bindings come once a second, and it may be a rank that has just come."""
+LEFT_S = 10.0
+"""A process that was a rank may need this long to end, with what it holds of the GPU."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Fitness:
     reason: str
     verdict: Verdict
     signal: str | None
+    slot: str | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -41,6 +48,7 @@ class Fitness:
         return {
             "uuid": self.uuid,
             "index": self.index,
+            "slot": self.slot,
             "fit": self.fit,
             "reason": self.reason[:1000],
             "verdict": self.verdict.value,
@@ -70,19 +78,59 @@ class Hearing:
         return frozenset(uuid for uuid, last in self._last.items() if now - last <= DEAF_S)
 
 
-def judge_fitness(docket: Docket, present: Iterable[str], heard: Collection[str]) -> tuple[Fitness, ...]:
+class Occupancy:
+    """On which GPUs processes of somebody else compute. That counts where no rank is bound, so that ranks which share a
+    GPU never count, even where the driver names processes as another PID namespace does."""
+
+    def __init__(self) -> None:
+        self._bound: dict[str, float] = {}  # GPU -> when a rank was last on it
+        self._since: dict[str, tuple[float, tuple[int, ...]]] = {}
+
+    def note(self, processes: Mapping[str, Iterable[int]], bindings: Bindings, now: float) -> None:
+        """`processes`: pids by GPU, as the driver names them."""
+        if any(binding.gpu is None for binding in bindings.ranks):  # that rank may be on any of them
+            self._since = {}
+            return
+        self._bound.update((binding.gpu, now) for binding in bindings.ranks if binding.gpu is not None)
+        ours = {pid for binding in bindings.ranks for pid in binding.pids}
+        theirs = {
+            uuid: others
+            for uuid, pids in processes.items()
+            if (others := tuple(pid for pid in pids if pid not in ours))
+            and now - self._bound.get(uuid, float("-inf")) > LEFT_S
+        }
+        self._since = {uuid: (self._since.get(uuid, (now,))[0], pids) for uuid, pids in theirs.items()}
+
+    def occupied(self, now: float) -> dict[str, tuple[int, ...]]:
+        """GPU -> pids."""
+        return {uuid: pids for uuid, (since, pids) in self._since.items() if now - since >= OCCUPIED_S}
+
+
+def judge_fitness(
+    docket: Docket,
+    present: Iterable[str],
+    heard: Collection[str],
+    occupied: Mapping[str, Collection[int]] | None = None,
+) -> tuple[Fitness, ...]:
     """`present`: GPUs that the driver lists, by UUID; `index:N` for one that has not told its UUID is left out.
-    `heard`: those whose events are heard; before that, a GPU could fail without anybody noticing."""
+    `heard`: those whose events are heard; before that, a GPU could fail without anybody noticing.
+    `occupied`: those on which somebody else computes."""
     known = [uuid for uuid in sorted(present) if uuid in docket.gpus and not uuid.startswith("index:")]
-    return tuple(_judge(docket, uuid, uuid in heard) for uuid in known)
+    return tuple(_judge(docket, uuid, uuid in heard, (occupied or {}).get(uuid, ())) for uuid in known)
 
 
-def _judge(docket: Docket, uuid: str, heard: bool) -> Fitness:
+def _judge(docket: Docket, uuid: str, heard: bool, strangers: Collection[int]) -> Fitness:
     case = docket.gpus[uuid]
     judgement = case.judgement
     quarantined = docket.state.record(uuid).history.quarantined is not None
-    fit = docket.mode is Mode.OBSERVE or (not judgement.verdict.removes and not quarantined and heard)
+    sound = not judgement.verdict.removes and not quarantined and heard
+    fit = (sound or docket.mode is Mode.OBSERVE) and not strangers
     reason = ": ".join(part for part in ((judgement.signal or "").replace(":", " "), judgement.reason) if part)
     if not fit and not judgement.verdict.removes:
-        reason = "in quarantine until it is released" if quarantined else "its events are not heard yet"
-    return Fitness(uuid, case.index, fit, reason, judgement.verdict, judgement.signal)
+        if quarantined:
+            reason = "in quarantine until it is released"
+        elif not heard:
+            reason = "its events are not heard yet"
+        else:
+            reason = f"in use by a process that is no rank (pid {', '.join(map(str, sorted(strangers)[:8]))})"
+    return Fitness(uuid, case.index, fit, reason, judgement.verdict, judgement.signal, case.slot)

@@ -9,7 +9,7 @@ A reading is a flat dict, small enough to send often:
     reasons    clock event reasons (bits)                                 corrected corrected ECC errors, volatile
     replays    PCIe replay counter (32 bits, wraps)                       links     bits of the NVLinks that are up
     link_errors NVLink replays + recoveries + CRC errors, all links       fabric    [state, status, health mask]
-    celsius    temperature of the GPU
+    celsius    temperature of the GPU                                     processes pids that compute on it
 
 The first five are read at each poll, the others once a second.
 """
@@ -78,6 +78,7 @@ class Gpu:
         self._label = self.uuid
         self.index: int = self._ask("identity", lambda: nv.nvmlDeviceGetIndex(handle))
         self.name: str = self._ask("identity", lambda: _text(nv.nvmlDeviceGetName(handle)))
+        self.slot = self._slot()
         self._links: int | None = None
         self._other_ways: dict[str, Callable[[], int]] = {
             "ecc": lambda: self._ask("ecc", lambda: self._ecc_total(nv.NVML_MEMORY_ERROR_TYPE_UNCORRECTED)),
@@ -115,6 +116,7 @@ class Gpu:
         self._read(reading, "links", "links", self._links_up)
         self._read(reading, "fabric", "fabric", self._fabric)
         self._read(reading, "celsius", "temperature", self._temperature)
+        self._read(reading, "processes", "processes", self._processes)
         return reading
 
     def _ask(self, call: str, function: Callable[[], T]) -> T:
@@ -188,6 +190,26 @@ class Gpu:
         if info.state == nv.NVML_GPU_FABRIC_STATE_NOT_SUPPORTED:
             raise nv.NVMLError(nv.NVML_ERROR_NOT_SUPPORTED)
         return [info.state, info.status, info.healthMask]
+
+    def _slot(self) -> str | None:
+        """The address on the PCI bus: it stays when another GPU is put there. Whatever is wrong, others say so too."""
+
+        def ask() -> str | None:
+            try:
+                return _text(nv.nvmlDeviceGetPciInfo(self._handle).busId)
+            except nv.NVMLError:
+                return None
+
+        return self._ask("identity", ask)
+
+    def _processes(self) -> list[int]:
+        """Where they cannot be told, that says nothing against the GPU."""
+        try:
+            return sorted({one.pid for one in nv.nvmlDeviceGetComputeRunningProcesses(self._handle)})
+        except nv.NVMLError as error:
+            if error.value in (*_GONE, nv.NVML_ERROR_RESET_REQUIRED):
+                raise
+            raise nv.NVMLError(nv.NVML_ERROR_NOT_SUPPORTED) from error
 
     def _temperature(self) -> int:
         return nv.nvmlDeviceGetTemperature(self._handle, nv.NVML_TEMPERATURE_GPU)

@@ -6,7 +6,8 @@
 It is expendable: a driver call that never returns takes this process and nothing else. It writes one JSON object a line
 to standard output, `t` says which:
 
-    opened       {driver, count, gpus: [{index, uuid, name, missing}], unreadable: {gpu: error}, deaf: {gpu: error}}
+    opened       {driver, count, gpus: [{index, uuid, name, slot, missing}], unreadable: {gpu: error},
+                 deaf: {gpu: error}}
                  at start and again; `deaf`: GPUs whose events could not be asked for
     deaf         {}; no event is waited for until `opened` comes again: NVML keeps none for later
     poll         {gpus: {uuid: reading}, slow: {uuid: seconds}}; readings (see nvml.py) that changed
@@ -97,7 +98,13 @@ class Child:
     def announce(self, deaf: Mapping[str, str] | None = None) -> None:
         driver = self.driver
         gpus = [
-            {"index": gpu.index, "uuid": gpu.uuid, "name": gpu.name, "missing": sorted(gpu.missing)}
+            {
+                "index": gpu.index,
+                "uuid": gpu.uuid,
+                "name": gpu.name,
+                "slot": gpu.slot,
+                "missing": sorted(gpu.missing),
+            }
             for gpu in driver.gpus
         ]
         send(

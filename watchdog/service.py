@@ -21,9 +21,9 @@ from typing import Any
 from watchdog.bindings import Bindings
 from watchdog.daemon_client import DaemonClient
 from watchdog.delivery import Delivery
-from watchdog.docket import Docket, Mode, Ruling, Target
+from watchdog.docket import Docket, Mode, Present, Ruling, Target
 from watchdog.errors import DaemonError, StartError, StateError
-from watchdog.fitness import Fitness, Hearing, judge_fitness
+from watchdog.fitness import Fitness, Hearing, Occupancy, judge_fitness
 from watchdog.heartbeats import Heartbeats
 from watchdog.logs import log
 from watchdog.memory import give_back
@@ -75,6 +75,7 @@ class Service:
         self._delivery = Delivery(self._client, self)
         self._notifier = Notifier(Supervision.take())
         self._hearing = Hearing()
+        self._occupancy = Occupancy()
         self._fitness: tuple[Fitness, ...] | None = None
         self._read_bindings = asyncio.Event()
         self._asked_for: tuple[str | None, int] | None = None
@@ -115,7 +116,9 @@ class Service:
     # --- what the children found (probe.Sink) --------------------------------------------------------------------
 
     def listed(self, gpus: Mapping[str, Mapping[str, Any]], absent: Iterable[str], driver: str, now: float) -> None:
-        present = {uuid: (gpu["index"], gpu["name"], tuple(gpu["missing"])) for uuid, gpu in gpus.items()}
+        present = {
+            uuid: Present(gpu["index"], gpu["name"], tuple(gpu["missing"]), gpu["slot"]) for uuid, gpu in gpus.items()
+        }
         self._docket.see_gpus(present, absent, now)
         for uuid in gpus:
             self._state.see(uuid, time.time())
@@ -144,10 +147,11 @@ class Service:
     # --- what the delivery asks (delivery.Sender) ------------------------------------------------------------------
 
     def fitness(self) -> tuple[Fitness, ...] | None:
-        heard = self._hearing.heard(time.monotonic())
+        now = time.monotonic()
+        heard = self._hearing.heard(now)
         if heard is None or not self._prober.listed:
             return None
-        return judge_fitness(self._docket, self._prober.present, heard)
+        return judge_fitness(self._docket, self._prober.present, heard, self._occupancy.occupied(now))
 
     def judge_again(self, target: Target, bindings: Bindings) -> None:
         self._docket.say_again([target])
@@ -162,6 +166,7 @@ class Service:
             now = time.monotonic()
             self._prober.tick(now)
             self._hearing.note(self._prober.listening, self._prober.present, now)
+            self._note_processes(now)
             self._heartbeats.observe(self._docket.bindings, self._docket, now)
             self._follow_epoch()
             self._review()
@@ -228,6 +233,12 @@ class Service:
             self._say(ruling)
             self._delivery.put(ruling)
         self._note_fitness()
+
+    def _note_processes(self, now: float) -> None:
+        if self._daemon_error is None:  # else nobody says which of them are ranks
+            readings = {uuid: case.observer.reading for uuid, case in self._docket.gpus.items()}
+            processes = {uuid: reading.get("processes", ()) for uuid, reading in readings.items()}
+            self._occupancy.note(processes, self._docket.bindings, now)
 
     def _note_fitness(self) -> None:
         fitness = self.fitness()
@@ -298,6 +309,7 @@ class Service:
             "celsius": case.observer.reading.get("celsius"),
             "reading": dict(case.observer.reading),
             "unsupported": list(case.unsupported),
+            "used_by": sorted(self._occupancy.occupied(now).get(uuid, ())),
             "failures": len(history.failures),
             "quarantined": history.quarantined,
         }

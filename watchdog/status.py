@@ -104,6 +104,8 @@ def _gpu_lines(gpu: dict[str, Any]) -> list[str]:
     others = [one["signal"] for one in gpu["evidence"] if one["signal"] != gpu["signal"]]
     if others:
         lines.append(f"{'':>5}also: {', '.join(others)}")
+    if used_by := gpu.get("used_by"):
+        lines.append(f"{'':>5}in use by processes that are no ranks: pid {', '.join(map(str, used_by))}")
     return lines
 
 

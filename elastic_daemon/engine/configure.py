@@ -59,7 +59,7 @@ class Deployment:
     """0 without GPUs."""
 
     def gpu(self, rank: int) -> int:
-        """Index of the visible device of a rank."""
+        """Index of a rank's device, among those that all see, where its GPU is not known by UUID."""
         return rank // self.ranks_per_gpu if self.ranks_per_gpu else 0
 
 

@@ -29,6 +29,7 @@ from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.request import Request
 
 from elastic_daemon.engine.background import Background, open_copies
+from elastic_daemon.engine.devices import uuid_of
 from elastic_daemon.engine.experts import SlotContent
 from elastic_daemon.engine.faults import break_links
 from elastic_daemon.engine.gloo import AbortableProcessGroup
@@ -251,7 +252,8 @@ class ElasticEngineCore(DPEngineCoreProc):
         break_links(self.plan.rank, self.worker.groups.abort, lambda: self.step_counter)
         ready = base64.b64encode(msgspec.msgpack.encode(self._make_ready_response())).decode()
         column = self.worker.column()
-        self._control.send("ready", layers=len(column), column=column.tolist(), response=ready)
+        gpu = uuid_of(self.worker.device)
+        self._control.send("ready", layers=len(column), column=column.tolist(), response=ready, gpu=gpu)
         self.park()
         self.run_busy_loop()
 

@@ -15,7 +15,9 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Where a rank will be, and which expert slots it fills at its start. `gpu`: index of its device, 0 on CPU.
+    """Where a rank will be, and which expert slots it fills at its start.
+
+    `gpu`: index of its device among those that its process sees, 0 on CPU.
 
     It travels as vLLM's `additional_config`.
     """

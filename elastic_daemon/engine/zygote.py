@@ -27,6 +27,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from elastic_daemon.engine.compat import check_version
+from elastic_daemon.engine.devices import VISIBLE, choose_device
 from elastic_daemon.errors import ConfigError, ElasticError, StartError, engine_missing
 from elastic_daemon.logs import configure_logging
 
@@ -130,7 +131,7 @@ class Zygote:
         from elastic_daemon.engine.rank_process import run_rank
 
         rank, members = request["rank"], tuple(request["members"])
-        gpu = use_gpu(request["gpu"], request["gpu_index"], self._deployment.gpu(rank))
+        gpu = use_gpu(request["gpu"], self._deployment.gpu(rank)) if self._deployment.ranks_per_gpu else 0
         plan = RankPlan(rank, members, request["slots"], request["scratch_dir"], gpu)
         run_rank(for_rank(self._deployment.config, plan), request)
 
@@ -147,14 +148,11 @@ class Zygote:
         return {"status": exit_status(status)}
 
 
-def use_gpu(uuid: str | None, index: int | None, default: int) -> int:
-    """The index of the device to use. One that came after the start has none: it is then the only one to be seen."""
-    if uuid is None:
-        return default
-    if index is not None:
-        return index
-    os.environ["CUDA_VISIBLE_DEVICES"] = uuid
-    return 0
+def use_gpu(uuid: str | None, index: int) -> int:
+    """Have this process see its GPU. Returns the index of its device."""
+    device, environment = choose_device(uuid, index, os.environ.get(VISIBLE))
+    os.environ.update(environment)
+    return device
 
 
 def refuse_forks_with_cuda() -> None:

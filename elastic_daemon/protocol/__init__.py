@@ -21,6 +21,7 @@ from elastic_daemon.protocol.actions import (
     StartFrontend,
     StartRank,
     StopAll,
+    StoreBarred,
     StoreExperts,
     StoreTarget,
 )
@@ -127,6 +128,7 @@ __all__ = [
     "StartRank",
     "StopAll",
     "StopRequested",
+    "StoreBarred",
     "StoreExperts",
     "StoreTarget",
     "TelemetryVerdict",

@@ -149,6 +149,13 @@ class StoreTarget:
 
 
 @dataclass(frozen=True)
+class StoreBarred:
+    """Remember over restarts which GPUs are barred, and why: all of them."""
+
+    barred: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class StopAll:
     """End the front end and every rank process, whatever they are doing."""
 
@@ -176,6 +183,7 @@ Action = (
     | RecordEvent
     | RecoveryDone
     | OperationChanged
+    | StoreBarred
     | StoreTarget
     | StopAll
     | Exit

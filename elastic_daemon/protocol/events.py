@@ -15,12 +15,13 @@ from elastic_daemon.protocol.base import Column, Identity
 
 @dataclass(frozen=True)
 class RankReady:
-    """Constructed alone, weights loaded, parked."""
+    """Constructed alone, weights loaded, parked. `gpu`: the UUID of the GPU that it found itself on, None on CPU."""
 
     rank: int
     incarnation: int
     layers: int
     column: Column
+    gpu: str | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from elastic_daemon import protocol as p
 from elastic_daemon.events import EventLog
 from elastic_daemon.membership import ALIVE
 from elastic_daemon.metrics import Metrics
+from elastic_daemon.watch.gpus import AllowList, Listed
 from watchdog.heartbeat.page import page_path
 
 KEPT_IDS = 4096
@@ -64,6 +65,7 @@ class GpuBody(BaseModel):
 
     uuid: str = Field(min_length=1, max_length=200)
     index: int | None = Field(None, ge=0)
+    slot: str | None = Field(None, min_length=1, max_length=100)
     fit: bool
     reason: str = Field("", max_length=2000)
     verdict: p.VerdictKind
@@ -109,8 +111,10 @@ class Deployment(Protocol):
 
 
 class WatchdogDesk:
-    def __init__(self, deployment: Deployment, runtime_dir: Path) -> None:
+    def __init__(self, deployment: Deployment, runtime_dir: Path, allowed: AllowList | None = None) -> None:
+        """`allowed`: which GPUs are ours; all without it."""
         self._deployment = deployment
+        self._allowed = allowed or AllowList(None)
         self._runtime_dir = runtime_dir
         self._instance = secrets.token_hex(8)
         self._taken: deque[str] = deque(maxlen=KEPT_IDS)
@@ -147,10 +151,16 @@ class WatchdogDesk:
         self._deployment.tell(p.GpuReleased(uuid))
 
     def see_gpus(self, body: GpusBody) -> None:
-        """Tell the controller which GPUs there are. Raises Refused."""
+        """Tell the controller which GPUs of ours there are. Raises Refused."""
         if self._deployment.snapshot() is None:
             raise Refused(503, "the daemon is not configured yet: say it again")
-        self._deployment.tell(p.GpusSeen(tuple(p.GpuSeen(gpu.uuid, gpu.fit, gpu.reason) for gpu in body.gpus)))
+        listed = {gpu.uuid: Listed(gpu.index if gpu.index is not None else -1, gpu.uuid, gpu.slot) for gpu in body.gpus}
+        ours = {gpu.uuid for gpu in self._allowed.admitted(listed.values())}
+        for uuid, gpu in listed.items():
+            if uuid not in ours and self._allowed.is_news(gpu):
+                self._deployment.events.record("gpu_not_ours", {"gpu": uuid, "slot": gpu.slot})
+        seen = (p.GpuSeen(gpu.uuid, gpu.fit, gpu.reason) for gpu in body.gpus if gpu.uuid in ours)
+        self._deployment.tell(p.GpusSeen(tuple(seen)))
 
     def take(self, verdict: VerdictBody) -> None:
         """Take one in, once. What is to be done is under way when this returns. Raises Refused."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Collection
 from pathlib import Path
 
 from starlette.types import ASGIApp
 
+from elastic_daemon.barred_store import FILE_NAME as BARRED_FILE_NAME
+from elastic_daemon.barred_store import load_barred
 from elastic_daemon.config import Device, Settings
 from elastic_daemon.health import WatchdogView
 from elastic_daemon.watch.desk import Deployment, WatchdogDesk
 from elastic_daemon.watch.driver import GpusUnknown, ask_driver, known_gpus, simulate
-from elastic_daemon.watch.gpus import Gpus
+from elastic_daemon.watch.gpus import AllowList
 from elastic_daemon.watch.process import WatchdogProcess
 from elastic_daemon.watch.routes import with_watchdog_routes
 from elastic_daemon.watch.upkeep import WatchMode
@@ -30,9 +33,14 @@ class WatchdogSide:
         self._settings = settings
         self._deployment = deployment
         self._runtime_dir = settings.runtime_dir
-        self.gpus = Gpus()
+        self.uuids: tuple[str, ...] | None = None
+        """Of the GPUs to begin with, by the index that ranks would use, spares last. None: they are not known."""
+        self.barred: dict[str, str] = {}
+        """GPUs that were barred in an earlier life, and why."""
         self._on = settings.watchdog is not WatchMode.OFF
-        self._desk = WatchdogDesk(deployment, settings.runtime_dir)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") if settings.device is Device.CUDA else None
+        self._allowed = AllowList(visible)
+        self._desk = WatchdogDesk(deployment, settings.runtime_dir, self._allowed)
         self._process = WatchdogProcess(
             settings.watchdog, settings.runtime_dir, settings.watchdog_options, deployment.events, kin
         )
@@ -54,7 +62,11 @@ class WatchdogSide:
             return
         if settings.device is Device.CPU:
             self._forget_simulated()
-            self.gpus = await asyncio.to_thread(
+        self.barred = await asyncio.to_thread(load_barred, settings)
+        if self.barred:
+            self._deployment.events.record("gpus_still_barred", {"gpus": self.barred})
+        if settings.device is Device.CPU:
+            self.uuids = await asyncio.to_thread(
                 simulate,
                 self._runtime_dir,
                 settings.data_parallel_size,
@@ -63,9 +75,13 @@ class WatchdogSide:
             )
             return
         try:
-            self.gpus = await ask_driver()
+            listing = await ask_driver()
         except GpusUnknown as error:
             self._deployment.events.record("gpus_unknown", {"reason": str(error)})
+            return
+        self.uuids = self._allowed.begin(listing.gpus)
+        if listing.unread:
+            self._deployment.events.record("gpus_unread", {"gpus": listing.unread})
 
     async def run(self) -> None:
         """Have somebody watch until `close`."""
@@ -81,7 +97,7 @@ class WatchdogSide:
         """Out of quarantine. Raises LookupError, with the reason, where nobody knows this GPU."""
         if not self._on:
             raise LookupError("this daemon was started with --watchdog off: no GPU is in quarantine")
-        known = {*self.gpus.uuids, *known_gpus(self._runtime_dir)}
+        known = {*(self.uuids or ()), *self.barred, *known_gpus(self._runtime_dir)}
         if uuid not in known:
             raise LookupError(f"no GPU {uuid} is known; known are {', '.join(sorted(known)) or 'none'}")
         self._desk.release_gpu(uuid)
@@ -93,7 +109,8 @@ class WatchdogSide:
     def _forget_simulated(self) -> None:
         """Simulated GPUs are healthy after a start; what was remembered of them goes, unless it is kept elsewhere."""
         if self._settings.state_dir is None:
-            (self._settings.simulated_state_dir / STATE_FILE_NAME).unlink(missing_ok=True)
+            for name in (STATE_FILE_NAME, BARRED_FILE_NAME):
+                (self._settings.simulated_state_dir / name).unlink(missing_ok=True)
 
     def _remove_pages(self) -> None:
         for page in Path(self._runtime_dir, DIRECTORY_NAME).glob("rank-*"):

@@ -144,6 +144,11 @@ FAULTS: dict[str, tuple[Callable[[Simulator], object], str, Any]] = {
         FIELD.format([(161, 3), (162, 4), (163, 5), (161, 0xFFFFFFFF), 38, 160]),
         [[0, 6], [0, 1], [0, 0], [0, 7], [0, 7], [0, 7]],
     ),
+    "process": (
+        lambda s: s.occupy(1, 4711),
+        "[(one.pid, one.usedGpuMemory >> 20) for one in n.nvmlDeviceGetComputeRunningProcesses(gpu(1))]",
+        [[4711, 512]],
+    ),
     "fabric": (lambda s: s.fabric_unhealthy(1), "fabric(gpu(1), n.c_nvmlGpuFabricInfo_v3_t)", [3, 0, 1, 0x19A, 2]),
 }
 

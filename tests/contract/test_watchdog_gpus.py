@@ -1,9 +1,13 @@
-"""The real watchdog and the daemon's real routes: which GPUs are fit, quarantine, and its release."""
+"""The real watchdog and the daemon's real routes: which GPUs are fit and ours, quarantine, and its release."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import dataclasses
+import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +17,13 @@ from fastapi import FastAPI
 
 from elastic_daemon import protocol as p
 from elastic_daemon.watch.desk import WatchdogDesk
+from elastic_daemon.watch.driver import ask_driver
+from elastic_daemon.watch.gpus import AllowList
 from elastic_daemon.watch.routes import with_watchdog_routes
 from tests.contract.watchdog_daemon import DaemonRoutes, Watchdog, until, watching
 from tests.unit.test_watch_desk import Plane
-from watchdog.simulator import create
+from watchdog.simulator import create, driver_environment
+from watchdog.status import render
 
 pytestmark = pytest.mark.contract
 
@@ -36,6 +43,9 @@ class Setting:
         told = list(self.plane.told)
         return [event.verdict for event in told if isinstance(event, p.TelemetryVerdict) and event.subject == gpu]
 
+    def told_of_others(self) -> list[str]:
+        return [event["gpu"] for event in self.plane.events.since(0) if event["event"] == "gpu_not_ours"]
+
     def until_fit(self, gpu: str, fit: bool = True) -> p.GpuSeen:
         def as_wanted() -> p.GpuSeen | None:
             seen = self.seen().get(gpu)
@@ -50,10 +60,10 @@ class Setting:
 
 
 @contextlib.contextmanager
-def setting(directory: Path, *options: str) -> Iterator[Setting]:
+def setting(directory: Path, *options: str, allowed: AllowList | None = None) -> Iterator[Setting]:
     sim = create(directory, 4)
     plane = Plane()
-    desk = WatchdogDesk(plane, directory)
+    desk = WatchdogDesk(plane, directory, allowed)
     app = with_watchdog_routes(FastAPI(), desk)
     server = uvicorn.Server(uvicorn.Config(app, uds=str(directory / "http.sock"), log_level="warning"))
     thread = threading.Thread(target=server.run)
@@ -111,3 +121,47 @@ def test_quarantine_is_left_by_release_only(tmp_path: Path) -> None:
         its.watchdog.sim.xid(gpu, 79)  # a release is for what was, not for what comes
         its.until_fit(gpu, False)
         assert its.verdicts(gpu)[-1] is p.VerdictKind.EXCLUDE
+
+
+def test_only_gpus_that_the_start_named_are_ours_a_wedged_one_included(tmp_path: Path) -> None:
+    with create(tmp_path, 4) as sim:
+        gpus = [gpu.uuid for gpu in sim.list()]
+        sim.hang(1)
+        listing = asyncio.run(ask_driver({**os.environ, **driver_environment(tmp_path)}))
+    allowed = AllowList("0,1")
+    assert allowed.begin(listing.gpus) == (gpus[0],)
+    with setting(tmp_path, allowed=allowed) as its:  # which heals it
+        its.until_fit(gpus[1])
+        assert its.seen().keys() == set(gpus[:2])
+
+        its.watchdog.sim.lose(0)  # the others get other indices
+        until(lambda: its.seen().keys() == {gpus[1]}, "a list without the GPU that is gone", 10, its.explain)
+        foreign = its.watchdog.sim.replace(3)
+        until(its.told_of_others, "word of a GPU of others", 20, its.explain)
+        assert its.told_of_others() == [foreign]
+        new = its.watchdog.sim.replace(0)
+        its.until_fit(new)
+        assert its.seen().keys() == {new, gpus[1]}
+
+
+def test_a_gpu_that_somebody_else_uses_is_not_fit_and_those_of_ranks_are(tmp_path: Path) -> None:
+    with setting(tmp_path) as its:
+        gpus, sim = its.watchdog.gpus, its.watchdog.sim
+        for gpu in gpus:
+            its.until_fit(gpu)
+        assert its.plane.now is not None
+        ranks = (dataclasses.replace(its.plane.now.ranks[0], gpu=gpus[0]), *its.plane.now.ranks[1:])
+        its.plane.now = dataclasses.replace(its.plane.now, ranks=ranks)
+        until(lambda: its.watchdog.gpu(gpus[0])["ranks"] == [0], "the binding", 5, its.explain)
+
+        sim.occupy(0, 999)  # whose GPU it is we know
+        sim.occupy(1, 4712)  # of rank 1, wherever that is
+        sim.occupy(3, 999)
+        assert "in use by a process that is no rank (pid 999)" in its.until_fit(gpus[3], False).reason
+        time.sleep(3.0)  # two more looks
+        assert {gpu: its.seen()[gpu].fit for gpu in gpus} == dict.fromkeys(gpus[:3], True) | {gpus[3]: False}
+        assert its.verdicts(gpus[3]) == [], "there is nothing wrong with it"
+        shown = render({**its.watchdog.status(), "age_s": 0.0})
+        assert shown.count("in use by processes that are no ranks: pid 999") == 1
+        sim.heal(3)
+        its.until_fit(gpus[3])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +81,52 @@ def test_a_rank_comes_back_on_a_replacement_and_on_a_gpu_that_is_released(tmp_pa
         until_serving_on(cluster, 2, gpus[2])
         assert_same(run_streams(cluster), reference)
         cluster.verify_experts()
+
+
+def test_a_spare_gpu_that_somebody_else_uses_is_left_alone(tmp_path: Path) -> None:
+    with (
+        Cluster(tmp_path / "run", *OPTIONS, "--spare-gpus", "1", WATCHDOG) as cluster,
+        Simulator.open(tmp_path / "run") as sim,
+    ):
+        until_heard(cluster, RANKS + 1)
+        spare = sim.list()[RANKS].uuid
+        sim.occupy(RANKS, 4711)
+        until_heard(cluster, RANKS + 1)
+        cluster.wait_for(lambda: spare_reading(cluster, spare) == [4711])
+        time.sleep(3.0)  # it counts, and the daemon has been told
+        sim.lose(1)
+        cluster.wait_for(lambda: "waits for a usable GPU" in cluster.health()["reason"], 20)
+        sim.heal(RANKS)
+        until_serving_on(cluster, 1, spare)
+
+
+def spare_reading(cluster: Cluster, spare: str) -> Any:
+    [gpu] = [gpu for gpu in read_status(cluster.runtime_dir)["gpus"] if gpu["uuid"] == spare]
+    return gpu["reading"].get("processes")
+
+
+def test_a_gpu_on_which_no_rank_starts_stays_barred_over_a_restart(tmp_path: Path) -> None:
+    options = (*OPTIONS, WATCHDOG, "--state-dir", str(tmp_path / "state"))
+    stored = tmp_path / "state" / "barred-gpus.json"
+    with Cluster(tmp_path / "run", *options) as cluster:
+        gpu = row(cluster, 2)["gpu"]
+        cluster.kill(2)
+        for attempt in range(2, 5):
+            cluster.wait_for(lambda: (now := row(cluster, 2))["state"] == "starting" and now["pids"], 20)
+            cluster.kill(2)
+            cluster.wait_for(lambda n=attempt: len(cluster.events("rank_excluded")) == n)
+        [barred] = cluster.events("gpu_barred")
+        assert (barred["gpu"], barred["rank"]) == (gpu, 2)
+        cluster.wait_for(stored.exists)
+        assert json.loads(stored.read_text())["barred"].keys() == {gpu}
+
+    restarted = Cluster(tmp_path / "run", *options)
+    try:
+        restarted.wait_for(lambda: restarted.health()["status"] == "degraded", RESTORED_S)
+        assert f"waits for a usable GPU; {gpu}: rank 2 did not start on it" in restarted.health()["reason"]
+        assert [event["gpus"].keys() for event in restarted.events("gpus_still_barred")] == [{gpu}]
+        assert release(restarted, gpu).status_code == 200
+        until_serving_on(restarted, 2, gpu)
+        assert json.loads(stored.read_text())["barred"] == {}
+    finally:
+        restarted.stop()

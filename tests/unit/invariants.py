@@ -35,6 +35,7 @@ class Process:
     requests: set[int] = field(default_factory=set)
     move: p.Respread | None = None  # to be made
     told_to_quiesce: bool = False
+    gpu: str | None = None
 
     @property
     def identity(self) -> tuple[int, int]:

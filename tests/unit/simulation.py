@@ -76,7 +76,10 @@ class World(Books):
         )  # fmt: skip
         uuids = [f"GPU-{index}" for index in range(ranks + rng.randint(0, 2))] if rng.random() < 0.5 else []
         self.gpus = dict.fromkeys(uuids, True)  # whether it is fit
-        pool = GpuPool(uuids, 1, 0.3)
+        pool = GpuPool(uuids or None, 1, 0.3)
+        self.unlisted = not uuids and seed % 3 == 0  # which GPUs there are is said later, by ranks and the watchdog
+        if self.unlisted:
+            self.gpus = {f"GPU-{rank}": True for rank in range(ranks + 2)}
         super().__init__(policy, pool, sloppy=rng.choice((0.0, 0.0, 0.01, 0.04)), poison=Poison(rng))
         self.traps = {rng.choice(("StartRank", "Fence", "Regroup", "Resume")): rng.randint(1, 8) for _ in range(2)}
 
@@ -205,8 +208,11 @@ class World(Books):
         assert action.incarnation > self.last_incarnation, "an incarnation is used again"
         self.last_incarnation = action.incarnation
         assert action.gpu is None or self.gpus[action.gpu], f"starts on {action.gpu}, which is not fit"
+        gpu = action.gpu or (f"GPU-{action.rank}" if self.unlisted else None)
+        others = {other.gpu for other in self.processes.values() if other.identity not in self.dead}
+        assert gpu is None or gpu not in others, f"starts on {gpu}, where another rank is"
         plan = first_placement(self.policy.experts, self.layers, action.members, action.slots)
-        process = Process(action.rank, action.incarnation, plan.columns[action.rank].tolist())
+        process = Process(action.rank, action.incarnation, plan.columns[action.rank].tolist(), gpu=gpu)
         self.processes[action.rank] = process
         self.spring_trap("StartRank", process)
         if self.happens(5):
@@ -216,7 +222,7 @@ class World(Books):
     def on_constructed(self, process: Process) -> None:
         if process.works:
             process.mode = "parked"
-            self.say(process, p.RankReady(*process.identity, self.layers, process.frozen_column))
+            self.say(process, p.RankReady(*process.identity, self.layers, process.frozen_column, process.gpu))
 
     def receive(self, process: Process, action: RankAction) -> None:
         match action:
@@ -337,6 +343,8 @@ class World(Books):
             close = at and self.rng.random() < 0.5
             at = min(at + self.rng.uniform(0.0, 0.08), HORIZON) if close else self.rng.uniform(0.1, HORIZON)
             self.later(at, self.rng.choice(kinds))
+        if self.unlisted:
+            self.later(self.rng.uniform(0.0, HORIZON), self.gpus_change)
         if self.rng.random() < 0.05:
             self.later(self.rng.uniform(0.0, HORIZON), self.poison_links)
         if self.rng.random() < 0.1:

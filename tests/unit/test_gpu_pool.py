@@ -19,8 +19,8 @@ def seen(*fit: str, **unfit: str) -> list[GpuSeen]:
     return [GpuSeen(uuid, True) for uuid in fit] + [GpuSeen(f"GPU-{name}", False, why) for name, why in unfit.items()]
 
 
-def pool(*uuids: str, ranks_per_gpu: int = 1) -> GpuPool:
-    return GpuPool(uuids, ranks_per_gpu, PROBATION_S)
+def pool(*uuids: str, ranks_per_gpu: int = 1, barred: dict[str, str] | None = None) -> GpuPool:
+    return GpuPool(uuids, ranks_per_gpu, PROBATION_S, barred)
 
 
 def test_ranks_get_their_homes_at_once() -> None:
@@ -28,11 +28,67 @@ def test_ranks_get_their_homes_at_once() -> None:
     assert [gpus.assign(rank, 0.0) for rank in (3, 0, 2, 1, 4)] == ["GPU-b", "GPU-a", "GPU-b", "GPU-a", None]
 
 
-def test_where_gpus_are_not_known_no_rank_is_on_one() -> None:
+def test_no_gpu_is_not_the_same_as_none_that_is_known() -> None:
     gpus = pool()
+    assert gpus.is_known
+    assert gpus.assign(0, 0.0) is None
+    gpus.see(seen("GPU-a"), 0.0)
+    assert gpus.assign(0, PROBATION_S) == "GPU-a"
+
+
+def unknown(*started: int) -> GpuPool:
+    """Ranks start before anything is known of GPUs."""
+    gpus = GpuPool(None, 1, PROBATION_S)
+    assert [gpus.assign(rank, 0.0) for rank in started] == [None] * len(started)
+    return gpus
+
+
+def test_where_gpus_are_not_known_no_rank_is_on_one() -> None:
+    gpus = unknown(0)
     gpus.see(seen("GPU-a"), 0.0)
     assert not gpus.is_known
-    assert gpus.assign(0, 100.0) is None
+    assert (gpus.of(0), gpus.assign(0, 100.0)) == (None, None)
+
+
+@pytest.mark.parametrize("heard_first", [True, False])
+def test_they_are_learned_once_all_ranks_have_said_where_they_are(heard_first: bool) -> None:
+    gpus = unknown(0, 1)
+    if heard_first:
+        gpus.see(seen("GPU-a", "GPU-b", "GPU-spare", d="hot"), 1.0)
+    gpus.locate(1, "GPU-a")
+    if not heard_first:
+        gpus.see(seen("GPU-a", "GPU-b", "GPU-spare", d="hot"), 1.0)
+    assert not gpus.is_known, "rank 0 may be on any of them"
+    gpus.locate(0, "GPU-b")
+    assert gpus.is_known
+    assert (gpus.of(0), gpus.of(1), gpus.troubles) == ("GPU-b", "GPU-a", ("GPU-d: hot",))
+    assert gpus.assign(2, 1.0) is None, "it has not been watched for long"
+    assert gpus.assign(2, 1.0 + PROBATION_S) == "GPU-spare"
+    gpus.locate(0, "GPU-elsewhere")
+    assert gpus.assign(0, 1.0) == "GPU-b", "as if it had been known from the start"
+
+
+def test_one_that_died_without_a_word_is_placed_by_what_the_others_say() -> None:
+    gpus = unknown(0, 1)
+    gpus.see(seen("GPU-a", "GPU-b"), 1.0)
+    gpus.locate(0, "GPU-a")
+    assert gpus.assign(1, 1.0 + PROBATION_S) == "GPU-b"
+    gpus = unknown(0, 1)
+    gpus.see(seen("GPU-a", "GPU-b"), 1.0)
+    gpus.locate(0, "GPU-a")
+    gpus.forget(1)
+    gpus.see(seen("GPU-a", "GPU-b"), 2.0)
+    assert gpus.is_known
+
+
+def test_a_list_without_the_gpu_of_a_rank_teaches_nothing() -> None:
+    gpus = unknown(0)
+    gpus.locate(0, "GPU-part-of-another")
+    gpus.see(seen("GPU-a"), 1.0)
+    assert not gpus.is_known
+    assert gpus.of(0) is None
+    gpus.see([], 1.0)
+    assert not gpus.is_known
 
 
 def test_a_rank_whose_gpu_is_not_fit_gets_a_spare_one() -> None:
@@ -81,10 +137,24 @@ def test_a_barred_one_stays_out_until_it_is_released_however_fit_it_is() -> None
     assert gpus.is_barred(0)
     assert gpus.trouble("GPU-a") == "no rank starts on it"
     assert (gpus.assign(0, 100.0), gpus.room_for({0})) == (None, 0)
+    assert gpus.bars == ("GPU-a: no rank starts on it",)
     assert gpus.release("GPU-a")
     assert gpus.assign(0, 100.0) == "GPU-a"
     assert not gpus.release("GPU-a")
     assert not gpus.release("GPU-elsewhere")
+    assert (gpus.bars, gpus.barred) == ((), {})
+
+
+def test_what_was_barred_in_an_earlier_life_stays_so_wherever_it_comes_from() -> None:
+    gpus = pool("GPU-a", "GPU-b", barred={"GPU-a": "no rank starts on it", "GPU-new": "nor on this one"})
+    assert [gpus.assign(rank, 0.0) for rank in (0, 1)] == ["GPU-b", None]
+    assert gpus.trouble("GPU-a") == "no rank starts on it"
+    assert gpus.bars == ("GPU-a: no rank starts on it",), "the other is not there"
+    gpus.see(seen("GPU-a", "GPU-b", "GPU-new"), 1.0)
+    assert (gpus.assign(1, 100.0), gpus.room_for({1})) == (None, 0)
+    assert gpus.release("GPU-new")
+    assert gpus.assign(1, 100.0) == "GPU-new"
+    assert dict(gpus.barred) == {"GPU-a": "no rank starts on it"}
 
 
 def test_a_gpu_is_free_again_only_when_its_rank_has_left_for_good() -> None:
@@ -107,7 +177,7 @@ happenings = st.one_of(
     st.tuples(st.just("assign"), times, ranks),
     st.tuples(st.just("forget"), times, ranks),
     st.tuples(st.just("condemn"), times, uuids),
-    st.tuples(st.just("bar"), times, st.sampled_from(UUIDS)),
+    st.tuples(st.just("bar"), times, uuids),
     st.tuples(st.just("release"), times, uuids),
     st.tuples(st.just("see"), times, st.dictionaries(uuids, st.booleans())),
 )

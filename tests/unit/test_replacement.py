@@ -8,7 +8,7 @@ from elastic_daemon import protocol as p
 from elastic_daemon.control_state import Phase
 from elastic_daemon.gpu_pool import GpuPool
 from elastic_daemon.membership import RankState, Status
-from tests.unit.driver import POLICY, Shell, events, of
+from tests.unit.driver import LAYERS, POLICY, Shell, events, of
 
 A, B, C, D, SPARE = UUIDS = ("GPU-a", "GPU-b", "GPU-c", "GPU-d", "GPU-spare")
 PROBATION_S = 2.0
@@ -176,11 +176,37 @@ def test_a_gpu_on_which_no_rank_starts_is_barred_until_it_is_released() -> None:
     [barred] = events("gpu_barred", shell.actions)
     assert (barred["gpu"], barred["rank"]) == (C, 2)
     assert shell.start_of(2).incarnation == 4 + RESTORING.max_start_attempts
-    assert shell.controller.reason == "rank 2: signal 9; waits for a usable GPU"
+    why = "rank 2 did not start on it in 3 attempts, the last: signal 9"
+    assert shell.controller.reason == f"rank 2: signal 9; waits for a usable GPU; {C}: {why}"
     shell.see(A, B, C, D)
     assert shell.settle().serving == [0, 1, 3], "that it is healthy is known"
-    [start] = of(p.StartRank, shell.send(p.GpuReleased(C)))
+    assert of(p.StoreBarred, shell.actions) == [p.StoreBarred({C: why})]
+    actions = shell.send(p.GpuReleased(C))
+    assert of(p.StoreBarred, actions) == [p.StoreBarred({})]
+    [start] = of(p.StartRank, actions)
     assert (start.rank, start.gpu) == (2, C)
+    assert not of(p.StoreBarred, shell.send(p.GpuReleased(C))), "nothing to forgive"
+    assert shell.settle().serving == [0, 1, 2, 3]
+
+
+def test_a_restart_of_the_daemon_forgives_nothing() -> None:
+    shell = Shell(RESTORING, GpuPool((A, B, C, D), 1, PROBATION_S, {C: "no rank starts on it"}))
+    shell.send(p.FrontendReady())
+    assert {start.rank: start.gpu for start in of(p.StartRank, shell.actions)} == {0: A, 1: B, 2: D}
+    shell.settle()
+    assert (shell.serving, shell.controller.status) == ([0, 1, 2], Status.DEGRADED)
+    assert shell.controller.reason == f"rank 3: no usable GPU; waits for a usable GPU; {C}: no rank starts on it"
+    shell.send(p.GpuReleased(C))
+    assert shell.settle().controller.status is Status.OK
+    assert (gpu_of(shell, 3), shell.controller.reason) == (C, "")
+
+
+def test_to_release_a_rank_releases_the_gpu_it_failed_on() -> None:
+    shell = on(A, B, C, D)
+    shell.exited(2)
+    shell.settle(failing={2})
+    shell.send(p.RankOrder("order-1", 2, p.RankDeed.RELEASE, 10.0))
+    assert of(p.StoreBarred, shell.actions)[-1] == p.StoreBarred({})
     assert shell.settle().serving == [0, 1, 2, 3]
 
 
@@ -226,6 +252,20 @@ def test_a_rank_that_dies_while_it_retires_leaves_its_gpu_to_others() -> None:
     condemn(shell, 3)
     shell.settle()
     assert (shell.serving, gpu_of(shell, 3)) == ([0, 2, 3], B)
+
+
+def test_gpus_that_are_not_known_at_the_start_are_learned_from_ranks_and_the_watchdog() -> None:
+    shell = Shell(RESTORING)
+    shell.send(p.FrontendReady())
+    shell.see(*UUIDS)
+    for rank, uuid in enumerate((B, A, C, D)):
+        assert gpu_of(shell, 0) is None
+        shell.send(p.RankReady(rank, shell.incarnation(rank), LAYERS, shell.column(rank), uuid))
+    shell.settle()
+    assert (shell.serving, [gpu_of(shell, rank) for rank in range(4)]) == ([0, 1, 2, 3], [B, A, C, D])
+    condemn(shell, 2)
+    assert shell.settle().controller.status is Status.OK
+    assert gpu_of(shell, 2) == SPARE
 
 
 def test_where_gpus_are_not_known_a_rank_that_was_excluded_for_its_gpu_stays_out() -> None:

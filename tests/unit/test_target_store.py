@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from elastic_daemon import protocol as p
 from elastic_daemon.config import Settings
 from elastic_daemon.sources import load_settings
-from elastic_daemon.target_store import FILE_NAME, TargetWriter, load_target, start_target, store_target
+from elastic_daemon.state_writer import StateWriter
+from elastic_daemon.target_store import FILE_NAME, load_target, start_target, store_target
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
@@ -98,8 +100,8 @@ def test_which_wins(state: Path) -> None:
 
 async def test_the_last_of_several_is_kept(state: Path) -> None:
     settings = settings_with(state)
-    writer = TargetWriter(settings)
-    await asyncio.gather(*(writer.store(target) for target in range(1, 20)))
+    writer = StateWriter(settings)
+    await asyncio.gather(*(writer.store(p.StoreTarget(target)) for target in range(1, 20)))
     assert load_target(settings) == 19
     assert [path.name for path in state.iterdir()] == [FILE_NAME]
 
@@ -107,7 +109,7 @@ async def test_the_last_of_several_is_kept(state: Path) -> None:
 async def test_a_disk_that_fails_stops_nothing(state: Path) -> None:
     state.write_text("a file where the directory should be")
     with capture_logs() as logs:
-        await TargetWriter(settings_with(state)).store(3)
+        await StateWriter(settings_with(state)).store(p.StoreTarget(3))
     assert [(line["event"], line["log_level"]) for line in logs] == [("target_not_stored", "error")]
 
 

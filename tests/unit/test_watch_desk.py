@@ -17,7 +17,7 @@ from elastic_daemon.events import EventLog
 from elastic_daemon.membership import RankState, Status
 from elastic_daemon.metrics import Metrics
 from elastic_daemon.watch.desk import WatchdogDesk
-from elastic_daemon.watch.gpus import Gpus, visible
+from elastic_daemon.watch.gpus import AllowList, Listed
 from elastic_daemon.watch.routes import with_watchdog_routes
 from tests.unit.test_health import SNAPSHOT, view
 from watchdog.bindings import Binding, parse_bindings
@@ -234,6 +234,7 @@ async def test_the_controller_hears_which_gpus_there_are(client: httpx.AsyncClie
         ({"gpus": [{**GPUS[0], "fit": "perhaps"}]}, 422, "fit"),
         ({"gpus": [{**GPUS[0], "verdict": "explode"}]}, 422, "verdict"),
         ({"gpus": [{**GPUS[0], "index": -1}]}, 422, "index"),
+        ({"gpus": [{**GPUS[0], "slot": ""}]}, 422, "slot"),
     ],
 )
 async def test_lists_of_gpus_that_are_none(
@@ -250,6 +251,19 @@ async def test_gpus_are_not_taken_in_where_nobody_could_hear_of_them(client: htt
     plane.now = None
     assert (await client.put("/watchdog/gpus", json={"gpus": GPUS})).status_code == 503
     assert not plane.told
+
+
+async def test_gpus_of_others_are_not_heard_of_and_told_once_when_they_come(plane: Plane, tmp_path: Path) -> None:
+    allowed = AllowList("0")
+    assert allowed.begin([Listed(0, "GPU-a", "slot-0"), Listed(1, "GPU-b", "slot-1")]) == ("GPU-a",)
+    app = with_watchdog_routes(FastAPI(), WatchdogDesk(plane, tmp_path, allowed))
+    rows = [{**gpu, "slot": f"slot-{index}"} for index, gpu in enumerate(GPUS)]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://daemon") as client:
+        for _ in range(2):
+            assert (await client.put("/watchdog/gpus", json={"gpus": rows})).status_code == 204
+    assert plane.told == [p.GpusSeen((p.GpuSeen("GPU-a", True),))] * 2
+    [said] = plane.events.since(0)
+    assert (said["event"], said["gpu"], said["slot"]) == ("gpu_not_ours", "GPU-c", "slot-2")
 
 
 async def test_off_means_off() -> None:
@@ -269,24 +283,3 @@ async def test_gpus_are_those_of_the_snapshot(client: httpx.AsyncClient, plane: 
     (told,) = plane.told
     assert isinstance(told, p.TelemetryVerdict)
     assert told.ranks == ((0, 1), (1, 5))
-
-
-def test_index_of_a_gpu() -> None:
-    gpus = Gpus(("GPU-a", "GPU-b"))
-    assert [gpus.index(uuid) for uuid in ("GPU-b", "GPU-new", None)] == [1, None, None]
-
-
-@pytest.mark.parametrize(
-    ("variable", "left"),
-    [
-        (None, ("GPU-aa", "GPU-ab", "GPU-b")),
-        ("2,0", ("GPU-b", "GPU-aa")),
-        ("GPU-b, GPU-ab", ("GPU-b", "GPU-ab")),
-        ("1,7,0", ("GPU-ab",)),
-        ("GPU-a", ()),
-        ("", ()),
-        ("-1", ()),
-    ],
-)
-def test_cuda_visible_devices(variable: str | None, left: tuple[str, ...]) -> None:
-    assert visible(["GPU-aa", "GPU-ab", "GPU-b"], variable) == left

@@ -1,12 +1,13 @@
-"""Which GPUs the watchdog calls fit, and what counts as heard."""
+"""Which GPUs the watchdog calls fit, what counts as heard, and what as in use by somebody else."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from tests.unit.test_watchdog_docket import FINE, TABLE, WALL
-from watchdog.docket import Docket, Mode
-from watchdog.fitness import DEAF_S, Hearing, judge_fitness
+from watchdog.bindings import Binding, Bindings
+from watchdog.docket import Docket, Mode, Present
+from watchdog.fitness import DEAF_S, LEFT_S, OCCUPIED_S, Hearing, Occupancy, judge_fitness
 from watchdog.state import State
 from watchdog.verdict import Policy
 
@@ -15,7 +16,7 @@ GPUS = ("GPU-a", "GPU-b", "GPU-c")
 
 def docket(directory: Path, policy: Policy | None = None, mode: Mode = Mode.ACT) -> Docket:
     made = Docket(TABLE, policy or Policy(), mode, State.load(directory))
-    made.see_gpus({gpu: (index, "a GPU", ()) for index, gpu in enumerate(GPUS)}, (), 0.0)
+    made.see_gpus({gpu: Present(index, "a GPU", (), f"slot-{index}") for index, gpu in enumerate(GPUS)}, (), 0.0)
     for gpu in GPUS:
         made.gpu(gpu).observer.observe(FINE, 0.0)
     return made
@@ -34,7 +35,9 @@ def test_healthy_and_doubtful_gpus_are_fit(tmp_path: Path) -> None:
         (0, True, "ok"), (1, True, "suspect"), (2, True, "ok"),
     ]  # fmt: skip
     assert found[1].reason == "xid 74: NVLink error"
-    assert found[0].as_json() == {"uuid": "GPU-a", "index": 0, "fit": True, "reason": "", "verdict": "ok"}
+    assert found[0].as_json() == {
+        "uuid": "GPU-a", "index": 0, "slot": "slot-0", "fit": True, "reason": "", "verdict": "ok",
+    }  # fmt: skip
 
 
 def test_a_gpu_that_is_to_be_removed_is_not(tmp_path: Path) -> None:
@@ -105,3 +108,47 @@ def test_short_deafness_is_forgiven_and_a_gpu_that_comes_back_must_be_heard_anew
     hearing.note((), GPUS[:2], 103.0)
     hearing.note((), GPUS, 103.1)
     assert hearing.heard(103.2) == frozenset(GPUS[:2])
+
+
+def bound(*gpus: str | None, pids: tuple[int, ...] = (11,)) -> Bindings:
+    return Bindings(1, tuple(Binding(rank, 10 + rank, gpu, pids) for rank, gpu in enumerate(gpus)), instance="first")
+
+
+def test_nor_one_on_which_somebody_else_computes(tmp_path: Path) -> None:
+    case = docket(tmp_path)
+    case.review(1.0, WALL)
+    (_, found, _) = judge_fitness(case, GPUS, GPUS, {"GPU-b": (4712, 4711)})
+    assert (found.fit, found.reason) == (False, "in use by a process that is no rank (pid 4711, 4712)")
+    (_, free, _) = judge_fitness(case, GPUS, GPUS, {})
+    assert free.fit and free.key != found.key, "that is news"
+
+
+def test_a_process_counts_where_it_stays_and_no_rank_is_bound() -> None:
+    occupancy = Occupancy()
+    occupancy.note({"GPU-a": [4711], "GPU-b": [4711], "GPU-c": []}, bound("GPU-a"), 0.0)
+    assert occupancy.occupied(0.0) == {}, "it may be a rank that has just been started"
+    occupancy.note({"GPU-a": [4711], "GPU-b": [4711], "GPU-c": []}, bound("GPU-a"), OCCUPIED_S)
+    assert occupancy.occupied(OCCUPIED_S) == {"GPU-b": (4711,)}
+    occupancy.note({"GPU-a": [4711], "GPU-b": []}, bound("GPU-a"), OCCUPIED_S + 1)
+    assert occupancy.occupied(OCCUPIED_S + 1) == {}
+    occupancy.note({"GPU-b": [4711]}, bound("GPU-a"), OCCUPIED_S + 2)
+    assert occupancy.occupied(OCCUPIED_S + 2) == {}, "it counts from anew"
+
+
+def test_ranks_and_what_is_left_of_them_do_not_count() -> None:
+    occupancy = Occupancy()
+    for now in (0.0, 5.0):  # in another PID namespace, so that no pid is known
+        occupancy.note({"GPU-a": [1, 2], "GPU-b": [11]}, bound("GPU-a", "GPU-a"), now)
+        assert occupancy.occupied(now) == {}, "ranks may share a GPU; pid 11 is a rank's, wherever it is"
+    occupancy.note({"GPU-a": [1]}, bound(), 5.0 + LEFT_S)
+    assert occupancy.occupied(5.0 + LEFT_S) == {}, "it is ending"
+    for later in (0.1, 0.1 + OCCUPIED_S):
+        occupancy.note({"GPU-a": [1]}, bound(), 5.0 + LEFT_S + later)
+    assert occupancy.occupied(5.0 + LEFT_S + later) == {"GPU-a": (1,)}, "it does not end"
+
+
+def test_nothing_counts_while_a_rank_may_be_anywhere() -> None:
+    occupancy = Occupancy()
+    for now in (0.0, 5.0):
+        occupancy.note({"GPU-a": [4711]}, bound(None), now)
+        assert occupancy.occupied(now) == {}

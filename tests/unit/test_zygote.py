@@ -1,4 +1,7 @@
-"""What the zygote tells the supervisor when there is no engine to be had. All else of it is covered end to end."""
+"""What the zygote tells the supervisor when there is no engine to be had, and which GPU a fork of it sees.
+
+All else of it is covered end to end.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from elastic_daemon.engine.compat import VLLM_VERSION
+from elastic_daemon.engine.devices import choose_device
+from elastic_daemon.engine.zygote import use_gpu
 from elastic_daemon.errors import ConfigError
 from elastic_daemon.messages import decode, encode
 
@@ -58,3 +63,36 @@ def test_each_request_is_answered_with_what_is_wrong(tmp_path: Path, vllm: str, 
     error = str(configure["error"])
     assert re.search(message, error), error
     assert "\n" not in error
+
+
+MIG = "MIG-b9f0d6f1-8a4e-5c55-a1f7-3c8c2d5a6e10"
+
+
+@pytest.mark.parametrize(
+    ("uuid", "index", "visible", "chosen"),
+    [
+        ("GPU-c", 0, None, (0, {"CUDA_VISIBLE_DEVICES": "GPU-c"})),
+        ("GPU-c", 2, "0,1,2,3", (0, {"CUDA_VISIBLE_DEVICES": "GPU-c"})),
+        (MIG, 1, "GPU-a", (0, {"CUDA_VISIBLE_DEVICES": MIG})),
+        (None, 2, None, (2, {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"})),
+        (None, 1, "4,5", (1, {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"})),
+        (None, 1, "", (1, {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"})),
+        (None, 1, f"GPU-a, {MIG}", (0, {"CUDA_VISIBLE_DEVICES": MIG})),
+        (None, 2, f"GPU-a,{MIG}", (2, {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"})),
+    ],
+    ids=["alone", "whatever was visible", "MIG", "by index", "of those visible", "empty", "by name", "too few names"],
+)
+def test_a_rank_sees_its_gpu_alone_where_it_has_a_name(
+    uuid: str | None, index: int, visible: str | None, chosen: tuple[int, dict[str, str]]
+) -> None:
+    assert choose_device(uuid, index, visible) == chosen
+
+
+def test_a_fork_of_the_zygote_sees_its_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    assert use_gpu("GPU-c", 3) == 0
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-c"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert use_gpu(None, 3) == 3
+    assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["CUDA_DEVICE_ORDER"]) == ("0,1,2,3", "PCI_BUS_ID")

@@ -74,6 +74,7 @@ class GpuRecord(Structure):
         ("fabric_health", c_uint32),
         ("fabric_summary", c_uint32),
         ("error", c_uint32),
+        ("process", c_uint32),
         ("fabric_cluster", c_uint8 * 16),
     ]
 

@@ -159,6 +159,8 @@ def faults(record: GpuRecord) -> list[str]:
         found.append("NVLink errors")
     if record.fabric_summary == FABRIC_UNHEALTHY:
         found.append("fabric unhealthy")
+    if record.process:
+        found.append(f"in use by process {record.process}")
     if record.pcie_replays:
         found.append(f"{record.pcie_replays} PCIe replays")
     return found

@@ -187,6 +187,10 @@ class Simulator:
             raise SimulatorError(f"a period of {period_ns / 1e6} ms: at least 2 ms are needed")
         self._set(gpu, flap_start_ns=time.monotonic_ns(), flap_period_ns=period_ns)
 
+    def occupy(self, gpu: int | str, pid: int) -> None:
+        """A process, of whatever name, computes on it; it need not be there."""
+        self._set(gpu, process=positive("a pid", pid))
+
     def replace(self, gpu: int | str) -> str:
         """Put another, healthy GPU in its place; returns the new UUID. Handles of the old one answer GPU_IS_LOST."""
         replacement = new_uuid()

@@ -7,6 +7,8 @@
 
 #define PCI_DEVICE_ID 0x233010DE
 #define POWER_LIMIT_MW 700000
+#define PROCESS_MEMORY (512ull << 20)
+#define NO_INSTANCE 0xffffffffu
 #define IDENTITY DRIVER_AFTER_RESET_REQUIRED
 
 /* Begins a call whose answer goes to `answer`; returns from it unless the GPU answers. */
@@ -193,12 +195,19 @@ NVML_EXPORT nvmlReturn_t nvmlDeviceGetSupportedClocksThrottleReasons(nvmlDevice_
     return nvmlDeviceGetSupportedClocksEventReasons(device, reasons);
 }
 
-/* No process is ever shown: ranks on a CPU hold no GPU memory. */
-NVML_EXPORT nvmlReturn_t nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice_t device, unsigned int *count, void *list)
+/* Ranks on a CPU hold no GPU memory, so they are not shown: only what was put there. */
+NVML_EXPORT nvmlReturn_t nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice_t device, unsigned int *count,
+                                                                 nvmlProcessInfo_t *list)
 {
     ENTER(device, 0, count);
-    (void)list;
-    *count = 0;
+    unsigned int room = *count;
+    *count = gpu.process != 0;
+    if (room < *count)
+        return NVML_ERROR_INSUFFICIENT_SIZE;
+    if (*count && !list)
+        return NVML_ERROR_INVALID_ARGUMENT;
+    if (*count)
+        list[0] = (nvmlProcessInfo_t){gpu.process, PROCESS_MEMORY, NO_INSTANCE, NO_INSTANCE};
     return NVML_SUCCESS;
 }
 

@@ -81,6 +81,7 @@ struct sim_gpu {
     uint32_t fabric_health;  /* NVML_GPU_FABRIC_HEALTH_MASK_* */
     uint32_t fabric_summary; /* NVML_GPU_FABRIC_HEALTH_SUMMARY_* */
     uint32_t error;          /* nvmlReturn_t, 0 for none */
+    uint32_t process;        /* pid of one that computes on it, 0: none */
     uint8_t fabric_cluster[16];
 };
 
