@@ -88,6 +88,22 @@ def test_who_waits_for_events_is_told_at_once_what_to_leave_alone(world: World) 
     assert world.prober.listening == {B, C}
 
 
+def test_a_gpu_gets_no_child_of_its_own_while_the_one_for_all_is_there(world: World) -> None:
+    """A listener was late there. The reader has been told to leave, and hangs in its last call."""
+    world.hung.add(B)
+    world.step()
+    world.hung.add(A)
+    next(child for child in world.living if child.role == "events").open_again()
+    both = False
+    for _ in range(30):
+        world.step()
+        there = [child.only for child in world.living if child.kind == "poll" and child.at and child.at[0] == A]
+        both = both or (None in there and A in world.prober.isolated)
+        assert len(there) <= 1
+    assert both, "this has not come to the point"
+    assert world.conditions == {(A, "driver_wedged"): True, (B, "driver_wedged"): True}
+
+
 def test_a_gpu_that_catches_its_own_child_on_the_way_back_is_not_given_back(world: World) -> None:
     """It was slow, and has been well for a while; its child was to make room for the one that reads all."""
     world.hung.add(A)
