@@ -336,7 +336,7 @@ class Supervisor:
     def _operation_changed(self, action: p.OperationChanged) -> None:
         self.operations.changed(action.report)
 
-    def _store(self, action: p.StoreTarget | p.StoreBarred) -> None:
+    def _remember(self, action: p.StoreTarget | p.StoreBarred) -> None:
         self._tasks.spawn(self._state.store(action))
 
     def _stop_all(self, _: p.StopAll) -> None:
@@ -352,8 +352,8 @@ class Supervisor:
         p.RecordEvent: _record,
         p.RecoveryDone: _recovery_done,
         p.OperationChanged: _operation_changed,
-        p.StoreTarget: _store,
-        p.StoreBarred: _store,
+        p.StoreTarget: _remember,
+        p.StoreBarred: _remember,
         p.StopAll: _stop_all,
         p.Exit: _finish,
     }

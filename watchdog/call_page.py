@@ -13,7 +13,7 @@ import struct
 import time
 
 CALLS = ("none", "init", "count", "handle", "identity", "fields", "links", "clocks", "ecc", "rows", "pcie", "fabric",
-         "temperature", "event_set", "register", "wait", "shutdown")  # fmt: skip
+         "temperature", "processes", "event_set", "register", "wait", "shutdown")  # fmt: skip
 """Names of calls by number."""
 
 _WORDS = struct.Struct("=QQQ48s")

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any
 
 from watchdog.bindings import Binding, Bindings
 from watchdog.evidence import EvidenceLog, Observer
@@ -94,7 +94,8 @@ class Case:
     """Its ruling is to be issued once more."""
 
 
-class Present(NamedTuple):
+@dataclass(frozen=True)
+class Present:
     """What the driver lists of a GPU. `slot`: its address on the PCI bus."""
 
     index: int
@@ -140,7 +141,7 @@ class Docket:
         """The driver's list, by UUID, and the known GPUs that are not on it any more."""
         for uuid, gpu in present.items():
             case = self.gpu(uuid)
-            case.index, case.name, case.unsupported, case.slot = gpu
+            case.index, case.name, case.unsupported, case.slot = gpu.index, gpu.name, gpu.unsupported, gpu.slot
             case.log.hold("gpu_missing", False, now)
         for uuid in absent:
             self.gpu(uuid).log.hold("gpu_missing", True, now)

@@ -252,7 +252,7 @@ class ElasticEngineCore(DPEngineCoreProc):
         break_links(self.plan.rank, self.worker.groups.abort, lambda: self.step_counter)
         ready = base64.b64encode(msgspec.msgpack.encode(self._make_ready_response())).decode()
         column = self.worker.column()
-        gpu = uuid_of(self.worker.device)
+        gpu = uuid_of(self.worker.model_runner.device)
         self._control.send("ready", layers=len(column), column=column.tolist(), response=ready, gpu=gpu)
         self.park()
         self.run_busy_loop()
