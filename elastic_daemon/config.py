@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
 import tempfile
@@ -63,6 +62,10 @@ class LogFormat(StrEnum):
     JSON = "json"
     TEXT = "text"
     JOURNAL = "journal"
+
+
+LOG_LEVELS = frozenset({"debug", "info", "warning", "error", "critical", "warn", "fatal", "notset"})
+"""Python's own, with its aliases. Libraries add theirs (uvicorn `trace`), which other processes of ours do not know."""
 
 
 def _can_be_sent(key: str) -> bool:
@@ -178,7 +181,7 @@ class Settings(BaseModel):
     @field_validator("log_level")
     @classmethod
     def _known_level(cls, value: str) -> str:
-        if value.upper() not in logging.getLevelNamesMapping():
+        if value.lower() not in LOG_LEVELS:
             raise ValueError("expected debug, info, warning, error or critical")
         return value.lower()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,14 @@ def test_flags_of_a_watchdog_that_others_start_are_refused_and_not_lost(
         assert load_settings({"watchdog": mode}).watchdog_flags == ("--mode", "observe")
     path.write_text("watchdog = 'external'\n")
     assert load_settings({}).watchdog_flags == ()
+
+
+def test_levels_that_a_library_has_added_are_none_of_ours() -> None:
+    """Other processes of the daemon, which get the level, need not have loaded that library."""
+    logging.addLevelName(5, "TRACE")  # as uvicorn does
+    with pytest.raises(ConfigError, match="--log-level: expected debug, info, warning"):
+        load_settings({"log_level": "trace"})
+    assert load_settings({"log_level": "WARN"}).log_level == "warn"
 
 
 def test_most_ranks_are_no_fewer_than_those_to_start_with() -> None:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elastic_daemon.config import LOG_LEVELS
 from watchdog.cli import main
 from watchdog.journal import journal_line
 from watchdog.logs import Level
@@ -94,4 +95,6 @@ def test_a_watchdog_names_a_bad_variable_and_is_not_started_again(
 
 def test_a_watchdog_knows_each_level_that_the_daemon_takes() -> None:
     """The daemon hands its own on."""
-    assert {name: int(level) for name, level in Level.__members__.items()} == logging.getLevelNamesMapping()
+    levels = logging.getLevelNamesMapping()
+    assert {name.lower() for name in Level.__members__} == LOG_LEVELS
+    assert all(levels[name] == level for name, level in Level.__members__.items())
