@@ -33,7 +33,6 @@ OTHER_VARIABLES = frozenset(
         "ELASTIC_NVML_SIMULATOR",
         "ELASTIC_FAULT_TRANSFER",
         "ELASTIC_FAULT_LINKS",
-        "ELASTIC_CUDA_GRAPHS",
     }
 )
 """Variables of ours that are no settings of `serve`."""

@@ -163,7 +163,6 @@ async def lived(
             os.environ.setdefault(name, value)
         if "--enforce-eager" not in flags:
             os.environ["VLLM_LOGGING_LEVEL"] = "INFO"  # vLLM tells of the graphs that it captures
-            os.environ["ELASTIC_CUDA_GRAPHS"] = "1"
     if setting.model is not None:
         os.environ["ELASTIC_MODEL"] = setting.model
     options = (*setting.serve_options, *flags)

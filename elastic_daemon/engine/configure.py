@@ -33,9 +33,6 @@ SHARED_GPU_KV_CACHE_BYTES = 1 << 30
 EXPERT_OPS = ("vllm::moe_forward", "vllm::moe_forward_shared")
 """What an expert layer is in a compiled model, dispatch and combine included."""
 
-GRAPHS_VARIABLE = "ELASTIC_CUDA_GRAPHS"
-"""Environment: "1" has CUDA graphs captured, which no drill has proven yet. Without it all steps are eager."""
-
 DP_SYNC_INTERVAL = 4
 """Steps between two agreements of the engines where `--dp-sync-interval` is not given; vLLM's 16 would keep a rank that
 is to join or leave waiting for as many. One costs an all-reduce of eight numbers among hosts."""
@@ -95,7 +92,7 @@ def configure(
     elif ranks_per_gpu > 1:
         args.kv_cache_memory_bytes = args.kv_cache_memory_bytes or SHARED_GPU_KV_CACHE_BYTES
         args.gpu_memory_utilization /= ranks_per_gpu
-    if device == "cpu" or os.environ.get(GRAPHS_VARIABLE) != "1":
+    if device == "cpu":
         args.enforce_eager = True
     if not args.enforce_eager:
         _keep_collectives_out_of_graphs(args.compilation_config)
@@ -109,6 +106,7 @@ def configure(
     experts = config.model_config.get_num_experts()
     if not config.model_config.is_moe or experts < 2:
         raise ConfigError(f"{args.model} is a dense model: without experts there is nothing to shrink")
+    _check_graphs(config)
     _check_quantization(config, device)
     slots = _slots(experts, ranks, survive_losses, redundant)
     _make_elastic(config, ranks, max_ranks or ranks, slots * ranks - experts, device)
@@ -128,6 +126,16 @@ def _keep_collectives_out_of_graphs(compilation: CompilationConfig) -> None:
         raise ConfigError(
             f"--compilation-config cudagraph_mode {mode.name}: a full graph holds the collectives of its group, which "
             "end with it; use PIECEWISE, which is the default here, or --enforce-eager"
+        )
+
+
+def _check_graphs(config: VllmConfig) -> None:
+    if (
+        config.compilation_config.cudagraph_mode is CUDAGraphMode.PIECEWISE
+        and not config.scheduler_config.async_scheduling
+    ):
+        raise ConfigError(
+            "--no-async-scheduling with CUDA graphs: no drill has proven that; add --enforce-eager, or leave it out"
         )
 
 
