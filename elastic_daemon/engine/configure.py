@@ -130,10 +130,8 @@ def _keep_collectives_out_of_graphs(compilation: CompilationConfig) -> None:
 
 
 def _check_graphs(config: VllmConfig) -> None:
-    if (
-        config.compilation_config.cudagraph_mode is CUDAGraphMode.PIECEWISE
-        and not config.scheduler_config.async_scheduling
-    ):
+    graphs = config.compilation_config.cudagraph_mode is CUDAGraphMode.PIECEWISE
+    if graphs and not config.scheduler_config.async_scheduling:
         raise ConfigError(
             "--no-async-scheduling with CUDA graphs: no drill has proven that; add --enforce-eager, or leave it out"
         )
