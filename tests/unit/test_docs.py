@@ -185,6 +185,7 @@ def _flags(parser: argparse.ArgumentParser) -> set[str]:
 VLLM_FLAGS = {refusal.option for refusal in (*REFUSED, *REFUSED_ON["cpu"])} | set(flags_doc.exercised())
 NAMED_FLAGS_OF_VLLM = {
     "--dp-sync-interval",
+    "--moe-backend",
     "--hf-token",
     "--trust-remote-code",
     "--enable-eplb",
