@@ -77,7 +77,7 @@ class Controller(ScalingControl):
             self._fill()
         if self._phase in (Phase.EXITED, Phase.STOPPING):
             return
-        self._reconsider()
+        self._wait_to_reconsider()
         self._advance_operation()
         self._advance_departure()
         self._advance_operation()  # a departure may just have ended
@@ -184,6 +184,8 @@ class Controller(ScalingControl):
             self._spread_late()
         if due(Wait.SPREAD_START, now):
             self._spread_for_safety()
+        if due(Wait.RECONSIDER, now):
+            self._reconsider()
         if due(Wait.STORE, now):
             self._store_single_copies()
         if due(Wait.DEPARTURE, now):

@@ -21,6 +21,7 @@ class Wait(StrEnum):
     GRACE = "a death that explains the fault"
     SPREAD_START = "a quiet moment to spread experts"
     SPREAD = "experts to be spread"
+    RECONSIDER = "a verdict that was refused"
     STORE = "a quiet moment to copy experts to host memory"
     DEPARTURE = "ranks to drain"
     OPERATION = "the operation"

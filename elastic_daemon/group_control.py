@@ -28,6 +28,7 @@ OF_THE_EPOCH = (
     Wait.SPREAD_START,
     Wait.SPREAD,
     Wait.STORE,
+    Wait.RECONSIDER,
 )
 
 

@@ -77,7 +77,7 @@ class ServiceControl(ControlState):
         self._on_stop(max(stop_by - self._now, 0.0))
 
     def _exit(self, code: int, reason: str) -> None:
-        self._phase = Phase.EXITED
+        self._phase, self._stop_by = Phase.EXITED, None
         self._trouble = reason
         self._deadlines.clear()
         self._record("exit", code=code, reason=reason)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from elastic_daemon import protocol as p
 from elastic_daemon.control_state import STEPPING, Phase
+from elastic_daemon.deadlines import Wait
 from elastic_daemon.departure_control import DepartureControl
 from elastic_daemon.membership import MEMBERS, Rank
 from elastic_daemon.verdicts import Decision, Measure, Situation, decide
@@ -15,24 +16,36 @@ class VerdictControl(DepartureControl):
     def _on_verdict(self, event: p.TelemetryVerdict) -> None:
         rows = self._concerned(event)
         decision = decide(event, self._situation(rows), self._policy)
-        self._doubts.hear(event, decision, self.epoch)
+        self._doubts.hear(event, decision, self.epoch if self._phase in STEPPING else None)
         self._show_doubts()
         if event.about_gpu and event.act:
             self._gpus.condemn(event.subject, event.reason)
         self._carry_out(decision, event, rows)
 
-    def _reconsider(self) -> None:
+    def _wait_to_reconsider(self) -> None:
         """The watchdog says a thing once. What was refused is acted on as soon as it can be: a rank has joined, or
-        automation is on again."""
+        automation is on again. As a step of its own, so that one step is never about two epochs."""
+        if Wait.RECONSIDER not in self._deadlines and self._refused_in_vain is not None:
+            self._deadlines.arm(Wait.RECONSIDER, self._now)
+
+    @property
+    def _refused_in_vain(self) -> p.TelemetryVerdict | None:
+        """A verdict that was refused and could be acted on now."""
         if self._phase is not Phase.SERVING or self._departure is not None:
-            return
+            return None
         for verdict in self._doubts.refused(self.epoch):
-            rows = self._concerned(verdict)
-            decision = decide(verdict, self._situation(rows), self._policy)
-            if decision.acts:
-                self._doubts.hear(verdict, decision, self.epoch)
-                self._record("verdict_reconsidered", ranks=[row.rank for row in rows], reason=verdict.reason)
-                return self._carry_out(decision, replace(verdict, at=self._now), rows)
+            if decide(verdict, self._situation(self._concerned(verdict)), self._policy).acts:
+                return verdict
+        return None
+
+    def _reconsider(self) -> None:
+        if (verdict := self._refused_in_vain) is None:
+            return
+        rows = self._concerned(verdict)
+        decision = decide(verdict, self._situation(rows), self._policy)
+        self._doubts.hear(verdict, decision, self.epoch)
+        self._record("verdict_reconsidered", ranks=[row.rank for row in rows], reason=verdict.reason)
+        self._carry_out(decision, replace(verdict, at=self._now), rows)
 
     def _concerned(self, verdict: p.TelemetryVerdict) -> list[Rank]:
         return [row for identity in verdict.ranks if (row := self._ranks.current(*identity))]

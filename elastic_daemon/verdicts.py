@@ -81,7 +81,7 @@ class _Doubt:
     reason: str
     refused: bool
     kept: bool
-    epoch: int
+    epoch: int | None
 
     @property
     def ranks(self) -> tuple[Identity, ...]:
@@ -94,8 +94,9 @@ class Doubts:
     def __init__(self) -> None:
         self._by_subject: dict[str, _Doubt] = {}
 
-    def hear(self, verdict: TelemetryVerdict, decision: Decision, epoch: int) -> None:
-        """The newest word on a subject replaces what was said before."""
+    def hear(self, verdict: TelemetryVerdict, decision: Decision, epoch: int | None) -> None:
+        """The newest word on a subject replaces what was said before. `epoch`: in which ranks step, None if they do
+        not."""
         self._by_subject.pop(verdict.subject, None)
         if verdict.verdict is VerdictKind.OK or decision.acts:
             return
@@ -115,8 +116,8 @@ class Doubts:
         return "; ".join(doubt.reason for doubt in self._by_subject.values() if rank in doubt.ranks) or None
 
     def refused(self, epoch: int) -> tuple[TelemetryVerdict, ...]:
-        """What was refused and still holds in `epoch`. A GPU stays bad; a rank that has met the others in a newer epoch
-        does not hang any more."""
+        """What was refused and still holds in `epoch`. A GPU stays bad; a rank that has met the others since does not
+        hang any more."""
         doubts = (doubt for doubt in self._by_subject.values() if doubt.refused)
         return tuple(doubt.verdict for doubt in doubts if doubt.verdict.about_gpu or doubt.epoch == epoch)
 

@@ -30,7 +30,8 @@ def test_when_automation_is_on_again(kind: Kind) -> None:
     switch(shell, on=False)
     assert not of(p.KillRank, say(shell, kind, 2))
     shell.now += 100
-    actions = switch(shell, on=True)
+    switch(shell, on=True)
+    actions = shell.tick()
     assert [(kill.rank, kill.reason) for kill in of(p.KillRank, actions)] == [(2, XID)]
     assert events("verdict_reconsidered", actions) == [{"ranks": [2], "reason": XID}]
     shell.recover(0, 1, 3)
@@ -43,7 +44,8 @@ def test_a_drain_is_one_then_too() -> None:
     shell = Shell().serve()
     switch(shell, on=False)
     say(shell, Kind.DRAIN, 2)
-    actions = switch(shell, on=True)
+    switch(shell, on=True)
+    actions = shell.tick()
     assert not of(p.KillRank, actions) and published(actions).draining == (shell.identity(2),)
 
 
@@ -68,7 +70,8 @@ def test_not_when_the_watchdog_has_taken_it_back() -> None:
     switch(shell, on=False)
     say(shell, Kind.EXCLUDE, 2)
     say(shell, Kind.OK, 2)
-    assert not of(p.KillRank, switch(shell, on=True))
+    switch(shell, on=True)
+    assert shell.controller.next_deadline() is None
     assert shell.state(2) is RankState.ACTIVE
 
 
@@ -78,7 +81,8 @@ def test_a_rank_that_has_met_the_others_since_hangs_no_more() -> None:
     say(shell, Kind.RESTART_RANK, 2, "hung")
     shell.exited(0)
     shell.recover(1, 2, 3)
-    assert not of(p.KillRank, switch(shell, on=True))
+    switch(shell, on=True)
+    assert shell.controller.next_deadline() is None
     assert shell.serving == [1, 2, 3]
 
 
@@ -88,6 +92,6 @@ def test_it_stays_refused_while_nothing_has_changed() -> None:
     shell.recover(2, 3)
     say(shell, Kind.EXCLUDE, 2)
     switch(shell, on=True)
-    shell.send(p.Tick())
+    assert shell.controller.next_deadline() is None
     assert shell.serving == [2, 3]
     assert len(events("verdict_refused", shell.actions)) == 1
