@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ RESTORED = ("--restore", "auto", "--gpu-probation", "1", "--watchdog-flags=--pro
 CLIENTS, TOKENS = 8, 80
 FLOWING = 5 * CLIENTS
 """Tokens, in all, after which the streams of a load are taken to run."""
+
+STILL_S = 2.0
 
 SETTLED_S = 180.0
 """Some ranks start, a few seconds each where nothing else runs."""
@@ -194,6 +197,22 @@ def test_a_rank_that_dies_while_others_retire(service: Service, victim: int) -> 
         assert report["state"] in ("done", "rolled back"), report
         service.settle(2 if report["state"] == "done" else RANKS)
         service.scale(3)
+
+
+@pytest.mark.parametrize("delay_s", [0.02, 0.06, 0.1, 0.15])
+def test_a_store_that_cannot_be_reached_while_the_group_changes(service: Service, delay_s: float) -> None:
+    """The supervisor has it, and stands still: at the end of a step, in the fence, in the regroup, or after it."""
+    supervisor = service.cluster.process.pid
+    with under_load(service):
+        operation = service.order(RANKS - 1)
+        time.sleep(delay_s)
+        os.kill(supervisor, signal.SIGSTOP)
+        try:
+            time.sleep(STILL_S)
+        finally:
+            os.kill(supervisor, signal.SIGCONT)
+        assert service.outcome(operation)["state"] == "done"
+        service.settle(RANKS - 1)
 
 
 def holdings(cluster: Cluster) -> dict[str, int]:
