@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.changes import Kind
-from bench.elastic_run import RANKS, Results
+from bench.elastic_run import RANKS, Results, Windows
 from bench.footprint import COUNTS, LASTING, lasting_growth, memory_growth, rank_growth
 from elastic_daemon.drill_report import Spread
 
@@ -40,37 +40,44 @@ class Bar:
 
 @dataclass(frozen=True)
 class Throughput:
-    """`ratio`: of a worn daemon to a fresh one, the median of all pairs of windows, give or take `error` (one standard
-    error). `noise`: the median difference between two windows in a row of one daemon, as a share.
+    """`before`, `after`: the changes, the ratio of the daemon that is changed to one that is left alone: the median of
+    all pairs of windows. `ratio`: of the two, give or take `error` (one standard error). Two daemons that have just
+    started differ by more than the bar allows, and the machine drifts by more than that: neither counts so. `noise`:
+    the median difference between two windows in a row of one daemon, as a share.
     """
 
     pairs: int
     worn: float
-    fresh: float
+    alone: float
+    before: float
+    after: float
     ratio: float
     error: float
     noise: float | None
 
     @classmethod
-    def of(cls, worn: Sequence[float], fresh: Sequence[float]) -> Throughput | None:
-        """Tokens per second, window by window, taken in the order A B B A A B ...; None where a pair is missing."""
-        ratios = [one / other for one, other in zip(worn, fresh, strict=False) if other > 0]
-        if not ratios:
+    def of(cls, before: Windows, after: Windows) -> Throughput | None:
+        """None where a pair is missing."""
+        first, last = before.ratios, after.ratios
+        if not first or not last:
             return None
-        differences = [abs(later / earlier - 1) for earlier, later in _neighbours(worn, 1) + _neighbours(fresh, 0)]
+        differences = [abs(later / earlier - 1) for earlier, later in before.neighbours + after.neighbours]
+        was, is_ = statistics.median(first), statistics.median(last)
         return cls(
-            pairs=len(ratios),
-            worn=statistics.median(worn),
-            fresh=statistics.median(fresh),
-            ratio=statistics.median(ratios),
-            error=statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.inf,
+            pairs=len(last),
+            worn=statistics.median(after.worn),
+            alone=statistics.median(after.alone),
+            before=was,
+            after=is_,
+            ratio=is_ / was,
+            error=is_ / was * math.hypot(_error(first) / was, _error(last) / is_),
             noise=statistics.median(differences) if differences else None,
         )
 
 
-def _neighbours(rates: Sequence[float], first: int) -> list[tuple[float, float]]:
-    """Windows of one daemon with none of the other's between them."""
-    return [(rates[n], rates[n + 1]) for n in range(first, len(rates) - 1, 2)]
+def _error(ratios: Sequence[float]) -> float:
+    """One standard error of their mean."""
+    return statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.inf
 
 
 def join_waits(results: Results, kind: Kind) -> Spread:
@@ -88,7 +95,7 @@ def bars(results: Results) -> list[Bar]:
     rejoins, ups = join_waits(results, Kind.REJOIN), join_waits(results, Kind.UP)
     replacements = [change.seconds for change in results.of(Kind.REPLACEMENT)]
     downs = [change.whole for change in results.of(Kind.DOWN)]
-    share, throughput = Spread.of(shares(results)), Throughput.of(results.worn, results.fresh)
+    share, throughput = Spread.of(shares(results)), Throughput.of(results.before, results.after)
     return [
         Bar("rejoin: longest wait of any client around the join, p50", rejoins.p50 if rejoins.count else None, GAP_S),
         Bar("rejoin: the same, p99", rejoins.p99 if rejoins.count else None, GAP_P99_S),
@@ -104,7 +111,7 @@ def bars(results: Results) -> list[Bar]:
             True,
         ),
         Bar(
-            "tokens/s after all changes / of a fresh start",
+            "tokens/s after all changes / at the start, beside a daemon that is left alone",
             throughput.ratio if throughput else None,
             THROUGHPUT,
             "",

@@ -47,7 +47,7 @@ class Report:
 
     @property
     def throughput(self) -> Throughput | None:
-        return Throughput.of(self.results.worn, self.results.fresh)
+        return Throughput.of(self.results.before, self.results.after)
 
     def to_json(self) -> dict[str, Any]:
         results = self.results
@@ -70,8 +70,8 @@ class Report:
             "calm": {"waits": results.calm, "delays": results.calm_delays, "window_s": CALM_WINDOW_S},
             "changes": [change.to_json() for change in results.changes],
             "footprints": {name: one.to_json() for name, one in results.footprints.items()},
-            "worn": results.worn,
-            "fresh": results.fresh,
+            "before": asdict(results.before),
+            "after": asdict(results.after),
         }
 
 
@@ -109,8 +109,9 @@ def _bars(report: Report) -> Table:
     if (one := report.throughput) is not None:
         noise = "-" if one.noise is None else f"{one.noise * 100:.1f} %"
         table.add_row(
-            f"  {one.worn:.0f} tokens/s after all changes, {one.fresh:.0f} of a fresh start; medians of {one.pairs} "
-            f"windows each; standard error of the ratio {one.error:.3f}; two windows of one daemon differ by {noise}"
+            f"  {one.worn:.0f} tokens/s after all changes, {one.alone:.0f} of the one left alone, medians of {one.pairs} "
+            f"windows each: {one.after:.3f}, and {one.before:.3f} before; standard error {one.error:.3f}; two windows of "
+            f"one daemon differ by {noise}"
         )
     return table
 

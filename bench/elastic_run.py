@@ -42,7 +42,7 @@ ERRORS = (ElasticError, DaemonUnreachable, SimulatorError, TimeoutError, ValueEr
 
 @dataclass(frozen=True)
 class Plan:
-    """How often each change is made. `pairs`: of throughput windows, on a worn daemon and on a fresh one."""
+    """How often each change is made. `pairs`: of throughput windows, before and after all."""
 
     rejoins: int
     spares: int
@@ -59,17 +59,36 @@ class Plan:
             spares=1 if quick else SPARES,
             steps=cycles,
             rounds=cycles,
-            pairs=cycles,
+            pairs=cycles if quick else cycles + 2,
             replacements=max(1, cycles // 2),
             calm_s=QUICK_CALM_S if quick else CALM_S,
         )
 
 
 @dataclass
+class Windows:
+    """Tokens per second of the daemon that is changed and of one that is left alone, window by window, in the order
+    A B B A A B ...: the two in turn, and the same one twice in a row, which shows the noise."""
+
+    worn: list[float] = field(default_factory=list)
+    alone: list[float] = field(default_factory=list)
+
+    @property
+    def ratios(self) -> list[float]:
+        return [one / other for one, other in zip(self.worn, self.alone, strict=False) if other > 0]
+
+    @property
+    def neighbours(self) -> list[tuple[float, float]]:
+        """Windows of one daemon with none of the other's between them."""
+        sides = ((self.worn, 1), (self.alone, 0))
+        return [(rates[n], rates[n + 1]) for rates, first in sides for n in range(first, len(rates) - 1, 2)]
+
+
+@dataclass
 class Results:
     """All raw results. `calm`: the longest wait in each undisturbed `CALM_WINDOW_S`, `calm_delays` beside them.
 
-    `worn`, `fresh`: tokens per second, window by window, in the order A B B A A B ...
+    `before`, `after`: throughput, of all changes with spare GPUs.
     """
 
     model: str = ""
@@ -78,8 +97,8 @@ class Results:
     changes: list[Seen] = field(default_factory=list)
     outcome: Outcome = field(default_factory=Outcome)
     footprints: dict[str, Footprint] = field(default_factory=dict)
-    worn: list[float] = field(default_factory=list)
-    fresh: list[float] = field(default_factory=list)
+    before: Windows = field(default_factory=Windows)
+    after: Windows = field(default_factory=Windows)
     problems: list[str] = field(default_factory=list)
 
     def of(self, kind: Kind) -> list[Seen]:
@@ -97,10 +116,12 @@ class Run:
         """A section that fails is a problem of the results, and ends the life of its daemon."""
         async with contextlib.AsyncExitStack() as lives:
             with self._noted("with spare GPUs"):
+                alone = await lives.enter_async_context(self._daemon(WITH_SPARES))
                 worn = await lives.enter_async_context(self._daemon(WITH_SPARES))
+                await self._undisturbed(worn)
+                await self._throughput(worn, alone, self.results.before)
                 await self._changes(worn)
-                async with self._daemon(WITH_SPARES) as fresh:  # with the same GPUs to watch: nothing else differs
-                    await self._throughput(worn, fresh)
+                await self._throughput(worn, alone, self.results.after)
         with self._noted("without spare GPUs"):
             async with self._daemon(OPTIONS) as daemon:
                 await self._undisturbed(daemon)
@@ -171,14 +192,13 @@ class Run:
         starts = [window.since + number * CALM_WINDOW_S for number in range(len(self.results.calm))]
         self.results.calm_delays = [worst_delay(delays, Window(at, at + CALM_WINDOW_S)) for at in starts]
 
-    async def _throughput(self, worn: Daemon, fresh: Daemon) -> None:
-        """Windows of the two in turn, and of the same one twice in a row: that shows the noise."""
-        self._say(f"throughput of the daemon that was changed, and of a fresh one: {self._plan.pairs} pairs of windows")
+    async def _throughput(self, worn: Daemon, alone: Daemon, found: Windows) -> None:
+        self._say(f"throughput beside that of a daemon left alone: {self._plan.pairs} pairs of windows")
         for _ in range(WARM_UPS):
             await self._compared(worn)
-            await self._compared(fresh)
+            await self._compared(alone)
         for number in range(self._plan.pairs):
-            order = ((worn, self.results.worn), (fresh, self.results.fresh))
+            order = ((worn, found.worn), (alone, found.alone))
             for daemon, rates in order if number % 2 == 0 else reversed(order):
                 rates.append(await self._compared(daemon))
 

@@ -2,8 +2,8 @@
 
 A daemon with four CPU ranks serves streams without a pause. Ranks are killed and come back, GPUs are lost and replaced
 (a spare one, or a new one that appears later), and the number of ranks is changed by order. Each stream is compared
-token for token with an undisturbed run. Afterwards the throughput of that daemon is measured in turn with that of a
-fresh one, and what its processes hold is compared with what they held at the start.
+token for token with an undisturbed run. Before and afterwards the throughput of that daemon is measured in turn with
+that of one which is left alone, and what its processes hold is compared with what they held at the start.
 """
 
 from __future__ import annotations

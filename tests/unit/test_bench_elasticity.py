@@ -15,7 +15,7 @@ from bench.changes import AFTER_S, BEFORE_S, Change, Kind, Seen, around, change_
 from bench.deployment import excluded, rejoined
 from bench.elastic_bars import Bar, Throughput, bars
 from bench.elastic_report import Report, render
-from bench.elastic_run import Plan, Results
+from bench.elastic_run import Plan, Results, Windows
 from bench.footprint import RANKS, Footprint, Process, descendants, lasting_growth, memory_growth, rank_growth, role_of
 from bench.load import Outcome, Traffic, Window
 from bench.machine import Machine
@@ -248,8 +248,8 @@ def results(**fields: Any) -> Results:
         "calm": [0.05, 0.06],
         "changes": [change(kind) for kind in Kind],
         "footprints": {"at the start": footprint, "after": footprint},
-        "worn": [100.0, 102.0],
-        "fresh": [101.0, 100.0],
+        "before": Windows([100.0, 102.0], [101.0, 100.0]),
+        "after": Windows([100.0, 102.0], [101.0, 100.0]),
     }
     return Results(**{**given, **fields})
 
@@ -295,13 +295,22 @@ def test_growth_is_a_bar() -> None:
 
 
 def test_throughput_of_pairs() -> None:
-    """Windows in time: worn 98, fresh 100, fresh 110, worn 110, worn 99, fresh 90."""
-    one = Throughput.of([98.0, 110.0, 99.0], [100.0, 110.0, 90.0])
+    """Windows in time: worn 98, alone 100, alone 110, worn 110, worn 99, alone 90."""
+    windows = Windows([98.0, 110.0, 99.0], [100.0, 110.0, 90.0])
+    one = Throughput.of(windows, windows)
     assert one is not None
-    assert (one.pairs, one.ratio) == (3, 1.0)
+    assert (one.pairs, one.before, one.after, one.ratio) == (3, 1.0, 1.0, 1.0)
     assert one.noise == pytest.approx(0.1)
-    assert one.error == pytest.approx(0.0371, abs=1e-4)
-    assert Throughput.of([1.0], []) is None
+    assert one.error == pytest.approx(0.0371 * 2**0.5, abs=1e-4)
+    assert Throughput.of(Windows([1.0], []), windows) is None and Throughput.of(windows, Windows()) is None
+
+
+def test_a_daemon_that_was_slower_from_the_start_is_not_worn() -> None:
+    before, after = Windows([90.0, 90.0], [100.0, 100.0]), Windows([45.0, 45.0], [50.0, 50.0])
+    one = Throughput.of(before, after)
+    assert one is not None and one.ratio == pytest.approx(1.0)
+    slower = Throughput.of(before, Windows([81.0, 81.0], [100.0, 100.0]))
+    assert slower is not None and slower.ratio == pytest.approx(0.9)
 
 
 # --- report and command -----------------------------------------------------------------------------------------------
@@ -327,7 +336,7 @@ def test_verdict(changes: dict[str, Any], problem: str | None) -> None:
     assert not problems if problem is None else problem in problems
 
 
-@pytest.mark.parametrize("found", [results(), Results(), results(worn=[], footprints={}, changes=[])])
+@pytest.mark.parametrize("found", [results(), Results(), results(after=Windows(), footprints={}, changes=[])])
 def test_report_is_readable(found: Results) -> None:
     console = Console(width=220)
     with console.capture() as capture:
