@@ -110,7 +110,7 @@ def _bars(report: Report) -> Table:
         noise = "-" if one.noise is None else f"{one.noise * 100:.1f} %"
         table.add_row(
             f"  {one.worn:.0f} tokens/s after all changes, {one.alone:.0f} of the other, medians of {one.pairs} "
-            f"windows: {one.after:.3f}, and {one.before:.3f} before; standard error {one.error:.3f}; two windows of one "
+            f"windows: {one.after:.3f}, and {one.before:.3f} before; standard error {one.error:.3f}; two of one "
             f"daemon differ by {noise}"
         )
     return table
