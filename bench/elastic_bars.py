@@ -110,15 +110,15 @@ def bars(results: Results) -> list[Bar]:
             "",
             True,
         ),
-        Bar(
-            "tokens/s after all changes / at the start, beside a daemon that is left alone",
-            throughput.ratio if throughput else None,
-            THROUGHPUT,
-            "",
-            True,
-        ),
+        *_wear_bars(throughput),
         *_growth_bars(results),
     ]
+
+
+def _wear_bars(throughput: Throughput | None) -> list[Bar]:
+    """None where it was not measured; a measurement that failed is a problem of the results."""
+    what = "tokens/s after all changes / at the start, beside a daemon that is left alone"
+    return [Bar(what, throughput.ratio, THROUGHPUT, "", True)] if throughput is not None else []
 
 
 def _growth_bars(results: Results) -> list[Bar]:

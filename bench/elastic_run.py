@@ -42,7 +42,8 @@ ERRORS = (ElasticError, DaemonUnreachable, SimulatorError, TimeoutError, ValueEr
 
 @dataclass(frozen=True)
 class Plan:
-    """How often each change is made. `pairs`: of throughput windows, before and after all."""
+    """How often each change is made. `pairs`: of throughput windows, before and after all, beside
+    another daemon; 0 for neither."""
 
     rejoins: int
     spares: int
@@ -53,13 +54,13 @@ class Plan:
     calm_s: float
 
     @classmethod
-    def of(cls, cycles: int, quick: bool) -> Plan:
+    def of(cls, cycles: int, quick: bool, wear: bool = False) -> Plan:
         return cls(
             rejoins=cycles if quick else 2 * cycles,
             spares=1 if quick else SPARES,
             steps=cycles,
             rounds=cycles,
-            pairs=cycles if quick else cycles + 2,
+            pairs=(cycles if quick else cycles + 2) if wear else 0,
             replacements=max(1, cycles // 2),
             calm_s=QUICK_CALM_S if quick else CALM_S,
         )
@@ -116,12 +117,15 @@ class Run:
         """A section that fails is a problem of the results, and ends the life of its daemon."""
         async with contextlib.AsyncExitStack() as lives:
             with self._noted("with spare GPUs"):
-                alone = await lives.enter_async_context(self._daemon(WITH_SPARES))
                 worn = await lives.enter_async_context(self._daemon(WITH_SPARES))
-                await self._undisturbed(worn)
-                await self._throughput(worn, alone, self.results.before)
-                await self._changes(worn)
-                await self._throughput(worn, alone, self.results.after)
+                if not self._plan.pairs:
+                    await self._changes(worn)
+                else:
+                    alone = await lives.enter_async_context(self._daemon(WITH_SPARES))
+                    await self._undisturbed(worn)
+                    await self._throughput(worn, alone, self.results.before)
+                    await self._changes(worn)
+                    await self._throughput(worn, alone, self.results.after)
         with self._noted("without spare GPUs"):
             async with self._daemon(OPTIONS) as daemon:
                 await self._undisturbed(daemon)

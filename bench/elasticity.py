@@ -2,8 +2,9 @@
 
 A daemon with four CPU ranks serves streams without a pause. Ranks are killed and come back, GPUs are lost and replaced
 (a spare one, or a new one that appears later), and the number of ranks is changed by order. Each stream is compared
-token for token with an undisturbed run. Before and afterwards the throughput of that daemon is measured in turn with
-that of one which is left alone, and what its processes hold is compared with what they held at the start.
+token for token with an undisturbed run, and what the daemon's processes hold afterwards with what they held at the
+start. With --wear its throughput is measured before and afterwards, in turn with that of a second daemon which is left
+alone: an idle neighbour, so that clients wait a little longer in all changes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from elastic_daemon.operator_commands import make_console
 EXAMPLES = """examples:
   python -m bench.elasticity                       ten cycles of each kind; about 12 minutes on two cores
   python -m bench.elasticity --quick               two cycles; about three minutes
+  python -m bench.elasticity --wear                throughput before and after, too; a quarter of an hour
   python -m bench.elasticity --json elastic.json   all raw numbers as well
 
 exit status: 0 if no stream was lost, refused or changed and every change came to its end, 1 if not, 2 for a wrong
@@ -53,18 +55,19 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--streams", type=positive, metavar="N", default=STREAMS, help=f"at once ({STREAMS})")
     parser.add_argument("--tokens", type=positive, metavar="N", default=TOKENS, help=f"of each stream ({TOKENS})")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all raw numbers to FILE")
+    parser.add_argument("--wear", action="store_true", help="throughput before and after, beside another daemon")
     parser.add_argument("--quick", action="store_true", help="few cycles, short windows")
     return parser
 
 
-async def measure(cycles: int, streams: int, tokens: int, quick: bool) -> Report:
+async def measure(cycles: int, streams: int, tokens: int, quick: bool, wear: bool) -> Report:
     """Everything, one after the other. SIGTERM ends it as Ctrl-C does: all that was started is stopped first."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     started, load = time.monotonic(), load_average()
     with Display(make_console(stderr=True)) as display:
-        run = Run(Plan.of(cycles, quick), streams, tokens, say, display)
+        run = Run(Plan.of(cycles, quick, wear), streams, tokens, say, display)
         await run.everything()
     return Report(
         machine=Machine.here(),
@@ -82,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cycles = options.cycles or (QUICK_CYCLES if options.quick else CYCLES)
     check_json_path(parser(), options.json)
     try:
-        report = asyncio.run(measure(cycles, options.streams, options.tokens, options.quick))
+        report = asyncio.run(measure(cycles, options.streams, options.tokens, options.quick, options.wear))
     except (KeyboardInterrupt, asyncio.CancelledError):
         say("stopped before the end")
         return INTERRUPTED
