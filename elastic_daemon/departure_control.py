@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from elastic_daemon import protocol as p
 from elastic_daemon.capacity_control import CapacityControl
-from elastic_daemon.control_state import Phase
+from elastic_daemon.control_state import STEPPING, Phase
 from elastic_daemon.deadlines import Wait
 from elastic_daemon.departure import Departure, Step
 from elastic_daemon.membership import IN_GROUP, Rank, RankState
@@ -120,16 +120,20 @@ class DepartureControl(CapacityControl):
             self._ranks.move(row.rank, RankState.ACTIVE, self._now)
             self._record("rank_stays", rank=row.rank, incarnation=row.incarnation)
         if departure.verdict is not None:
-            self._refuse(departure.verdict, rows, self._too_few(len(rows)))
+            why = self._too_few(len(rows))
+            self._hear(departure.verdict, Decision(Measure.REFUSE, why))
+            self._tell_refusal(departure.verdict, rows, why)
         self._departure = None
         self._deadlines.disarm(Wait.DEPARTURE)
         self._spread_due = self._spreads  # some of what they held may have moved
         self._publish()
 
-    def _refuse(self, verdict: p.TelemetryVerdict, rows: Iterable[Rank], why: str) -> None:
-        """Ranks are kept against a verdict, which is shown until the watchdog takes it back."""
-        self._doubts.hear(verdict, Decision(Measure.REFUSE, why), self.epoch)
+    def _hear(self, verdict: p.TelemetryVerdict, decision: Decision) -> None:
+        """A verdict that is not acted on is shown until the watchdog takes it back."""
+        self._doubts.hear(verdict, decision, self.epoch if self._phase in STEPPING else None)
         self._show_doubts()
+
+    def _tell_refusal(self, verdict: p.TelemetryVerdict, rows: Iterable[Rank], why: str) -> None:
         ranks, told = [row.rank for row in rows], verdict.verdict.value
         self._record("verdict_refused", ranks=ranks, verdict=told, reason=verdict.reason, why=why)
 

@@ -16,8 +16,7 @@ class VerdictControl(DepartureControl):
     def _on_verdict(self, event: p.TelemetryVerdict) -> None:
         rows = self._concerned(event)
         decision = decide(event, self._situation(rows), self._policy)
-        self._doubts.hear(event, decision, self.epoch if self._phase in STEPPING else None)
-        self._show_doubts()
+        self._hear(event, decision)
         if event.about_gpu and event.act:
             self._gpus.condemn(event.subject, event.reason)
         self._carry_out(decision, event, rows)
@@ -29,21 +28,22 @@ class VerdictControl(DepartureControl):
             self._deadlines.arm(Wait.RECONSIDER, self._now)
 
     @property
-    def _refused_in_vain(self) -> p.TelemetryVerdict | None:
-        """A verdict that was refused and could be acted on now."""
+    def _refused_in_vain(self) -> tuple[p.TelemetryVerdict, list[Rank], Decision] | None:
+        """A verdict that was refused and could be acted on now, whom it is about, and how."""
         if self._phase is not Phase.SERVING or self._departure is not None:
             return None
         for verdict in self._doubts.refused(self.epoch):
-            if decide(verdict, self._situation(self._concerned(verdict)), self._policy).acts:
-                return verdict
+            rows = self._concerned(verdict)
+            decision = decide(verdict, self._situation(rows), self._policy)
+            if decision.acts:
+                return verdict, rows, decision
         return None
 
     def _reconsider(self) -> None:
-        if (verdict := self._refused_in_vain) is None:
+        if (found := self._refused_in_vain) is None:
             return
-        rows = self._concerned(verdict)
-        decision = decide(verdict, self._situation(rows), self._policy)
-        self._doubts.hear(verdict, decision, self.epoch)
+        verdict, rows, decision = found
+        self._hear(verdict, decision)
         self._record("verdict_reconsidered", ranks=[row.rank for row in rows], reason=verdict.reason)
         self._carry_out(decision, replace(verdict, at=self._now), rows)
 
@@ -75,4 +75,4 @@ class VerdictControl(DepartureControl):
                 self._open_recovery(cause, verdict.at).add_cause(cause)
                 self._new_epoch()
             case Measure.REFUSE:
-                self._refuse(verdict, rows, decision.why)
+                self._tell_refusal(verdict, rows, decision.why)

@@ -95,3 +95,17 @@ def test_it_stays_refused_while_nothing_has_changed() -> None:
     assert shell.controller.next_deadline() is None
     assert shell.serving == [2, 3]
     assert len(events("verdict_refused", shell.actions)) == 1
+
+
+def test_a_rank_that_was_called_hung_while_the_group_changed_has_met_the_others() -> None:
+    """They cannot spare it, and no epoch begins after the verdict: but the one that was under way is complete."""
+    shell = Shell().serve()
+    shell.exited(0, 1)
+    shell.fenced(2, 3)
+    epoch = shell.controller.epoch
+    say(shell, Kind.RESTART_RANK, 2, "hung")
+    assert len(events("verdict_refused", shell.actions)) == 1
+    shell.regrouped(2, 3)
+    shell.synced()
+    assert shell.controller.next_deadline() is None
+    assert (shell.controller.epoch, shell.serving) == (epoch, [2, 3])
