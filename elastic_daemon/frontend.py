@@ -169,6 +169,7 @@ class Frontend:
                     break
             self._say("ready")
             await serving
+            self._say_stats()  # what was in flight half a second ago is not lost
             self._say("drained")
             instructions.cancel()
             stats.cancel()
@@ -248,15 +249,18 @@ class Frontend:
             counts = [{"rank": rank, "count": count} for rank, count in applied.moved.items()]
             self._say("moved", epoch=membership.epoch, draining=sorted(membership.draining), requests=counts)
 
+    def _say_stats(self) -> None:
+        self._say(
+            "stats",
+            in_flight=self._client.in_flight,
+            by_rank=self._client.in_flight_by_rank(),
+            refused=self._client.watch.queue.refused,
+            gaps=[round(gap, 4) for gap in self._client.watch.take_gaps()],
+        )
+
     async def _report_stats(self) -> None:
         while True:
-            self._say(
-                "stats",
-                in_flight=self._client.in_flight,
-                by_rank=self._client.in_flight_by_rank(),
-                refused=self._client.watch.queue.refused,
-                gaps=[round(gap, 4) for gap in self._client.watch.take_gaps()],
-            )
+            self._say_stats()
             with contextlib.suppress(ConnectionError):
                 await self._writer.drain()
             await asyncio.sleep(STATS_INTERVAL_S)
