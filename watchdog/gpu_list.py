@@ -19,6 +19,8 @@ from typing import Any
 
 import pynvml as nv
 
+from watchdog.nvml import slot_of, text
+
 
 def say(**fields: Any) -> None:
     os.write(1, json.dumps(fields).encode() + b"\n")  # in one piece: threads share the pipe
@@ -27,18 +29,10 @@ def say(**fields: Any) -> None:
 def tell(index: int) -> None:
     try:
         handle = nv.nvmlDeviceGetHandleByIndex(index)
-        uuid = _text(nv.nvmlDeviceGetUUID(handle))
+        uuid = text(nv.nvmlDeviceGetUUID(handle))
     except nv.NVMLError as error:
         return say(index=index, error=str(error))
     say(index=index, uuid=uuid, slot=slot_of(handle))
-
-
-def slot_of(handle: Any) -> str | None:
-    """The address on the PCI bus: it stays when another GPU is put there."""
-    try:
-        return _text(nv.nvmlDeviceGetPciInfo(handle).busId)
-    except nv.NVMLError:
-        return None
 
 
 def main() -> int:
@@ -56,10 +50,6 @@ def main() -> int:
     for thread in threads:
         thread.join()
     return 0
-
-
-def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else value
 
 
 if __name__ == "__main__":

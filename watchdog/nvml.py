@@ -74,11 +74,11 @@ class Gpu:
         self._page = page
         self.missing: set[str] = set()
         """What this GPU does not support."""
-        self.uuid: str = self._ask("identity", lambda: _text(nv.nvmlDeviceGetUUID(handle)))
+        self.uuid: str = self._ask("identity", lambda: text(nv.nvmlDeviceGetUUID(handle)))
         self._label = self.uuid
         self.index: int = self._ask("identity", lambda: nv.nvmlDeviceGetIndex(handle))
-        self.name: str = self._ask("identity", lambda: _text(nv.nvmlDeviceGetName(handle)))
-        self.slot = self._slot()
+        self.name: str = self._ask("identity", lambda: text(nv.nvmlDeviceGetName(handle)))
+        self.slot: str | None = self._ask("identity", lambda: slot_of(handle))
         self._links: int | None = None
         self._other_ways: dict[str, Callable[[], int]] = {
             "ecc": lambda: self._ask("ecc", lambda: self._ecc_total(nv.NVML_MEMORY_ERROR_TYPE_UNCORRECTED)),
@@ -107,7 +107,7 @@ class Gpu:
 
     def read_slow(self) -> dict[str, Any]:
         """Raises Trouble("lost") too when another GPU has taken this one's place."""
-        if self._ask("identity", lambda: _text(nv.nvmlDeviceGetUUID(self._handle))) != self.uuid:
+        if self._ask("identity", lambda: text(nv.nvmlDeviceGetUUID(self._handle))) != self.uuid:
             raise Trouble("lost", "its UUID changed")
         reading = self._read_fields("fields", SLOW_FIELDS)
         errors = [reading.pop(name) for name in ("link_replays", "link_recoveries", "link_crc") if name in reading]
@@ -191,17 +191,6 @@ class Gpu:
             raise nv.NVMLError(nv.NVML_ERROR_NOT_SUPPORTED)
         return [info.state, info.status, info.healthMask]
 
-    def _slot(self) -> str | None:
-        """The address on the PCI bus: it stays when another GPU is put there. Whatever is wrong, others say so too."""
-
-        def ask() -> str | None:
-            try:
-                return _text(nv.nvmlDeviceGetPciInfo(self._handle).busId)
-            except nv.NVMLError:
-                return None
-
-        return self._ask("identity", ask)
-
     def _processes(self) -> list[int]:
         """Where they cannot be told, that says nothing against the GPU."""
         try:
@@ -230,7 +219,7 @@ class Driver:
         """GPU -> error, of those that are listed and cannot be opened."""
         self._call("init", nv.nvmlInit)
         try:
-            self.version = _text(self._call("init", nv.nvmlSystemGetDriverVersion))
+            self.version = text(self._call("init", nv.nvmlSystemGetDriverVersion))
             self.count: int = self._call("count", nv.nvmlDeviceGetCount)
             for gpu in sorted({only} if only else known - skip):
                 self._open(gpu)
@@ -320,5 +309,13 @@ def _number(value: Any) -> int:
     return int(value.value.ullVal)
 
 
-def _text(value: Any) -> str:
+def slot_of(handle: Any) -> str | None:
+    """The address on the PCI bus: it stays when another GPU is put there. Whatever is wrong, others say so too."""
+    try:
+        return text(nv.nvmlDeviceGetPciInfo(handle).busId)
+    except nv.NVMLError:
+        return None
+
+
+def text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
