@@ -22,6 +22,8 @@ from watchdog.status import read_status
 
 FIRST_TOKEN_BAR_S, JOIN_BAR_S = 2.0, 2.0
 HANG_BAR_S = 5.0
+VERDICT_BAR_S, XID_TOKEN_BAR_S = 0.1, 1.5
+FAULT_S = 8.0
 LEAK_BAR_MIB = 64.0
 REST_S = 3.0
 REARRANGE_TIMEOUT_S = 60.0
@@ -72,9 +74,13 @@ async def _kills(life: Life, findings: Findings, strikes: Strikes, trials: int) 
         say(f"  SIGKILL of rank {rank}: {_line(trial)}")
 
 
+def _ms(trial: dict[str, Any], name: str) -> str:
+    return "-" if trial.get(name) is None else f"{ms(trial[name]):g}"
+
+
 def _line(trial: dict[str, Any]) -> str:
     def of(name: str) -> str:
-        return "-" if trial.get(name) is None else f"{ms(trial[name]):g}"
+        return _ms(trial, name)
 
     joins = ", ".join(f"{ms(pause):g}" for pause in trial["join_pause_s"]) or "-"
     return (
@@ -108,6 +114,28 @@ async def hang(life: Life, findings: Findings, trials: int) -> None:
     findings.bars += [
         Bar("hung rank alone named and excluded", "==", len(findings.trials), named),
         Bar("stop to exclusion, s", "<=", HANG_BAR_S, worst["detect"]),
+    ]
+
+
+async def xid(life: Life, findings: Findings, trials: int) -> None:
+    """The signals file of this part makes an error of a program one of the GPU."""
+    seen = driver.ask()
+    if seen is not None and len(seen.gpus) <= life.setting.ranks:
+        raise ElasticError(f"{life.setting.ranks} ranks on {len(seen.gpus)} GPUs: there is no spare one")
+    async with disturbed(life, findings) as strikes:
+        for rank in victims(life, trials):
+            trial = await strikes.break_gpu(rank)
+            findings.trials.append(trial)
+            say(f"  Xid on the GPU of rank {rank}: verdict {_ms(trial, 'verdict_s')}, {_line(trial)}")
+    worst = strike_figures(findings) | {"verdict": findings.spread("verdict")}
+    right = sum(
+        trial["named"] == [trial["gpu"]] and trial["excluded"] == [trial["rank"]] and trial["gpu_after"] != trial["gpu"]
+        for trial in findings.trials
+    )
+    findings.bars += [
+        Bar("the GPU alone named, its rank alone moved to another", "==", len(findings.trials), right),
+        Bar("Xid to verdict, s", "<=", VERDICT_BAR_S, worst["verdict"]),
+        Bar("Xid to first token, s", "<=", XID_TOKEN_BAR_S, worst["first_token"]),
     ]
 
 
@@ -242,6 +270,25 @@ async def nvml(life: Life, findings: Findings, _: int) -> None:
     ]
     findings.problems += [str(event)[:300] for event in acted[:2]]
     _answers(findings)
+    await _error_of_a_program(life, findings)
+
+
+async def _error_of_a_program(life: Life, findings: Findings) -> None:
+    """Of one that is not ours, on the GPU of a rank that goes on working: heard, and nothing is done."""
+    gpu = (await life.daemon.health())["ranks"][0]["gpu"]
+    async with under_load(life) as (strikes, judged), life.page_fault(gpu) as break_it:
+        mark = strikes.feed.mark()
+        break_it()
+        await asyncio.sleep(FAULT_S)
+        events = strikes.feed.since(mark)
+    heard = [event["number"] for event in life.logged_events("driver_event") if event["gpu"] == gpu]
+    findings.figures["errors of another program heard"] = heard
+    acted = [event for event in events if event["event"] == "rank_excluded" or event.get("act")]
+    findings.bars += [
+        Bar("errors of another program heard", ">=", 1, len(heard)),
+        Bar("acts on them, streams lost or changed", "==", 0, len(acted) + judged.lost + judged.changed),
+    ]
+    findings.problems += [str(event)[:300] for event in acted[:2]]
 
 
 async def _bound(life: Life, findings: Findings) -> None:

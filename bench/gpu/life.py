@@ -10,14 +10,16 @@ import re
 import signal
 import time
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bench.changes import QUIET_S, Change, Kind, around
 from bench.command import say
-from bench.deployment import CHANGE_TIMEOUT_S, POLL_S, Deployment, Event, Feed, rejoined
+from bench.deployment import POLL_S, Deployment, Event, Feed, rejoined
+from bench.gpu.broken_gpu import page_fault
 from bench.gpu.tokens import Judged, token_change
 from bench.load import Load, Traffic, Window
 from elastic_daemon.drill_daemon import Daemon, Display, own_daemon, victims_of
@@ -33,6 +35,8 @@ CALM_S = 5.0
 LOG_LINES = 40
 
 VERIFY_TIMEOUT_S = 60.0
+WATCHED_TIMEOUT_S = 120.0
+"""An event of the driver counts for a minute."""
 
 ALWAYS = ("--watchdog-flags=--max-exclusions 100",)
 """One rank after the other is lost here within minutes: the watchdog's breaker would stop that, as it should."""
@@ -132,6 +136,11 @@ class Life:
         found = re.findall(rf'\{{[^{{}}]*"event": "{name}"[^{{}}]*\}}', text)
         return [json.loads(one) for one in found]
 
+    def page_fault(self, gpu: str) -> AbstractAsyncContextManager[Callable[[], None]]:
+        """See `bench.gpu.broken_gpu.page_fault`."""
+        simulated = self.setting.device == "cpu"
+        return page_fault(gpu, self.daemon.control.runtime_dir if simulated else None)
+
     async def wrong_slots(self) -> int:
         """Expert slots that do not hold what they should, as the ranks say after a look at all of them."""
         control = self.daemon.control
@@ -229,6 +238,28 @@ class Strikes(Deployment):
         trial = await self._trial(rank, "SIGSTOP", mark, change)
         return {**trial, "named": [event.get("rank") for event in named], "by": [one.get("signal") for one in named]}
 
+    async def break_gpu(self, rank: int) -> dict[str, Any]:
+        """Its GPU reports an error; wait until the rank is back on another one."""
+        await self._until_watched()
+        gpu, mark, clock_s = await self._gpu_of(rank), self.feed.mark(), time.monotonic() - time.time()
+        async with self._life.page_fault(gpu) as break_it:
+
+            async def act() -> float:
+                at = time.monotonic()
+                break_it()
+                return at
+
+            change = await self._change(Kind.SPARE, act, f"return of rank {rank}, off {gpu}", rejoined(rank))
+        verdicts = [one for one in self.feed.since(mark) if one["event"] == "verdict" and one.get("act")]
+        trial = await self._trial(rank, "Xid", mark, change)
+        return {
+            **trial,
+            "verdict_s": verdicts[0]["time"] + clock_s - change.at if verdicts else None,
+            "named": [event.get("gpu") for event in verdicts],
+            "gpu": gpu,
+            "gpu_after": await self._gpu_of(rank),
+        }
+
     async def resize(self, ranks: int) -> dict[str, Any]:
         """Scale by order, and wait until so many serve."""
         kind = Kind.DOWN if ranks < self.ranks else Kind.UP
@@ -242,17 +273,18 @@ class Strikes(Deployment):
         return {"rank": rank, "how": how, **trial, "cause": last.get("cause"), "requests": last.get("requests")}
 
     async def _until_watched(self) -> None:
-        """The watchdog reads the page of every rank in this epoch, and has no complaint."""
-        deadline, why = time.monotonic() + CHANGE_TIMEOUT_S, "no status"
+        """The watchdog reads the page of every rank in this epoch, and has no complaint of any rank or GPU."""
+        deadline, why = time.monotonic() + WATCHED_TIMEOUT_S, "no status"
         while time.monotonic() < deadline:
             with contextlib.suppress(NotRunning):
                 status, health = read_status(self.daemon.control.runtime_dir), await self.daemon.health()
                 findings = [rank["finding"] for rank in status["ranks"]]
-                why = f"epoch {status['epoch']} of {health['epoch']}, findings {findings}"
-                if status["epoch"] == health["epoch"] and findings == ["ok"] * self.ranks:
+                doubts = [gpu["uuid"] for gpu in status["gpus"] if gpu["verdict"] != "ok"]
+                why = f"epoch {status['epoch']} of {health['epoch']}, findings {findings}, GPUs in doubt {doubts}"
+                if status["epoch"] == health["epoch"] and findings == ["ok"] * self.ranks and not doubts:
                     return
             await asyncio.sleep(POLL_S)
-        raise ElasticError(f"the watchdog does not see all ranks well after {CHANGE_TIMEOUT_S:g} s: {why}")
+        raise ElasticError(f"the watchdog does not see all well after {WATCHED_TIMEOUT_S:g} s: {why}")
 
 
 def pauses(change: Change, traffic: Traffic) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from bench.gpu import drills
 from bench.gpu.budget import Wanted
@@ -14,6 +15,7 @@ from bench.gpu.results import Findings
 EAGER = ("--enforce-eager",)
 EPLB = {"window_size": 16, "step_interval": 32}
 FP8 = ("--dtype", "bfloat16")
+FATAL_XID = Path(__file__).with_name("fatal_xid.toml")
 
 START_S = {"cuda": 95.0, "cpu": 40.0}
 """Until a daemon serves, and its undisturbed runs are over."""
@@ -87,14 +89,26 @@ PARTS: Mapping[str, Part] = {
             trial_s={"cuda": 45.0, "cpu": 14.0},
         ),
         Part(
+            "xid",
+            "an Xid on the GPU of a rank, which goes on on a spare one (the table of signals makes it fatal)",
+            "the watchdog, a GPU more than ranks (with cpu: --serve-args='--spare-gpus 1')",
+            f"{NO_STREAM}; the right GPU alone is named; Xid to verdict <= {drills.VERDICT_BAR_S:g} s, to first token "
+            f"<= {drills.XID_TOKEN_BAR_S:g} s",
+            drills.xid,
+            trials=2,
+            trial_s={"cuda": 80.0, "cpu": 75.0},
+            flags=(*EAGER, f"--watchdog-flags=--max-exclusions 100 --signals {FATAL_XID}"),
+        ),
+        Part(
             "nvml",
-            "elastic-watchdog status, process-to-GPU mapping, a watch of --watch-minutes under streams",
+            "elastic-watchdog status, process-to-GPU mapping, a watch of --watch-minutes under streams, then an error "
+            "of another program on the GPU of a rank",
             "the watchdog",
             f"{NO_STREAM}; no verdict but ok; ranks are where the driver sees them",
             drills.nvml,
             trials=0,
             trial_s={"cuda": 0.0, "cpu": 0.0},
-            rest_s=30.0,
+            rest_s=60.0,
         ),
         Part(
             "leak",
