@@ -21,10 +21,12 @@ from bench.gpu.life import Setting
 from bench.gpu.parts import PARTS, listing
 from bench.gpu.results import read_all, table
 from bench.gpu.running import Running
+from elastic_daemon.drill_sampling import MODES
 
 EXAMPLES = """examples:
   python -m bench.gpu_drill --part kill --part hang --budget 560 --out results
   python -m bench.gpu_drill --part kill --variant v1-async --serve-args=--async-scheduling --out results
+  python -m bench.gpu_drill --part kill --sampling mixed --variant mixed --out results
   python -m bench.gpu_drill --part fp8 --model fp8-model --out results
   python -m bench.gpu_drill --part kill --device cpu --trials 1 --out trial     proves the script, not a GPU
   python -m bench.gpu_drill --report results
@@ -61,6 +63,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=positive, metavar="N", default=120, help="of each (default: %(default)s)")
     parser.add_argument("--trials", type=positive, metavar="N", help="instead of each part's own number")
     parser.add_argument("--logprobs", action="store_true", help="ask for 2 logprobs, to tell near-ties from errors")
+    parser.add_argument(
+        "--sampling",
+        choices=tuple(MODES),
+        default="greedy",
+        help="mixed: greedy, seeded, penalised and bound to a regex in turn (default: %(default)s)",
+    )
     parser.add_argument("--watch-minutes", type=_seconds, metavar="M", default=5.0, help="nvml (default: %(default)g)")
     return parser
 
@@ -94,6 +102,7 @@ def setting_of(chosen: argparse.Namespace) -> Setting:
         streams=chosen.streams,
         tokens=chosen.tokens,
         logprobs=2 if chosen.logprobs else None,
+        sampling=chosen.sampling,
         watch_minutes=chosen.watch_minutes,
         trials=chosen.trials,
     )

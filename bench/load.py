@@ -115,7 +115,8 @@ class Load:
         outcome: Outcome | None = None,
         logprobs: int | None = None,
     ) -> None:
-        """`reference`: an undisturbed run, one stream for each client. `outcome`: where streams are counted."""
+        """`reference`: an undisturbed run, one stream for each client, who samples as it did. `outcome`: where streams
+        are counted."""
         self.traffic = Traffic()
         self.outcome = outcome if outcome is not None else Outcome()
         self._reference, self._logprobs = reference, logprobs
@@ -152,7 +153,7 @@ class Load:
         while not self._stopping:
             self._since[number] = time.monotonic()
             result = await run_stream(
-                self._client, expected.prompt, expected.tokens, number, self._token, self._logprobs
+                self._client, expected.prompt, expected.tokens, number, self._token, self._logprobs, expected.sampling
             )
             self.outcome.count(expected, result)
             if result.error is not None:

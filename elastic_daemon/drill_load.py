@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
 import ssl
+import string
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
@@ -14,6 +16,7 @@ import httpx
 
 from elastic_daemon.config import key_header
 from elastic_daemon.drill_report import Delay, StreamResult
+from elastic_daemon.drill_sampling import GREEDY, Sampling
 
 OnToken = Callable[[int, int], None]
 """Called with the number of a stream and how many tokens it has just received."""
@@ -23,14 +26,30 @@ SILENCE_TIMEOUT_S = 120.0
 
 PROBE_INTERVAL_S = 0.002
 
+UNSURE_LETTERS = 48
+"""Several times as many as in the words that the bundled model has learnt to reverse."""
+
 
 def prompts_for(streams: int) -> list[str]:
     """Tasks of the bundled model with long answers; to any other model they are just prompts."""
-    prompts = []
-    for number in range(streams):
-        step, first = number % 5 + 1, 2 + 7 * number % 90
-        prompts.append(f"count {first} to {min(999, first + step * 174)} by {step} =")
-    return prompts
+    return [_count(number) for number in range(streams)]
+
+
+def prompts_of(samplings: Sequence[Sampling]) -> list[str]:
+    """As `prompts_for`, but where tokens are drawn, tasks that the bundled model is at a loss with.
+
+    It is so sure of the others that it draws the same whatever the seed.
+    """
+    return [(_reverse if sampling.drawn else _count)(number) for number, sampling in enumerate(samplings)]
+
+
+def _count(number: int) -> str:
+    step, first = number % 5 + 1, 2 + 7 * number % 90
+    return f"count {first} to {min(999, first + step * 174)} by {step} ="
+
+
+def _reverse(number: int) -> str:
+    return f"reverse {''.join(random.Random(number).choices(string.ascii_lowercase, k=UNSURE_LETTERS))} ="
 
 
 async def run_streams(
@@ -40,13 +59,19 @@ async def run_streams(
     on_token: OnToken | None = None,
     logprobs: int | None = None,
     tls: ssl.SSLContext | None = None,
+    samplings: Sequence[Sampling] | None = None,
 ) -> list[StreamResult]:
-    """Stream a greedy completion of exactly `tokens` tokens for each prompt, all at once, from the daemon at `url`.
+    """Stream a completion of exactly `tokens` tokens for each prompt, all at once, from the daemon at `url`.
 
-    Never raises for a stream that fails: its result has the error. `tls`: see `stream_client`.
+    Never raises for a stream that fails: its result has the error. `tls`: see `stream_client`. `samplings`: one of each
+    prompt; None: all are greedy.
     """
+    chosen = samplings if samplings is not None else [GREEDY] * len(prompts)
     async with stream_client(url, tls) as client:
-        streams = [run_stream(client, prompt, tokens, n, on_token, logprobs) for n, prompt in enumerate(prompts)]
+        streams = [
+            run_stream(client, prompt, tokens, number, on_token, logprobs, sampling)
+            for number, (prompt, sampling) in enumerate(zip(prompts, chosen, strict=True))
+        ]
         return await asyncio.gather(*streams)
 
 
@@ -69,16 +94,18 @@ async def run_stream(
     number: int = 0,
     on_token: OnToken | None = None,
     logprobs: int | None = None,
+    sampling: Sampling = GREEDY,
 ) -> StreamResult:
     """One of `run_streams`; `number` is what `on_token` hears. `logprobs`: how many to ask for at each position."""
-    return await _Stream(number, prompt, on_token).run(client, tokens, logprobs)
+    return await _Stream(number, prompt, on_token, sampling).run(client, tokens, logprobs)
 
 
 class _Stream:
     """One client, while its completion arrives."""
 
-    def __init__(self, number: int, prompt: str, on_token: OnToken | None) -> None:
+    def __init__(self, number: int, prompt: str, on_token: OnToken | None, sampling: Sampling) -> None:
         self._number, self._prompt, self._on_token = number, prompt, on_token
+        self._sampling = sampling
         self._token_ids: list[int] = []
         self._texts: list[str] = []
         self._logprobs: list[Mapping[int, float]] = []
@@ -92,6 +119,7 @@ class _Stream:
         body |= {"stream_options": {"include_usage": True}, "return_token_ids": True}
         if logprobs is not None:
             body |= {"logprobs": logprobs, "return_tokens_as_token_ids": True}
+        body |= self._sampling.fields
         started = time.monotonic()
         try:
             async with client.stream("POST", "/v1/completions", json=body) as answer:
@@ -114,6 +142,7 @@ class _Stream:
             ended=time.monotonic(),
             arrivals=tuple(self._arrivals),
             logprobs=tuple(self._logprobs),
+            sampling=self._sampling,
         )
 
     async def _read(self, answer: httpx.Response) -> None:

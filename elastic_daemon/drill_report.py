@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from elastic_daemon.drill_sampling import GREEDY, Sampling
 from elastic_daemon.operator_commands import describe_recovery
 
 GONE = "gone"
@@ -35,6 +36,7 @@ class StreamResult:
     ended: float
     arrivals: tuple[float, ...]
     logprobs: tuple[Mapping[int, float], ...] = ()
+    sampling: Sampling = GREEDY
 
     @property
     def tokens(self) -> int:

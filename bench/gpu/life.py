@@ -23,8 +23,9 @@ from bench.gpu.broken_gpu import page_fault
 from bench.gpu.tokens import Judged, token_change
 from bench.load import Load, Traffic, Window
 from elastic_daemon.drill_daemon import Daemon, Display, own_daemon, victims_of
-from elastic_daemon.drill_load import prompts_for, run_streams
+from elastic_daemon.drill_load import prompts_of, run_streams
 from elastic_daemon.drill_report import StreamResult
+from elastic_daemon.drill_sampling import samplings_for
 from elastic_daemon.errors import ElasticError, StartError
 from watchdog.errors import NotRunning
 from watchdog.status import read_status
@@ -51,7 +52,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Setting:
-    """What all lives of a run have in common. `trials`: instead of each part's own number."""
+    """What all lives of a run have in common. `trials`: instead of each part's own number. `sampling`: of `MODES`."""
 
     device: str = "cuda"
     ranks: int = 4
@@ -61,6 +62,7 @@ class Setting:
     streams: int = 8
     tokens: int = 120
     logprobs: int | None = None
+    sampling: str = "greedy"
     watch_minutes: float = 5.0
     trials: int | None = None
 
@@ -96,11 +98,10 @@ class Life:
     async def undisturbed(self) -> None:
         """Twice, since the first run compiles kernels. Whether the two agree says what a changed token means later."""
         self.model = (await self.daemon.health())["model"]
-        prompts, setting = prompts_for(self.setting.streams), self.setting
         runs = []
         for _ in range(2):
             async with asyncio.timeout(RUN_TIMEOUT_S):
-                runs.append(await run_streams(self.daemon.url, prompts, setting.tokens, logprobs=setting.logprobs))
+                runs.append(await self._streams())
             if errors := [stream.error for stream in runs[-1] if stream.error is not None]:
                 raise ElasticError(f"{len(errors)} streams failed in the undisturbed run already: {errors[0]}")
         first, self.reference = runs
@@ -119,8 +120,17 @@ class Life:
         self.calm |= {"longest_wait_s": strikes.traffic.longest_wait(window), "staggered": judged.to_json()}
         say(
             f"  undisturbed: {self.calm['tokens_per_s']:g} tokens/s at once, longest wait "
-            f"{self.calm['longest_wait_s'] * 1000:.0f} ms; {self.calm['streams_that_differ']} of {len(prompts)} "
+            f"{self.calm['longest_wait_s'] * 1000:.0f} ms; {self.calm['streams_that_differ']} of {len(changes)} "
             f"streams differ between two runs, {judged.changed} of {judged.streams} when staggered"
+        )
+
+    async def _streams(self) -> list[StreamResult]:
+        """All at once, as the setting has them."""
+        setting = self.setting
+        samplings = samplings_for(setting.sampling, setting.streams, setting.tokens)
+        prompts = prompts_of(samplings)
+        return await run_streams(
+            self.daemon.url, prompts, setting.tokens, logprobs=setting.logprobs, samplings=samplings
         )
 
     def tail(self, lines: int = LOG_LINES) -> str:

@@ -156,7 +156,7 @@ class Running:
             "gpu": seen.name if seen else "",
             "driver": seen.version if seen else "",
             "versions": {**Machine.here().versions, **dict(driver.nccl_versions())},
-            "cell": cell_of(part.flags, os.environ),
+            "cell": cell_of(part.flags, os.environ, self.setting.sampling),
             "setting": asdict(self.setting),
             "flags": list(part.flags),
             "environment": {name: os.environ[name] for name in RECORDED if name in os.environ},
@@ -186,12 +186,13 @@ def _say(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def cell_of(flags: tuple[str, ...], environment: Mapping[str, str]) -> str:
-    """Where in the matrix flags and environment lie, as far as they say."""
+def cell_of(flags: tuple[str, ...], environment: Mapping[str, str], sampling: str = "greedy") -> str:
+    """Where in the matrix flags and environment lie, as far as they say; how streams are sampled, if not greedily."""
     runner = {"0": "V1", "1": "V2"}.get(environment.get(RUNNER_VARIABLE, ""), "default runner")
     scheduling = "default scheduling"
     for flag in flags:
         scheduling = {"--async-scheduling": "async", "--no-async-scheduling": "sync"}.get(flag, scheduling)
     config = flags[flags.index("--eplb-config") + 1] if "--eplb-config" in flags else ""
     balancing = {True: ", async EPLB", False: ", sync EPLB"}.get(json.loads(config or "{}").get("use_async"), "")
-    return f"{runner}, {scheduling}, {'eager' if '--enforce-eager' in flags else 'graphs'}{balancing}"
+    streams = "" if sampling == "greedy" else f", {sampling} streams"
+    return f"{runner}, {scheduling}, {'eager' if '--enforce-eager' in flags else 'graphs'}{balancing}{streams}"

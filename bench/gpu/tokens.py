@@ -20,7 +20,7 @@ class TokenChange:
     """The first token of a stream that is not as in the undisturbed run; None for a stream that ended before it.
 
     Gaps: how much likelier the token that came was than the other one, in either run; None where the other one was not
-    among the likeliest, or no logprobs were asked for.
+    among the likeliest, no logprobs were asked for, or logprobs do not decide which token comes.
     """
 
     prompt: str
@@ -63,7 +63,7 @@ def _token(stream: StreamResult, at: int) -> int | None:
 
 
 def _gap(stream: StreamResult, at: int, chosen: int | None, other: int | None) -> float | None:
-    likeliest = stream.logprobs[at] if at < len(stream.logprobs) else {}
+    likeliest = stream.logprobs[at] if stream.sampling.ranked and at < len(stream.logprobs) else {}
     if chosen is None or other is None or chosen not in likeliest or other not in likeliest:
         return None
     return likeliest[chosen] - likeliest[other]

@@ -27,6 +27,7 @@ from bench.gpu.running import Running, cell_of
 from bench.gpu.tokens import Judged, token_change
 from bench.load import Traffic
 from elastic_daemon.drill_report import StreamResult
+from elastic_daemon.drill_sampling import PENALISED, Sampling, constrained, seeded
 from elastic_daemon.errors import ElasticError, StartError
 
 
@@ -85,6 +86,14 @@ def test_error_is_no_near_tie() -> None:
 def test_gap_that_is_not_known(actual: StreamResult) -> None:
     change = token_change(stream(1, 2, logprobs=({1: 0.0}, {2: -0.001, 5: -7.0})), actual)
     assert change is not None and change.near_tie is None
+
+
+@pytest.mark.parametrize(("sampling", "near_tie"), [(seeded(1), None), (PENALISED, None), (constrained(2), True)])
+def test_logprobs_do_not_judge_what_they_do_not_decide(sampling: Sampling, near_tie: bool | None) -> None:
+    tie = ({1: -0.1}, {2: -0.7, 5: -0.7})
+    change = token_change(stream(1, 2, logprobs=tie, sampling=sampling), stream(1, 5, logprobs=tie, sampling=sampling))
+    assert change is not None and change.near_tie is near_tie
+    assert ("gap not known" in str(change)) is (near_tie is None)
 
 
 def test_changes_are_counted_with_the_streams() -> None:
@@ -184,6 +193,7 @@ def test_time_of_a_part_follows_what_is_asked_of_it() -> None:
 )
 def test_cell_of_the_matrix(flags: tuple[str, ...], environment: dict[str, str], cell: str) -> None:
     assert cell_of(flags, environment) == cell
+    assert cell_of(flags, environment, "mixed") == f"{cell}, mixed streams"
 
 
 # --- what was seen ----------------------------------------------------------------------------------------------------
@@ -392,10 +402,12 @@ def test_parts_may_be_named_together_or_one_by_one() -> None:
     chosen = gpu_drill.make_parser().parse_args(["--part", "kill,hang", "--part", "leak", "--logprobs"])
     assert chosen.part == [["kill", "hang"], ["leak"]]
     assert gpu_drill.setting_of(chosen).logprobs == 2
+    assert gpu_drill.setting_of(chosen).sampling == "greedy"
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--part", "kil"], ["--part", "kill", "--budget", "0"], [], ["--variant", "a/b"]]
+    "arguments",
+    [["--part", "kil"], ["--part", "kill", "--budget", "0"], [], ["--variant", "a/b"], ["--sampling", "hot"]],
 )
 def test_wrong_arguments(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
