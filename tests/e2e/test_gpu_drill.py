@@ -35,6 +35,13 @@ def test_trial_run(tmp_path: Path) -> None:
     assert again.returncode == 0 and "there is a result" in again.stderr
 
 
+def test_an_xid_moves_a_rank_to_a_spare_gpu(tmp_path: Path) -> None:
+    said = run("--part", "xid", "--serve-args=--spare-gpus 1", "--out", str(tmp_path), *SMALL)
+    assert said.returncode == 0, said.stderr[-4000:]
+    (trial,) = json.loads((tmp_path / "xid.json").read_text())["trials"]
+    assert trial["rank"] == 2 and trial["gpu"] != trial["gpu_after"]
+
+
 def test_refused_cell_is_a_result_with_its_reason(tmp_path: Path) -> None:
     fp8.make(fp8.BUNDLED_MODEL, tmp_path / "model")
     said = run("--part", "fp8", "--model", str(tmp_path / "model"), "--out", str(tmp_path), *SMALL)
