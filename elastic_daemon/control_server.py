@@ -27,6 +27,7 @@ class Peer:
         self.role: str = hello["role"]
         self.rank = int(hello.get("rank", -1))
         self.incarnation = int(hello.get("incarnation", 0))
+        self.lifeline: str | None = hello.get("lifeline")
         self._writer = writer
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._ids = itertools.count(1)

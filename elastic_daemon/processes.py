@@ -6,13 +6,19 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import structlog
 
 from elastic_daemon.errors import ControlClosed
 from elastic_daemon.events import EventLog
 from elastic_daemon.launcher import Child, Zygote
+from elastic_daemon.lifeline import follow
 from elastic_daemon.protocol import Identity
 from elastic_daemon.tasks import Tasks
+
+log = structlog.get_logger(__name__)
 
 STACKS_DELAY_S = 0.05
 """From the request for a rank's stacks to its SIGKILL."""
@@ -21,8 +27,8 @@ STACKS_DELAY_S = 0.05
 class Processes:
     """Ranks by identity, and the front end. Ends are told before anything is reaped: recovery waits for no books.
 
-    `on_rank_exit(identity)` is called at the end of a rank, `on_frontend_gone()` at that of a front end, and
-    `on_frontend_exit(status)` when it is known how that came about.
+    `on_rank_exit(identity)` is called once, when a rank ends or has begun to end (see `lifeline`), `on_frontend_gone()`
+    at the end of a front end, and `on_frontend_exit(status)` when it is known how that came about.
     """
 
     def __init__(
@@ -42,6 +48,7 @@ class Processes:
         self._on_frontend_exit = on_frontend_exit
         self._ranks: dict[Identity, Child] = {}
         self._doomed: set[Identity] = set()
+        self._dying: set[Identity] = set()
         self._frontend: Child | None = None
 
     @property
@@ -73,6 +80,19 @@ class Processes:
             child.signal(signal.SIGUSR1)  # its stacks, for the log: what was it doing?
             asyncio.get_running_loop().call_later(STACKS_DELAY_S, child.kill)
 
+    def follow_rank(self, identity: Identity, lifeline: str) -> None:
+        """Be told of its end by what it holds there."""
+        loop = asyncio.get_running_loop()
+
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):  # this process has ended its loop first
+                loop.call_soon_threadsafe(self._rank_dying, identity)
+
+        try:
+            follow(Path(lifeline), tell)
+        except OSError as error:
+            log.warning("lifeline_missing", file=lifeline, error=str(error))
+
     async def fork_frontend(self, **spec: Any) -> None:
         """Raises ElasticError when the zygote cannot."""
         self._frontend = await self._zygote.fork(
@@ -96,8 +116,15 @@ class Processes:
     def _children(self) -> tuple[Child, ...]:
         return (*self._ranks.values(), *((self._frontend,) if self._frontend is not None else ()))
 
+    def _rank_dying(self, identity: Identity) -> None:
+        if identity in self._ranks:
+            self._dying.add(identity)
+            self._on_rank_exit(identity)
+
     async def _rank_exited(self, identity: Identity, child: Child) -> None:
-        self._on_rank_exit(identity)
+        if identity not in self._dying:
+            self._on_rank_exit(identity)
+        self._dying.discard(identity)
         self._ranks.pop(identity, None)
         self._doomed.discard(identity)
         with contextlib.suppress(ControlClosed):

@@ -238,6 +238,8 @@ class Supervisor:
     def _on_hello(self, peer: Peer) -> None:
         if peer.role == "rank":
             self._peers[peer.rank, peer.incarnation] = peer
+            if peer.lifeline is not None:
+                self._processes.follow_rank((peer.rank, peer.incarnation), peer.lifeline)
         else:
             self._frontend.connected(peer)
 

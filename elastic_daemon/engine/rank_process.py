@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+from pathlib import Path
 
 import structlog
 import torch
@@ -18,6 +19,7 @@ from elastic_daemon.engine.plan import rank_plan
 from elastic_daemon.engine.probe import probe
 from elastic_daemon.engine.stream_counters import StreamCounters
 from elastic_daemon.errors import ControlClosed
+from elastic_daemon.lifeline import hold
 from elastic_daemon.messages import ControlClient, Message
 from watchdog.heartbeat.layout import Phase
 
@@ -37,6 +39,17 @@ def _device(config: VllmConfig) -> torch.device:
     return torch.device(kind) if kind == "cpu" else torch.device(kind, rank_plan(config).gpu)
 
 
+def _hold_lifeline(directory: Path, incarnation: int) -> str | None:
+    """Where it is; None: the end of this process will be seen a little later."""
+    path = directory / f"lifeline-{incarnation}"
+    try:
+        hold(path)
+    except OSError as error:
+        log.warning("lifeline_missing", file=str(path), error=str(error))
+        return None
+    return str(path)
+
+
 def run_rank(config: VllmConfig, spec: Message) -> None:
     """Be rank `spec["rank"]` until the process ends. Called in a fresh fork of the zygote."""
     faulthandler.register(signal.SIGUSR1)  # the supervisor asks for the stacks of a rank before it gives it up
@@ -48,7 +61,8 @@ def run_rank(config: VllmConfig, spec: Message) -> None:
     page = open_page(spec, counters.map if counters is not None else None)
     page.set_phase(Phase.LOADING)
     try:
-        control.send("hello", role="rank", rank=spec["rank"], incarnation=spec["incarnation"])
+        who = {"role": "rank", "rank": spec["rank"], "incarnation": spec["incarnation"]}
+        control.send("hello", **who, lifeline=_hold_lifeline(Path(spec["scratch_dir"]), spec["incarnation"]))
         probe(device)
         store = PrefixStore(spec["store_prefix"], connect_store(spec["store_host"], spec["store_port"]))
         core = ElasticEngineCore(

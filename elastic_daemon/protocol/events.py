@@ -26,7 +26,7 @@ class RankReady:
 
 @dataclass(frozen=True)
 class RankExited:
-    """Its process is dead, confirmed by the operating system."""
+    """Its process is dead, or dying and beyond recall; the operating system says so."""
 
     rank: int
     incarnation: int
