@@ -213,7 +213,7 @@ class Strikes(Deployment):
 
     async def stop(self, rank: int) -> dict[str, Any]:
         """SIGSTOP, and wait until the rank has been fenced, and another process has taken its place."""
-        await self._until_watched()
+        await self.until_watched()
         mark = self.feed.mark()
 
         async def act() -> float:
@@ -241,7 +241,7 @@ class Strikes(Deployment):
         last = (await self.daemon.health())["last_shrink"] or {}
         return {"rank": rank, "how": how, **trial, "cause": last.get("cause"), "requests": last.get("requests")}
 
-    async def _until_watched(self) -> None:
+    async def until_watched(self) -> None:
         """The watchdog reads the page of every rank in this epoch, and has no complaint."""
         deadline, why = time.monotonic() + CHANGE_TIMEOUT_S, "no status"
         while time.monotonic() < deadline:
