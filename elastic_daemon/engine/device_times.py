@@ -94,9 +94,13 @@ class DeviceTimes:
         self._timing = not self._used and number % EVERY == 0
         return times
 
-    def landed(self) -> None:
-        """The host has waited for the output of a step, and goes on."""
-        self._landed_ns = self._clock()
+    def landed(self, newest: bool) -> None:
+        """The host has waited for the output of a step, and goes on. `newest`: it has launched none behind that.
+
+        If it has, and the device is through with that as well, the host did not wait: it came late.
+        """
+        if self._last is not None and (newest or not self._last.event.query()):
+            self._landed_ns = self._clock()
 
     def enter(self, kind: Collective) -> None:
         """A collective is about to be put on the stream."""

@@ -156,7 +156,7 @@ class Steps:
     def end(self) -> None:
         """The step that began last is complete."""
         if self._counters is not None:
-            self._counters.landed()
+            self._counters.landed(newest=not self._in_flight)
         if self._per_step:
             self._page.complete(Collective.STEP)
 

@@ -59,10 +59,10 @@ class StreamCounters:
         """A step of the newest group is about to be launched. Returns what an earlier one took, once that is known."""
         return self._times.begin_step(number) if self._times is not None else None
 
-    def landed(self) -> None:
-        """The host has waited for the output of a step, and goes on."""
+    def landed(self, newest: bool) -> None:
+        """The host has the output of a step. `newest`: it has launched none behind that."""
         if self._times is not None:
-            self._times.landed()
+            self._times.landed(newest)
 
     def _map(self, page: mmap.mmap, driver: ctypes.CDLL) -> None:
         # CUresult cuStreamWriteValue64(CUstream, CUdeviceptr, cuuint64_t value, unsigned flags); flags 0: what was

@@ -71,7 +71,8 @@ class TimedSteps(StreamCounters):
     def begin_step(self, number: int) -> Times | None:
         return Times(9, 8, 7, 2) if number == EVERY else None
 
-    def landed(self) -> None:
+    def landed(self, newest: bool) -> None:
+        assert newest
         self.landings += 1
 
 

@@ -85,7 +85,7 @@ class Rank:
 
     def land(self) -> None:
         self.stream.now = max(self.stream.now, self.stream.free)
-        self.times.landed()
+        self.times.landed(newest=True)
 
     def _collective(self, kind: Collective) -> None:
         self.times.enter(kind)
@@ -143,6 +143,30 @@ def test_a_turn_that_is_lost_once_the_host_is_ahead_is_work() -> None:
     rank.land()
     rank.step()
     assert rank.told[0].worked >= LAYERS * 100 * US + 6 * MS - ORDINARY_NS
+
+
+def test_a_host_that_comes_late_takes_no_turn_from_its_device() -> None:
+    """It has launched a step behind another one, is busy otherwise, and then asks for the output of the first."""
+    rank = Rank(host=10 * US)
+    rank.steps(EVERY - 1)
+    rank.step(waits=False)
+    rank.stream.now += 20 * MS
+    rank.times.landed(newest=False)
+    rank.steps(2)
+    assert rank.told[0].worked == LAYERS * 100 * US
+
+
+def test_a_host_that_was_waiting_for_a_step_before_is_behind_from_then_on() -> None:
+    rank = Rank(host=10 * US)
+    rank.steps(EVERY - 1)
+    rank.step(lost_turn=9 * MS, waits=False)
+    rank.stream.now += 9 * MS  # until the output of the step before came, late as well
+    rank.times.landed(newest=False)
+    rank.stream.now += 2 * MS
+    rank.step(lost_turn=6 * MS)
+    rank.step()
+    # Less by what was left of the step before when that output came: the host went on meanwhile.
+    assert LAYERS * 100 * US + 5 * MS - ORDINARY_NS <= rank.told[0].worked <= LAYERS * 100 * US + 6 * MS
 
 
 def test_a_pause_between_two_steps_is_none() -> None:
