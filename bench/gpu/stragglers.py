@@ -25,7 +25,7 @@ NAMED_BAR_S, CLEARED_BAR_S = 60.0, 30.0
 BURNERS = 3
 """Processes that take turns with the rank, each about 1 GiB. So it has a quarter of its GPU while it computes."""
 
-CALM_S, NAMED_FOR_S, LOOK_S = 6.0, 6.0, 0.2
+CALM_S, NAMED_FOR_S, LOOK_S = 12.0, 6.0, 0.2
 START_S, END_S = 60.0, 10.0
 BURN_S = START_S + NAMED_BAR_S + NAMED_FOR_S + 30.0
 BURNER = Path(__file__).with_name("burner.py")
@@ -43,10 +43,11 @@ async def straggler(life: Life, findings: Findings, trials: int) -> None:
         )
         return
     async with disturbed(life, findings) as strikes:
+        mark = strikes.feed.mark()
         for rank in victims(life, trials):
             findings.trials.append(trial := await _trial(life, strikes, rank, gpus[rank]))
             say(f"  {BURNERS} burners beside rank {rank}: {_line(trial)}")
-        events = strikes.feed.since(0)
+        events = strikes.feed.since(mark)
     findings.figures["GPUs of ranks"] = len(set(gpus.values()))
     alone = sum(trial["named"] == [trial["rank"]] for trial in findings.trials)
     findings.bars += [
@@ -78,18 +79,18 @@ async def _trial(life: Life, strikes: Strikes, rank: int, gpu: str) -> dict[str,
     await strikes.until_watched()
     runtime_dir = life.daemon.control.runtime_dir
     named: set[int] = set()
-    with contextlib.closing(_Pages(runtime_dir)) as pages:
-        await _until(runtime_dir, CALM_S, named, lambda _: False)
+    with contextlib.closing(Pages(runtime_dir)) as pages:
+        await until(runtime_dir, CALM_S, named, lambda _: False)
         before, named, calm = sorted(named), set(), pages.since_last()
-        async with _burning(gpu):
+        async with burning(gpu):
             pages.since_last()
-            named_s = await _until(runtime_dir, NAMED_BAR_S, named, lambda slow: rank in slow)
+            named_s = await until(runtime_dir, NAMED_BAR_S, named, lambda slow: rank in slow)
             if named_s is not None:
-                await _until(runtime_dir, NAMED_FOR_S, named, lambda _: False)
-            slowdown, burning = _slow(runtime_dir).get(rank), pages.since_last()
-        cleared_s = await _until(runtime_dir, CLEARED_BAR_S, named, lambda slow: not slow)
+                await until(runtime_dir, NAMED_FOR_S, named, lambda _: False)
+            slowdown, busy = slow_ranks(runtime_dir).get(rank), pages.since_last()
+        cleared_s = await until(runtime_dir, CLEARED_BAR_S, named, lambda slow: not slow)
         pages.since_last()
-        await asyncio.sleep(CALM_S / 2)
+        await asyncio.sleep(CALM_S / 4)
         after = pages.since_last()
     return {
         "rank": rank,
@@ -99,13 +100,13 @@ async def _trial(life: Life, strikes: Strikes, rank: int, gpu: str) -> dict[str,
         "cleared_s": cleared_s,
         "slowdown": slowdown,
         "calm": calm,
-        "burning": burning,
+        "burning": busy,
         "after": after,
     }
 
 
 @contextlib.asynccontextmanager
-async def _burning(gpu: str) -> AsyncIterator[None]:
+async def burning(gpu: str) -> AsyncIterator[None]:
     """Meanwhile the GPU computes for others. Raises ElasticError if that does not come about."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
     processes: list[asyncio.subprocess.Process] = []
@@ -130,19 +131,19 @@ async def _burning(gpu: str) -> AsyncIterator[None]:
             await asyncio.wait_for(process.wait(), END_S)
 
 
-async def _until(runtime_dir: Path, seconds: float, named: set[int], true: Callable[[Slow], bool]) -> float | None:
+async def until(runtime_dir: Path, seconds: float, named: set[int], true: Callable[[Slow], bool]) -> float | None:
     """How long it took until `true` of the ranks that are called slow; None: not within `seconds`. All go to `named`."""
     started = time.monotonic()
     while (spent := time.monotonic() - started) < seconds:
-        slow = _slow(runtime_dir)
-        named |= slow.keys()
+        slow = slow_ranks(runtime_dir)
+        named.update(slow)
         if true(slow):
             return spent
         await asyncio.sleep(LOOK_S)
     return None
 
 
-def _slow(runtime_dir: Path) -> Slow:
+def slow_ranks(runtime_dir: Path) -> Slow:
     with contextlib.suppress(NotRunning):
         return {
             one["rank"]: _slowdown(one)
@@ -160,7 +161,7 @@ def _slowdown(rank: Mapping[str, Any]) -> float | None:
     return None
 
 
-class _Pages:
+class Pages:
     """What the ranks' pages say of a stretch of time, for whoever chooses thresholds."""
 
     def __init__(self, runtime_dir: Path) -> None:
@@ -178,10 +179,10 @@ class _Pages:
         last, self._last = self._last, pages
         before, self._at = self._at, time.monotonic()
         pairs = ((last[rank], page) for rank, page in sorted(pages.items()) if rank in last)
-        return [_stretch(old, new, self._at - before) for old, new in pairs]
+        return [stretch(old, new, self._at - before) for old, new in pairs]
 
 
-def _stretch(old: Snapshot, new: Snapshot, seconds: float) -> dict[str, Any]:
+def stretch(old: Snapshot, new: Snapshot, seconds: float) -> dict[str, Any]:
     timed, steps = new.timed - old.timed, new.step - old.step
 
     def each(name: str) -> float | None:
