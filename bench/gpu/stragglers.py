@@ -132,7 +132,7 @@ async def burning(gpu: str) -> AsyncIterator[None]:
 
 
 async def until(runtime_dir: Path, seconds: float, named: set[int], true: Callable[[Slow], bool]) -> float | None:
-    """How long it took until `true` of the ranks that are called slow; None: not within `seconds`. All go to `named`."""
+    """Time until `true` of the ranks that are called slow; None: not within `seconds`. All go to `named`."""
     started = time.monotonic()
     while (spent := time.monotonic() - started) < seconds:
         slow = slow_ranks(runtime_dir)
@@ -146,9 +146,7 @@ async def until(runtime_dir: Path, seconds: float, named: set[int], true: Callab
 def slow_ranks(runtime_dir: Path) -> Slow:
     with contextlib.suppress(NotRunning):
         return {
-            one["rank"]: _slowdown(one)
-            for one in read_status(runtime_dir)["ranks"]
-            if one["finding"] == "straggler"
+            one["rank"]: _slowdown(one) for one in read_status(runtime_dir)["ranks"] if one["finding"] == "straggler"
         }
     return {}
 

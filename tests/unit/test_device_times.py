@@ -19,7 +19,7 @@ LAYERS = 3
 
 @dataclass
 class Stream:
-    """A host that launches and a device that follows. `now`: of the host; `free`: when all that was launched is done."""
+    """A host that launches and a device that follows. `now`: of the host; `free`: when all launched work is done."""
 
     now: int = 0
     free: int = 0

@@ -96,6 +96,7 @@ class HeartbeatWriter:
         self._words = memoryview(self._file).cast("Q")
         self._sequence = 0
         self._times_itself = self.granularity is Granularity.COLLECTIVE
+        self._worked = self._waited = self._timed = 0
         self._reset_counters()
         self._mark = self._entered_at = monotonic_ns()
 
