@@ -36,6 +36,12 @@ class Bindings:
     released: Mapping[str, float] = field(default_factory=dict)
     instance: str | None = None
 
+    @property
+    def shared(self) -> bool:
+        """Whether two ranks are on one GPU."""
+        gpus = [binding.gpu for binding in self.ranks if binding.gpu is not None]
+        return len(set(gpus)) < len(gpus)
+
     def on_gpu(self, gpu: str) -> tuple[Binding, ...]:
         return tuple(binding for binding in self.ranks if binding.gpu == gpu)
 

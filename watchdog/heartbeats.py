@@ -66,7 +66,7 @@ class Heartbeats:
                 pages[binding.incarnation] = page
         self.newest_epoch = max((page.epoch for page in pages.values()), default=0)
         unheard = self._ras.unheard(self._suspicious, now)
-        findings = self._judge.observe(now, list(pages.values()), bindings.epoch or None, unheard)
+        findings = self._judge.observe(now, list(pages.values()), bindings.epoch or None, unheard, bindings.shared)
         self._suspicious = any(one.kind in (FindingKind.HUNG, FindingKind.NOBODY) for one in findings)
         self._note_standstill(findings)
         self.states = []

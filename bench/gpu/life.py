@@ -232,7 +232,7 @@ class Strikes(Deployment):
 
     async def stop(self, rank: int) -> dict[str, Any]:
         """SIGSTOP, and wait until the rank has been fenced, and another process has taken its place."""
-        await self._until_watched()
+        await self.until_watched()
         mark = self.feed.mark()
 
         async def act() -> float:
@@ -250,7 +250,7 @@ class Strikes(Deployment):
 
     async def break_gpu(self, rank: int) -> dict[str, Any]:
         """Its GPU reports an error; wait until the rank is back on another one."""
-        await self._until_watched()
+        await self.until_watched()
         gpu, mark, clock_s = await self._gpu_of(rank), self.feed.mark(), time.monotonic() - time.time()
         async with self._life.page_fault(gpu) as break_it:
 
@@ -282,7 +282,7 @@ class Strikes(Deployment):
         last = (await self.daemon.health())["last_shrink"] or {}
         return {"rank": rank, "how": how, **trial, "cause": last.get("cause"), "requests": last.get("requests")}
 
-    async def _until_watched(self) -> None:
+    async def until_watched(self) -> None:
         """The watchdog reads the page of every rank in this epoch, and has no complaint of any rank or GPU."""
         deadline, why = time.monotonic() + WATCHED_TIMEOUT_S, "no status"
         while time.monotonic() < deadline:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.gpu import drills
+from bench.gpu import drills, stragglers
 from bench.gpu.budget import Wanted
 from bench.gpu.life import Life, Setting
 from bench.gpu.results import Findings
@@ -109,6 +109,16 @@ PARTS: Mapping[str, Part] = {
             trials=0,
             trial_s={"cuda": 0.0, "cpu": 0.0},
             rest_s=60.0,
+        ),
+        Part(
+            "straggler",
+            "processes that compute on the GPU of one rank, which is named as long as they do",
+            "the watchdog, a GPU for each rank (--ranks-per-gpu 1)",
+            f"{NO_STREAM}; the slow rank alone is named, within {stragglers.NAMED_BAR_S:g} s, and within "
+            f"{stragglers.CLEARED_BAR_S:g} s of the end no more; no exclusion",
+            stragglers.straggler,
+            trials=3,
+            trial_s={"cuda": 80.0, "cpu": 1.0},
         ),
         Part(
             "leak",

@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 import structlog
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from elastic_daemon.engine.stream_counters import StreamCounters
 from elastic_daemon.messages import Message
 from watchdog.heartbeat.errors import PageNotCreated
 from watchdog.heartbeat.layout import Collective, Granularity, Phase
@@ -40,6 +41,7 @@ class Page(Protocol):
     def start_step(self, step: int, phase: Phase) -> None: ...
     def enter(self, kind: int) -> None: ...
     def complete(self, kind: int) -> None: ...
+    def add_times(self, worked: int, waited: int, starved: int, timed: int) -> None: ...
     def report_async_error(self, code: int) -> None: ...
     def close(self) -> None: ...
 
@@ -65,6 +67,9 @@ class NoPage:
         pass
 
     def complete(self, kind: int) -> None:
+        pass
+
+    def add_times(self, worked: int, waited: int, starved: int, timed: int) -> None:
         pass
 
     def report_async_error(self, code: int) -> None:
@@ -123,9 +128,13 @@ def step_phase(scheduled: SchedulerOutput) -> Phase:
 class Steps:
     """Steps of the current epoch on a page. All members of an epoch step together, so all count alike."""
 
-    def __init__(self, page: Page) -> None:
-        """Where the page counts steps, each is one collective, which ends when its output has come back to the host."""
+    def __init__(self, page: Page, counters: StreamCounters | None = None) -> None:
+        """Where the page counts steps, each is one collective, which ends when its output has come back to the host.
+
+        `counters`: what collectives are counted and timed with, if that is done on a device.
+        """
         self._page = page
+        self._counters = counters
         self._per_step = page.granularity is Granularity.STEP
         self._count = 0
         self._in_flight: deque[bool] = deque()
@@ -139,11 +148,15 @@ class Steps:
         """A step begins whose end the host waits for."""
         self._count += 1
         self._page.start_step(self._count, phase)
+        if self._counters is not None and (times := self._counters.begin_step(self._count)) is not None:
+            self._page.add_times(*times)
         if self._per_step:
             self._page.enter(Collective.STEP)
 
     def end(self) -> None:
         """The step that began last is complete."""
+        if self._counters is not None:
+            self._counters.landed(newest=not self._in_flight)
         if self._per_step:
             self._page.complete(Collective.STEP)
 

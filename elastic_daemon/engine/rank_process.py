@@ -72,7 +72,7 @@ def run_rank(config: VllmConfig, spec: Message) -> None:
             control,
             store,
             page,
-            Steps(page),
+            Steps(page, counters),
             counters,
             spec.get("host_copies_dir"),
         )

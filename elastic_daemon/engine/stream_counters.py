@@ -15,6 +15,7 @@ from collections.abc import Callable
 import structlog
 import torch
 
+from elastic_daemon.engine.device_times import DeviceTimes, Times
 from watchdog.heartbeat.layout import COMPLETED, ENTERED, PAGE_BYTES, Collective, Granularity
 
 log = structlog.get_logger(__name__)
@@ -30,6 +31,7 @@ class StreamCounters:
         self._device = device
         self._driver: ctypes.CDLL | None = None
         self._page = 0
+        self._times: DeviceTimes | None = None
 
     def map(self, page: mmap.mmap) -> Granularity:
         """Map this process's page for the device. Returns what will be counted.
@@ -48,7 +50,19 @@ class StreamCounters:
 
     def count(self) -> CollectiveCount | None:
         """For the collectives of a new group; nothing may be under way on the stream. None if steps are counted."""
-        return CollectiveCount(self._write) if self._driver is not None else None
+        if self._driver is None:
+            return None
+        self._times = DeviceTimes(lambda: torch.cuda.Event(enable_timing=True))
+        return CollectiveCount(self._write, self._times)
+
+    def begin_step(self, number: int) -> Times | None:
+        """A step of the newest group is about to be launched. Returns what an earlier one took, once that is known."""
+        return self._times.begin_step(number) if self._times is not None else None
+
+    def landed(self, newest: bool) -> None:
+        """The host has the output of a step. `newest`: it has launched none behind that."""
+        if self._times is not None:
+            self._times.landed(newest)
 
     def _map(self, page: mmap.mmap, driver: ctypes.CDLL) -> None:
         # CUresult cuStreamWriteValue64(CUstream, CUdeviceptr, cuuint64_t value, unsigned flags); flags 0: what was
@@ -72,8 +86,9 @@ class StreamCounters:
 class CollectiveCount:
     """Counts the collectives of one group, from 0. `write(word, value)` stores to the page in stream order."""
 
-    def __init__(self, write: Callable[[int, int], None]) -> None:
+    def __init__(self, write: Callable[[int, int], None], times: DeviceTimes) -> None:
         self._write = write
+        self._times = times
         self._entered = [0] * len(Collective)
         self._completed = [0] * len(Collective)
 
@@ -81,10 +96,12 @@ class CollectiveCount:
         """A collective is about to be put on the stream."""
         self._entered[kind] += 1
         self._write(ENTERED + kind, self._entered[kind])
+        self._times.enter(kind)
 
     def complete(self, kind: Collective) -> None:
         """The stream waits for the collective that was put on it last."""
         self._completed[kind] += 1
+        self._times.complete(kind)
         self._write(COMPLETED + kind, self._completed[kind])
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from elastic_daemon.engine.device_times import EVERY, DeviceTimes, Times
 from elastic_daemon.engine.heartbeat import Steps, open_page
 from elastic_daemon.engine.stream_counters import CollectiveCount, StreamCounters
 from watchdog.heartbeat.layout import COMPLETED, ENTERED, Collective, Granularity, Phase
@@ -28,7 +29,8 @@ def test_without_a_gpu_whole_steps_are_counted(tmp_path: Path, capfd: pytest.Cap
 def test_each_group_counts_from_the_start_and_each_kind_for_itself() -> None:
     written: list[tuple[int, int]] = []
     for _ in range(2):
-        count = CollectiveCount(lambda word, value: written.append((word, value)))
+        # No step has begun: none is timed, and no event is made.
+        count = CollectiveCount(lambda word, value: written.append((word, value)), DeviceTimes(pytest.fail))
         count.enter(Collective.DISPATCH)
         count.complete(Collective.DISPATCH)
         count.enter(Collective.COMBINE)
@@ -57,5 +59,34 @@ def test_a_host_that_syncs_looks_up_from_that_and_not_from_what_its_device_is_in
     (device,), _ = pages.read()
     assert (both.waited_for, both.collective) == (Collective.SYNC, Collective.DISPATCH)
     assert device.waited_for is Collective.DISPATCH
+    pages.close()
+    page.close()
+
+
+class TimedSteps(StreamCounters):
+    """Has always just learnt what a step took."""
+
+    landings = 0
+
+    def begin_step(self, number: int) -> Times | None:
+        return Times(9, 8, 7, 2) if number == EVERY else None
+
+    def landed(self, newest: bool) -> None:
+        assert newest
+        self.landings += 1
+
+
+def test_times_of_steps_get_onto_the_page(tmp_path: Path) -> None:
+    counters = TimedSteps(torch.device("cuda", 0))
+    page = open_page({"heartbeat_dir": str(tmp_path), "rank": 0, "incarnation": 1}, lambda page: Granularity.DEVICE)
+    steps = Steps(page, counters)
+    steps.begin_epoch(1)
+    for _ in range(EVERY):
+        steps.begin(Phase.DECODE)
+        steps.end()
+    pages = PageDirectory(tmp_path)
+    (read,), _ = pages.read()
+    assert (read.worked_ns, read.waited_ns, read.starved_ns, read.timed) == (9, 8, 7, 2)
+    assert counters.landings == EVERY
     pages.close()
     page.close()

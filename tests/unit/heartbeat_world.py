@@ -124,7 +124,8 @@ class World:
 
     def _complete(self, rank: int, kind: Collective, done: float) -> float:
         now = self._run(rank, max(done, self._times[rank][-1]), LATENCY_S)
-        self._write(rank, now, completed=_more(self._pages[rank][-1].completed, kind))
+        page = self._pages[rank][-1]
+        self._write(rank, now, completed=_more(page.completed, kind), timed=page.timed + 1)
         return now
 
     def _wait(self, entered: list[float], until: float, skip: Set[int] = frozenset()) -> None:

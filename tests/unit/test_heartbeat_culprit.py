@@ -135,16 +135,48 @@ def test_a_straggler_is_named_and_not_accused(slowdown: float) -> None:
     assert named[-1].slowdown == pytest.approx(slowdown, rel=0.15)
 
 
-@pytest.mark.parametrize("granularity", Granularity)
-def test_hosts_that_wait_for_a_device_are_no_stragglers(granularity: Granularity) -> None:
-    """Their time outside collectives is time in which they waited for the device, wherever they first needed it."""
+def named_of(work: Mapping[int, int], starved: Mapping[int, int], shared: bool = False, **fields: object) -> set[int]:
+    """Four ranks with so much work, in ms, for each of two collectives in 0.1 s, and so much of it starved."""
     stragglers = StragglerWatch(StragglerPolicy())
     named: Mapping[int, float] = {}
     for tick in range(200):
-        counters = {"entered": (tick, tick, 0, 0), "completed": (tick, tick, 0, 0), "granularity": granularity}
-        pages = [page(rank, worked_ns=tick * 10**6 * (4 if rank == 2 else 1), **counters) for rank in range(4)]
-        named = stragglers.observe(pages, 3, 0.1)
-    assert set(named) == ({2} if granularity is Granularity.COLLECTIVE else set())
+        counted: dict[str, object] = {"completed": (tick, tick, 0, 0), "timed": 2 * tick, **fields}
+        pages = [
+            page(
+                rank,
+                worked_ns=2 * tick * 10**6 * work.get(rank, 1),
+                starved_ns=2 * tick * 10**6 * starved.get(rank, 0),
+                **counted,
+            )
+            for rank in range(4)
+        ]
+        named = stragglers.observe(pages, 3, 0.1, shared)
+    return set(named)
+
+
+@pytest.mark.parametrize("granularity", Granularity)
+def test_who_does_not_time_collectives_is_no_straggler(granularity: Granularity) -> None:
+    """The work of hosts per step is time in which they waited for their devices, wherever they first needed them."""
+    named = named_of({2: 4}, {}, granularity=granularity)
+    assert named == (set() if granularity is Granularity.STEP else {2})
+
+
+def test_ranks_that_take_turns_on_a_device_are_not_compared() -> None:
+    assert named_of({2: 4}, {}, shared=True, granularity=Granularity.DEVICE) == set()
+
+
+def test_a_page_without_times_names_nobody() -> None:
+    assert named_of({2: 4}, {}, timed=0) == set()
+
+
+def test_a_device_that_waits_for_its_host_is_not_slow() -> None:
+    assert named_of({2: 4}, {2: 3}, granularity=Granularity.DEVICE) == set()
+
+
+def test_a_device_is_compared_with_peers_and_their_hosts() -> None:
+    """Rank 2 computes for 4 ms, its host being ahead; the others launch as slowly, and their devices wait for that."""
+    work = dict.fromkeys(range(4), 4)
+    assert named_of(work, {0: 3, 1: 3, 3: 3}, granularity=Granularity.DEVICE) == set()
 
 
 def page(rank: int, **fields: object) -> Snapshot:

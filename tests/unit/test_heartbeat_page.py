@@ -44,6 +44,7 @@ def test_a_step_is_read_back(writer: HeartbeatWriter) -> None:
     assert (page.entered_total, page.completed_total, page.collective) == (2, 1, Collective.COMBINE)
     assert page.phase_since_ns <= page.last_completed_ns <= page.last_entered_ns <= page.async_error_ns
     assert page.worked_ns > 0 and page.waited_ns > 0
+    assert (page.timed, page.starved_ns) == (1, 0)
     assert (page.async_error, page.torn, page.process) == (6, False, ProcessState.RUNNING)
 
 
@@ -70,7 +71,41 @@ def test_fields_keep_their_documented_places(writer: HeartbeatWriter) -> None:
     assert words[5] == os.getpid()
     assert words[7:12] == (0, 6, 3, 5, 6)
     assert words[16:24] == (0, 1, 0, 0, 0, 0, 0, 0)
-    assert not any(words[26:32]) and not any(words[34:])
+    assert not any(words[24:32]) and not any(words[34:])
+    writer.complete(Collective.COMBINE)
+    writer.add_times(0, 0, 5, 7)
+    words = struct.unpack("@64Q", writer.path.read_bytes()[:512])
+    assert words[24] and words[25] and words[26:28] == (8, 5)
+    assert not any(words[28:32])
+
+
+@pytest.mark.parametrize("granularity", [Granularity.STEP, Granularity.DEVICE])
+def test_a_host_does_not_time_what_its_device_waits_for(tmp_path: Path, granularity: Granularity) -> None:
+    writer = HeartbeatWriter(tmp_path, 2, 7, lambda page: granularity)
+    writer.begin_epoch(3)
+    writer.enter(Collective.SYNC)
+    writer.complete(Collective.SYNC)
+    with PageReader(writer.path) as reader:
+        page = reader.read()
+    assert page.completed == (0, 0, 1, 0)
+    assert (page.worked_ns, page.waited_ns, page.starved_ns, page.timed) == (0, 0, 0, 0)
+
+
+@given(st.lists(st.tuples(*4 * [st.integers(0, 2**62)]), min_size=1, max_size=5))
+def test_times_of_a_device_add_up_and_start_anew(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, int, int, int]]
+) -> None:
+    writer = HeartbeatWriter(tmp_path_factory.mktemp("pages"), 0, 1, lambda page: Granularity.DEVICE)
+    for times in steps:
+        writer.add_times(*times)
+    with PageReader(writer.path) as reader:
+        page = reader.read()
+        assert not page.torn
+        sums = tuple(sum(one) & WORD_MASK for one in zip(*steps, strict=True))
+        assert (page.worked_ns, page.waited_ns, page.starved_ns, page.timed) == sums
+        writer.begin_epoch(2)
+        page = reader.read()
+    assert (page.worked_ns, page.waited_ns, page.starved_ns, page.timed) == (0, 0, 0, 0)
 
 
 def test_the_page_is_private_and_named_by_incarnation(writer: HeartbeatWriter, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ Ranks of older epochs, and those that load, are parked or regroup, are compared 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from watchdog.heartbeat.findings import Finding, FindingKind, Reason
@@ -58,12 +58,13 @@ class HeartbeatJudge:
         snapshots: Sequence[Snapshot],
         epoch: int | None = None,
         unheard: frozenset[int] = frozenset(),
+        shared: bool = False,
     ) -> list[Finding]:
         """Findings that hold now.
 
         `now_s`: the reader's CLOCK_MONOTONIC, in seconds, when it took the snapshots. `snapshots`: all pages; leave
         out ranks that are known to be no members any more. `epoch`: the current one, if known; else the newest that
-        a living rank is in. `unheard`: pids that NCCL's RAS has just missed.
+        a living rank is in. `unheard`: pids that NCCL's RAS has just missed. `shared`: some ranks are on one device.
         """
         self._unheard = unheard
         credit_s = self._clock.credit_s(now_s)
@@ -89,7 +90,8 @@ class HeartbeatJudge:
             findings += self._unheard_alone(group) or self._standstill(group, epoch)
         if any(finding.confirmed and finding.epoch == epoch for finding in findings):
             self._progress.disturb()
-        findings += self._slow(group, epoch, credit_s, {finding.rank for finding in hung})
+        slow = self._stragglers.observe([track.page for track in members], epoch, credit_s, shared)
+        findings += self._slow(group, slow, {finding.rank for finding in hung})
         return findings
 
     def _dead(self, track: Track) -> Finding:
@@ -132,8 +134,7 @@ class HeartbeatJudge:
         confirmed = seconds >= limit + self._policy.intervals.confirm_s
         return [Finding(FindingKind.NOBODY, None, None, epoch, confirmed, reason, seconds, limit, evidence=evidence)]
 
-    def _slow(self, group: _Group, epoch: int, credit_s: float, hung: set[int | None]) -> list[Finding]:
-        slow = self._stragglers.observe([track.page for track in group.tracks], epoch, credit_s)
+    def _slow(self, group: _Group, slow: Mapping[int, float], hung: set[int | None]) -> list[Finding]:
         return [
             self._finding(FindingKind.STRAGGLER, track, Reason.SLOW, 0.0, 0.0, False, slow[track.page.rank])
             for track in group.tracks

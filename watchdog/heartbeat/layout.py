@@ -1,7 +1,8 @@
 """Layout of a heartbeat page, version 1, and what a reader makes of one.
 
 A page is a file of 4096 bytes (one memory page, so that a GPU may map it too), of which 64 words are used. Every field
-is one unsigned 64-bit word in the machine's byte order, aligned to 8 bytes. A word keeps its place within a version.
+is one unsigned 64-bit word in the machine's byte order, aligned to 8 bytes. A word keeps its place within a version; a
+reserved one may be put to use if its 0 then reads as "not known".
 
     word   bytes    field            written by
        0   0        magic            creator, before the file gets its name; never changes
@@ -24,7 +25,9 @@ is one unsigned 64-bit word in the machine's byte order, aligned to 8 bytes. A w
       20   160      completed        "  4 counters
       24   192      worked           main thread: ns outside collectives, within steps
       25   200      waited           "  ns inside collectives
-      26   208      reserved, 0
+      26   208      timed            "  collectives, or expert layers of a device, that `worked` is the sum of
+      27   216      starved          "  ns of `worked` in which a device may have waited for its host
+      28   224      reserved, 0
       32   256      async error      any one other thread: NCCL's code, 0 for none
       33   264      async error at   "  CLOCK_MONOTONIC, ns
       34   272      reserved, 0
@@ -51,7 +54,7 @@ RANK, INCARNATION, PID, PID_START, GRANULARITY = 3, 4, 5, 6, 7
 SEQUENCE, EPOCH, STEP, PHASE, PHASE_SINCE = 8, 9, 10, 11, 12
 LAST_BEAT, LAST_ENTERED, LAST_COMPLETED = 13, 14, 15
 ENTERED, COMPLETED = 16, 20
-WORKED, WAITED = 24, 25
+WORKED, WAITED, TIMED, STARVED = 24, 25, 26, 27
 ASYNC_ERROR, ASYNC_ERROR_AT = 32, 33
 
 WORDS = struct.Struct("@64Q")
@@ -69,8 +72,9 @@ class Collective(IntEnum):
 class Granularity(IntEnum):
     """How finely the counters advance, and who writes them.
 
-    DEVICE: per collective, in the order of the device's stream; the host waits for the device wherever it needs it, so
-    its times of work and of waiting compare with nobody's. STEP: the host, once per step of a device.
+    DEVICE: per collective, in the order of the device's stream; times are the device's own, of some steps. STEP: the
+    host, once per step of a device; its times compare with nobody's, since it waits for the device wherever it needs
+    it.
     """
 
     COLLECTIVE = 0
@@ -134,6 +138,8 @@ class Snapshot:
     completed: tuple[int, int, int, int] = (0, 0, 0, 0)
     worked_ns: int = 0
     waited_ns: int = 0
+    timed: int = 0
+    starved_ns: int = 0
     async_error: int = 0
     async_error_ns: int = 0
     torn: bool = False

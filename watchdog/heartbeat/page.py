@@ -33,7 +33,9 @@ from watchdog.heartbeat.layout import (
     PHASE,
     PHASE_SINCE,
     SEQUENCE,
+    STARVED,
     STEP,
+    TIMED,
     WAITED,
     WORD_MASK,
     WORKED,
@@ -63,6 +65,8 @@ class HeartbeatWriter:
         "_file",
         "_mark",
         "_sequence",
+        "_timed",
+        "_times_itself",
         "_waited",
         "_words",
         "_worked",
@@ -91,7 +95,8 @@ class HeartbeatWriter:
             raise PageNotCreated(f"heartbeat page {self.path}: {error.strerror}") from error
         self._words = memoryview(self._file).cast("Q")
         self._sequence = 0
-        self._worked = self._waited = 0
+        self._times_itself = self.granularity is Granularity.COLLECTIVE
+        self._worked = self._waited = self._timed = 0
         self._reset_counters()
         self._mark = self._entered_at = monotonic_ns()
 
@@ -103,7 +108,7 @@ class HeartbeatWriter:
         self._reset_counters()
         for kind in Collective:
             words[ENTERED + kind] = words[COMPLETED + kind] = 0
-        words[WORKED] = words[WAITED] = words[STEP] = 0
+        words[WORKED] = words[WAITED] = words[TIMED] = words[STARVED] = words[STEP] = 0
         words[layout.EPOCH] = epoch
         words[PHASE] = phase
         words[PHASE_SINCE] = words[LAST_BEAT] = now
@@ -163,11 +168,21 @@ class HeartbeatWriter:
         count = completed[kind] = completed[kind] + 1
         words[COMPLETED + kind] = count
         words[LAST_COMPLETED] = now
-        words[WAITED] = self._waited = self._waited + now - entered_at
-        # Masked: negative if the phase changed inside the collective, and a heartbeat must never raise.
-        words[WORKED] = self._worked = (self._worked + entered_at - self._mark) & WORD_MASK
+        if self._times_itself:
+            words[WAITED] = self._waited = self._waited + now - entered_at
+            # Masked: negative if the phase changed inside the collective, and a heartbeat must never raise.
+            words[WORKED] = self._worked = (self._worked + entered_at - self._mark) & WORD_MASK
+            words[TIMED] = self._timed = self._timed + 1
         words[SEQUENCE] = self._sequence = sequence + 2
         self._mark = self._entered_at = now
+
+    def add_times(self, worked: int, waited: int, starved: int, timed: int) -> None:
+        """What a device has measured of a step by itself. Times in ns."""
+        words = self._words
+        words[SEQUENCE] = self._sequence + 1
+        for word, more in ((WORKED, worked), (WAITED, waited), (STARVED, starved), (TIMED, timed)):
+            words[word] = (words[word] + more) & WORD_MASK
+        self._end_update()
 
     def report_async_error(self, code: int) -> None:
         """NCCL's asynchronous error of the group, 0 for none. From one thread of any kind; not part of an update."""
@@ -188,7 +203,7 @@ class HeartbeatWriter:
     def _reset_counters(self) -> None:
         self._entered = [0] * len(Collective)
         self._completed = [0] * len(Collective)
-        self._worked = self._waited = 0
+        self._worked = self._waited = self._timed = 0
 
 
 def _create(

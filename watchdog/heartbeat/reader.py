@@ -139,6 +139,8 @@ class PageReader:
             completed=(completed[0], completed[1], completed[2], completed[3]),
             worked_ns=words[layout.WORKED],
             waited_ns=words[layout.WAITED],
+            timed=words[layout.TIMED],
+            starved_ns=words[layout.STARVED],
             async_error=words[layout.ASYNC_ERROR],
             async_error_ns=words[layout.ASYNC_ERROR_AT],
             torn=torn,

@@ -4,6 +4,9 @@ All ranks of a group are as fast as the slowest, so speed is not to be seen in t
 between two collectives: the page adds up time outside collectives ("worked") and inside ("waited"). The slowdown of a
 rank is its work per collective relative to the median of its peers; the median over several windows keeps one long
 prefill or one stall from naming anybody (peer comparison as in "Falcon", Wu et al. 2024, on fail-slow GPUs).
+
+On a device, what it may have waited for its host ("starved") is no work of its own, but counts as that of its peers:
+the device whose host is the last of all does not keep them waiting, and is compared with hosts that are ahead.
 """
 
 from __future__ import annotations
@@ -39,9 +42,17 @@ class StragglerWatch:
         self._observed_s = 0.0
         self._ratios: dict[int, deque[float]] = {}
 
-    def observe(self, group: Sequence[Snapshot], epoch: int, credit_s: float) -> Mapping[int, float]:
-        """Ranks to be named, with their slowdown. Only hosts that wait in their collectives themselves can be named."""
-        if any(page.granularity is not Granularity.COLLECTIVE for page in group):
+    def observe(
+        self, group: Sequence[Snapshot], epoch: int, credit_s: float, shared: bool = False
+    ) -> Mapping[int, float]:
+        """Ranks to be named, with their slowdown.
+
+        Nobody is while work is not timed in the same way on all of them, or `shared`: some are on one device and take
+        turns on it, so that their times are not their own.
+        """
+        ways = {page.granularity for page in group}
+        if shared or len(ways) != 1 or Granularity.STEP in ways:
+            self._restart({}, -1)
             return {}
         pages = {(page.rank, page.incarnation): page for page in group if not page.torn}
         if epoch != self._epoch or len(pages) != len(group) or pages.keys() != self._start.keys():
@@ -57,18 +68,20 @@ class StragglerWatch:
         self._epoch, self._start, self._observed_s, self._ratios = epoch, pages, 0.0, {}
 
     def _close_window(self, pages: dict[tuple[int, int], Snapshot]) -> None:
-        work = {}
+        work, own = {}, {}
         for identity, page in pages.items():
             start = self._start[identity]
-            collectives = ahead(page.completed_total, start.completed_total)
-            if collectives < self._policy.least_collectives:
+            timed = ahead(page.timed, start.timed)
+            if timed < self._policy.least_collectives:
                 return  # idle or stuck: the window goes on
-            work[page.rank] = max(ahead(page.worked_ns, start.worked_ns), 0) * 1e-9 / collectives
+            worked, starved = ahead(page.worked_ns, start.worked_ns), ahead(page.starved_ns, start.starved_ns)
+            work[page.rank] = max(worked, 0) * 1e-9 / timed
+            own[page.rank] = max(worked - starved, 0) * 1e-9 / timed
         self._start, self._observed_s = pages, 0.0
-        for rank, own in work.items():
+        for rank in work:
             peers = [other for peer, other in work.items() if peer != rank]
             if peers:
-                ratio = own / max(median(peers), self._policy.least_work_s)
+                ratio = own[rank] / max(median(peers), self._policy.least_work_s)
                 self._ratios.setdefault(rank, deque(maxlen=self._policy.windows)).append(ratio)
 
     def _slow(self) -> Mapping[int, float]:
