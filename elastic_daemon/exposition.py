@@ -1,16 +1,24 @@
-"""The text of a registry, as `prometheus_client.generate_latest` gives it, in less than half of its time.
+"""The text of a registry, as `prometheus_client.generate_latest` gives it, in a sixth of its time.
 
-vLLM has some two thousand samples, whose names and labels stay: `generate_latest` writes and escapes them each time,
-and the event loop of the front end does nothing else for 20 ms.
+vLLM has some two thousand samples, whose names and labels stay: the library makes an object of each sample, writes and
+escapes it each time, and the event loop of the front end does nothing else for 20 ms. Counters, gauges and histograms
+are read here without that; for it this module knows their private attributes, and its tests compare with the library.
 """
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, generate_latest
+from collections.abc import Iterable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.utils import floatToGoString
 
 SIMPLE = frozenset({"counter", "gauge", "histogram", "summary"})
+READ_HERE = (Counter, Gauge, Histogram)
+
+_PLAIN_BELOW = 1e6
+"""Go, and so the format, writes larger numbers with an exponent."""
 
 
 class Exposition:
@@ -19,27 +27,100 @@ class Exposition:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
         self._starts: dict[tuple[str, ...], str] = {}  # of lines, by name and labels
+        self._metrics: dict[Any, _Read] = {}
 
     def render(self) -> str:
-        return "".join([self._family(family) for family in self._registry.collect()])
+        return "".join([text for collector in self._collectors for text in self._texts(collector)])
+
+    @property
+    def _collectors(self) -> list[Any]:
+        """In the order of the library."""
+        with self._registry._lock:
+            return list(self._registry._collector_to_names)
+
+    def _texts(self, collector: Any) -> Iterable[str]:
+        if type(collector) not in READ_HERE:
+            return [self._family(family) for family in collector.collect()]
+        read = self._metrics.get(collector)
+        if read is None:
+            read = self._metrics[collector] = _Read(collector)
+        return read.lines() or [self._family(family) for family in collector.collect()]
 
     def _family(self, family: Metric) -> str:
-        if family.type not in SIMPLE or any(_is_special(sample.name, family) for sample in family.samples):
+        if family.type not in SIMPLE or any(_is_special(sample.name) for sample in family.samples):
             return generate_latest(_Only(family)).decode()
-        name = family.name + "_total" if family.type == "counter" else family.name
-        help_ = family.documentation.replace("\\", r"\\").replace("\n", r"\n")
-        lines = [f"# HELP {name} {help_}\n# TYPE {name} {family.type}\n"]
+        lines = [_heading(family)]
         starts = self._starts
         for sample in family.samples:
             key = (sample.name, *sample.labels, *sample.labels.values())
             start = starts.get(key)
             if start is None:
                 start = starts[key] = _start(sample.name, sample.labels)
-            lines.append(f"{start}{floatToGoString(sample.value)}\n")  # type: ignore[no-untyped-call]
+            lines.append(f"{start}{_number(sample.value)}\n")
         return "".join(lines)
 
 
-def _is_special(name: str, family: Metric) -> bool:
+class _Read:
+    """A counter, gauge or histogram of the library, with the beginnings of its lines by the values of its labels."""
+
+    def __init__(self, metric: Any) -> None:
+        self._metric = metric
+        self._heading = _heading(metric._get_metric())
+        self._starts: dict[tuple[str, ...], list[str]] = {}
+
+    def lines(self) -> list[str] | None:
+        """None where the library has other samples than those that are read here, such as times of creation."""
+        metric = self._metric
+        if _is_special(metric._name):
+            return None
+        if metric._labelnames:
+            with metric._lock:
+                children = list(metric._metrics.items())
+        else:
+            children = [((), metric)]
+        lines = [self._heading]
+        for labels, child in children:
+            starts = self._starts.get(labels)
+            if starts is None:
+                starts = self._starts[labels] = self._starts_of(labels, child)
+            values = _values(child)
+            if len(values) != len(starts):
+                return None
+            lines += [f"{start}{_number(value)}\n" for start, value in zip(starts, values, strict=True)]
+        return lines
+
+    def _starts_of(self, labels: tuple[str, ...], child: Any) -> list[str]:
+        name, own = self._metric._name, dict(zip(self._metric._labelnames, labels, strict=True))
+        return [_start(name + sample.name, {**own, **sample.labels}) for sample in child._child_samples()]
+
+
+def _values(child: Any) -> list[float]:
+    """In the order of the library's samples."""
+    if "_child_samples" in vars(child):  # a gauge that asks a function
+        return [sample.value for sample in child._child_samples()]
+    if not isinstance(child, Histogram):
+        return [child._value.get()]
+    values, so_far = [], 0.0
+    for bucket in child._buckets:
+        so_far += bucket.get()
+        values.append(so_far)
+    values.append(so_far)
+    return [*values, child._sum.get()] if child._upper_bounds[0] >= 0 else values
+
+
+def _heading(family: Metric) -> str:
+    name = family.name + "_total" if family.type == "counter" else family.name
+    help_ = family.documentation.replace("\\", r"\\").replace("\n", r"\n")
+    return f"# HELP {name} {help_}\n# TYPE {name} {family.type}\n"
+
+
+def _number(value: float) -> str:
+    if -_PLAIN_BELOW < value < _PLAIN_BELOW:
+        return repr(float(value))
+    return str(floatToGoString(value))  # type: ignore[no-untyped-call]
+
+
+def _is_special(name: str) -> bool:
     """A sample that goes under a heading of its own, or has a name that needs quotes."""
     return name.endswith(("_created", "_gsum", "_gcount")) or not name.replace(":", "_").isidentifier()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from elastic_daemon.exposition import Exposition
 from elastic_daemon.health import HealthView
 from elastic_daemon.membership import RankState, Status
 from elastic_daemon.placement import Source
@@ -26,7 +27,8 @@ class Metrics:
     """One registry per supervisor, so that tests can have several."""
 
     def __init__(self) -> None:
-        self._registry = registry = CollectorRegistry()
+        registry = CollectorRegistry()
+        self._text = Exposition(registry)
         self._epoch = Gauge("elastic_epoch", "Current membership epoch", registry=registry)
         self._ranks = Gauge("elastic_ranks", "Ranks by state", ["state"], registry=registry)
         self._safety = Gauge(
@@ -142,7 +144,7 @@ class Metrics:
         """Off a draining rank, while the group served."""
         self._preserved.labels("moved").inc(requests)
 
-    def render(self, view: HealthView) -> bytes:
+    def render(self, view: HealthView) -> str:
         """The text exposition, with gauges as of `view`."""
         self._in_flight.set(view.in_flight)
         self._watched.set(view.watchdog.trouble is None)
@@ -158,4 +160,4 @@ class Metrics:
             self._epoch.set(snapshot.epoch)
             for state in RankState:
                 self._ranks.labels(state.value).set(sum(rank.state is state for rank in snapshot.ranks))
-        return generate_latest(self._registry)
+        return self._text.render()

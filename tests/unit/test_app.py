@@ -303,7 +303,7 @@ async def test_a_silent_stream_has_a_pulse(plane: Plane) -> None:
 
 
 def _samples(plane: Plane) -> dict[str, float]:
-    text = plane.metrics.render(plane.health()).decode()
+    text = plane.metrics.render(plane.health())
     return {sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
 
 

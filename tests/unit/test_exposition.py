@@ -11,6 +11,9 @@ from prometheus_client.metrics_core import Metric
 from elastic_daemon.exposition import Exposition
 
 
+ODD = str.maketrans("+-.", "___")
+
+
 @pytest.fixture
 def registry() -> CollectorRegistry:
     registry = CollectorRegistry()
@@ -25,6 +28,14 @@ def registry() -> CollectorRegistry:
     histogram.labels("0").observe(0.3)
     Histogram("never", "observed", ["engine"], registry=registry)
     Summary("size", "of something", registry=registry).observe(2)
+    Histogram("below_zero", "has no sum", buckets=(-1.0, 1.0), registry=registry).observe(0.5)
+    for value in (999999.0, 1e6, 1234567.0, 1e16, -1e6, 1e-7, 5):
+        Gauge(f"number_{value:g}".translate(ODD), "", registry=registry).set(value)
+    Gauge("asked", "a function", registry=registry).set_function(lambda: 7.5)
+    asked = Gauge("asked_each", "a function", ["of"], registry=registry)
+    asked.labels("one").set_function(lambda: 1.5)
+    asked.labels("other").set(2)
+    Gauge("no_child", "yet", ["of"], registry=registry)
     Info("build", "of this", registry=registry).info({"version": "1"})
     return registry
 
@@ -44,6 +55,16 @@ def test_values_are_new_each_time(registry: CollectorRegistry) -> None:
     assert "more" not in before
     more.inc()
     assert "more_total 6.0" in exposition.render()
+
+
+def test_a_child_that_goes(registry: CollectorRegistry) -> None:
+    exposition = Exposition(registry)
+    some = Gauge("some", "of them", ["of"], registry=registry)
+    some.labels("one").set(1)
+    some.labels("other").set(2)
+    assert 'some{of="one"} 1.0' in exposition.render()
+    some.remove("one")
+    assert exposition.render() == generate_latest(registry).decode()
 
 
 def test_a_family_of_an_unusual_kind() -> None:

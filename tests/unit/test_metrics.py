@@ -46,7 +46,7 @@ def _rendered(metrics: Metrics, view: HealthView = VIEW) -> dict[tuple[str, str]
     """Name and value of the only label, if any -> value."""
     return {
         (sample.name, ",".join(sample.labels.values())): sample.value
-        for family in text_string_to_metric_families(metrics.render(view).decode())
+        for family in text_string_to_metric_families(metrics.render(view))
         for sample in family.samples
     }
 

@@ -87,7 +87,7 @@ async def test_moved_requests_are_reported_and_counted(pair: tuple[Heard, FrontE
     assert await asyncio.wait_for(supervisor.told.get(), TIMEOUT_S) == p.FrontendMoved(5, (12, 13))
     moves = [event for event in supervisor.events.since(0) if event["event"] == "requests_moved"]
     assert [(event["rank"], event["count"]) for event in moves] == [(1, 3)]
-    metrics = supervisor.metrics.render(HealthView(None, "m", 4, 0, {}, {}, 0.0)).decode()
+    metrics = supervisor.metrics.render(HealthView(None, "m", 4, 0, {}, {}, 0.0))
     assert 'elastic_requests_preserved_total{how="moved"} 3.0' in metrics
 
 

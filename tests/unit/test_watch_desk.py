@@ -117,7 +117,7 @@ async def test_a_verdict_on_a_gpu_reaches_the_controller_once(client: httpx.Asyn
         "verdict", "GPU-b", "exclude", 1,
     )  # fmt: skip
     metric = 'elastic_watchdog_verdicts_total{signal="xid:79",verdict="exclude"} 1.0'
-    assert metric in plane.metrics.render(view()).decode()
+    assert metric in plane.metrics.render(view())
 
 
 async def test_the_same_verdict_again_is_fine_in_a_later_epoch(client: httpx.AsyncClient, plane: Plane) -> None:
