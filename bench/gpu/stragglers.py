@@ -36,7 +36,7 @@ Slow = Mapping[int, float | None]
 
 async def straggler(life: Life, findings: Findings, trials: int) -> None:
     gpus = {row["rank"]: row["gpu"] for row in (await life.daemon.health())["ranks"]}
-    if None in gpus.values() or len(set(gpus.values())) < len(gpus):
+    if life.setting.device != "cuda" or None in gpus.values() or len(set(gpus.values())) < len(gpus):
         findings.refused = (
             "each rank needs a GPU of its own (--ranks-per-gpu 1): ranks that take turns on one are not compared; "
             "CPU ranks: python -m bench.straggler"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bench.gpu import stragglers
+from bench.gpu.life import Setting
 from bench.gpu.results import REFUSED, Findings
 from elastic_daemon.errors import ElasticError
 from watchdog.heartbeat.layout import Phase, Snapshot
@@ -21,18 +22,27 @@ from watchdog.status import write_status
 class On:
     """A life whose ranks are on these GPUs."""
 
-    def __init__(self, *gpus: str | None) -> None:
+    def __init__(self, device: str, *gpus: str | None) -> None:
         self._gpus = gpus
         self.daemon = self
+        self.setting = Setting(device)
 
     async def health(self) -> dict[str, Any]:
         return {"ranks": [{"rank": rank, "gpu": gpu} for rank, gpu in enumerate(self._gpus)]}
 
 
-@pytest.mark.parametrize("gpus", [(None, None), ("GPU-a", "GPU-a"), ("GPU-a", "GPU-b", "GPU-a")])
-async def test_it_is_refused_where_ranks_have_no_gpu_of_their_own(gpus: tuple[str | None, ...]) -> None:
+@pytest.mark.parametrize(
+    "life",
+    [
+        On("cuda", None, None),
+        On("cuda", "GPU-a", "GPU-a"),
+        On("cuda", "GPU-a", "GPU-b", "GPU-a"),
+        On("cpu", "GPU-a", "GPU-b"),  # simulated ones
+    ],
+)
+async def test_it_is_refused_where_ranks_have_no_gpu_of_their_own(life: On) -> None:
     findings = Findings()
-    await stragglers.straggler(On(*gpus), findings, 1)  # type: ignore[arg-type]
+    await stragglers.straggler(life, findings, 1)  # type: ignore[arg-type]
     assert findings.verdict == REFUSED
 
 
