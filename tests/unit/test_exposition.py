@@ -10,7 +10,6 @@ from prometheus_client.metrics_core import Metric
 
 from elastic_daemon.exposition import Exposition
 
-
 ODD = str.maketrans("+-.", "___")
 
 

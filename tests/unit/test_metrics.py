@@ -52,7 +52,7 @@ def _rendered(metrics: Metrics, view: HealthView = VIEW) -> dict[tuple[str, str]
 
 
 def test_all_are_there_and_no_others() -> None:
-    collectors: Any = Metrics()._registry._collector_to_names
+    collectors: Any = Metrics()._text._registry._collector_to_names
     found = {
         collector._name + "_total" * (collector._type == "counter"): (collector._type, tuple(collector._labelnames))
         for collector in collectors
