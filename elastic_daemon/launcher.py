@@ -27,6 +27,8 @@ CHILD_ENVIRONMENT = {
     "VLLM_HOST_IP": "127.0.0.1",
     "GLOO_SOCKET_IFNAME": "lo",
     "NCCL_SOCKET_IFNAME": "lo",
+    # Memory of NCCL that peers map one by one makes it slow to connect: 0.87 s for three GPUs, 0.2 s without.
+    "NCCL_CUMEM_ENABLE": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "TORCH_CPP_LOG_LEVEL": "ERROR",

@@ -283,10 +283,13 @@ async def _error_of_a_program(life: Life, findings: Findings) -> None:
         events = strikes.feed.since(mark)
     heard = [event["number"] for event in life.logged_events("driver_event") if event["gpu"] == gpu]
     findings.figures["errors of another program heard"] = heard
+    findings.figures["streams beside them"] = counts(judged)
+    findings.problems += [str(change) for change in judged.changes[:3]] + judged.examples[:3]
     acted = [event for event in events if event["event"] == "rank_excluded" or event.get("act")]
     findings.bars += [
         Bar("errors of another program heard", ">=", 1, len(heard)),
-        Bar("acts on them, streams lost or changed", "==", 0, len(acted) + judged.lost + judged.changed),
+        Bar("acts on them", "==", 0, len(acted)),
+        Bar("streams beside them lost or changed", "==", 0, judged.lost + judged.refused + judged.changed),
     ]
     findings.problems += [str(event)[:300] for event in acted[:2]]
 
