@@ -93,7 +93,7 @@ PARTS: Mapping[str, Part] = {
             "an Xid on the GPU of a rank, which goes on on a spare one (the table of signals makes it fatal)",
             "the watchdog, a GPU more than ranks (with cpu: --serve-args='--spare-gpus 1')",
             f"{NO_STREAM}; the right GPU alone is named; Xid to verdict <= {drills.VERDICT_BAR_S:g} s, to first token "
-            f"<= {drills.XID_TOKEN_BAR_S:g} s",
+            f"<= {drills.FIRST_TOKEN_BAR_S:g} s",
             drills.xid,
             trials=2,
             trial_s={"cuda": 80.0, "cpu": 75.0},
