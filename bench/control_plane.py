@@ -183,11 +183,15 @@ async def _ask(daemon: Daemon, where: str, measured: Measured) -> None:
         transport = httpx.AsyncHTTPTransport(uds=str(daemon.control.runtime_dir / "http.sock"))
         client = httpx.AsyncClient(transport=transport, base_url="http://daemon", timeout=30)
     async with client:
+        # Never both at once: the text of one answer keeps this process from reading the other.
+        due = time.monotonic() + (INTERVAL_S / 2 if where == "socket" else 0.0)
         for route in itertools.cycle(ROUTES):
+            await asyncio.sleep(due - time.monotonic())
             asked = time.monotonic()
             answer = await client.get(route)
-            measured.answers.append(Answer(where, route, asked, time.monotonic() - asked, answer.status_code))
-            await asyncio.sleep(INTERVAL_S)
+            answered = time.monotonic()
+            measured.answers.append(Answer(where, route, asked, answered - asked, answer.status_code))
+            due += INTERVAL_S * math.ceil(max(answered - due, INTERVAL_S) / INTERVAL_S)
 
 
 async def _lag(daemon: Daemon) -> dict[float, float]:
