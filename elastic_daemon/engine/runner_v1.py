@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 
+from elastic_daemon.engine import seeds
 from elastic_daemon.engine.worker import ElasticModelRunner
 
 
 class ElasticRunnerV1(ElasticModelRunner):
     requests: dict[str, Any]
     input_batch: Any
+    discard_request_mask: Any
+
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        """vLLM samples after each part of a long prefill too, throws the token away, and turns the generator back:
+        generators on CPU cannot be turned back, and raise. So none is drawn from for a token that nobody gets."""
+        mask = self.discard_request_mask.np[: self.input_batch.num_reqs]
+        with seeds.untouched(self.input_batch.generators, mask.nonzero()[0].tolist()):
+            return super().sample_tokens(grammar_output)  # type: ignore[misc]  # of vLLM's GPUModelRunner
 
     def _forget_requests(self) -> None:
         self.execute_model_state = None

@@ -19,10 +19,22 @@ MODEL_RUNNER = (
         ("self", "scheduler_output"),
     ),
     ReliedOn(
+        f"{_WORKER}.gpu_model_runner.GPUModelRunner.sample_tokens",
+        "extended: draws from the generators of the batch",
+        ("self", "grammar_output"),
+    ),
+    ReliedOn(
+        f"{_WORKER}.gpu_model_runner.GPUModelRunner",
+        "tells which tokens will be thrown away",
+        attributes=("discard_request_mask",),
+    ),
+    ReliedOn(
         f"{_WORKER}.gpu_input_batch.InputBatch",
-        "forgets what a step in flight was to sample",
+        "forgets what a step in flight was to sample; has the generators of its rows",
         attributes=(
             "async_copy_ready_event",
+            "generators",
+            "num_reqs",
             "prev_req_id_to_index",
             "prev_sampled_token_ids",
             "sampled_token_ids_cpu",
