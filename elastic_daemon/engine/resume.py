@@ -27,6 +27,12 @@ def resuming_params(params: SamplingParams, output_token_ids: Sequence[int]) -> 
     return resumed
 
 
+def disown_output(params: SamplingParams | None) -> None:
+    """Of a request as its client sends it: `extra_args` are the client's to set, output is not."""
+    if params is not None and params.extra_args:
+        params.extra_args.pop(RESUME_KEY, None)
+
+
 def resumed_output(params: SamplingParams | None) -> list[int]:
     """The output tokens a request is admitted with; empty for a fresh one."""
     extra: dict[str, Any] = (params.extra_args if params is not None else None) or {}
