@@ -47,7 +47,9 @@ def constrained(tokens: int) -> Sampling:
 
 
 def _mixed(number: int, tokens: int) -> Sampling:
-    return (GREEDY, seeded(number), PENALISED, constrained(tokens))[number % 4]
+    kinds = (GREEDY, seeded(number), PENALISED, constrained(tokens))
+    # Ranks get streams in turn: with four of them, each would get streams of one kind.
+    return kinds[(number + number // len(kinds)) % len(kinds)]
 
 
 MODES: Mapping[str, Callable[[int, int], Sampling]] = {

@@ -32,7 +32,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from elastic_daemon.engine.core import WAVES_PER_EPOCH
 from elastic_daemon.engine.group_view import Applied, Membership
 from elastic_daemon.engine.request_watch import RequestWatch
-from elastic_daemon.engine.resume import resuming_params
+from elastic_daemon.engine.resume import disown_output, resuming_params
 from elastic_daemon.requests import Entry, Handover, Ledger
 from elastic_daemon.trace_settings import ABORTED, GIVEN_UP, MOVED, RANK_LOST
 
@@ -195,6 +195,7 @@ class ElasticClient(AsyncMPClient):
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         request.client_index = self.client_index
+        disown_output(request.sampling_params)
         self.watch.queue.join(request.request_id)
         try:
             await self.until_serving()

@@ -14,6 +14,7 @@ from typing import Any
 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
@@ -27,6 +28,12 @@ def resuming_params(params: SamplingParams, output_token_ids: Sequence[int]) -> 
     return resumed
 
 
+def disown_output(params: SamplingParams | None) -> None:
+    """Of a request as its client sends it: `extra_args` are the client's to set, output is not."""
+    if params is not None and params.extra_args:
+        params.extra_args.pop(RESUME_KEY, None)
+
+
 def resumed_output(params: SamplingParams | None) -> list[int]:
     """The output tokens a request is admitted with; empty for a fresh one."""
     extra: dict[str, Any] = (params.extra_args if params is not None else None) or {}
@@ -36,14 +43,35 @@ def resumed_output(params: SamplingParams | None) -> list[int]:
 def restore_output(request: Request) -> None:
     """Give a scheduler request the output tokens it was admitted with, as if it had been preempted after them.
 
-    Its prefill has been counted where it ran first, and the prefix cache may hold more of it than its prompt: vLLM
-    takes that for a defect in a request that was never preempted.
+    One with a grammar gets them later, see `restore_with_grammar`.
+    """
+    output = resumed_output(request.sampling_params)
+    if output and not request.use_structured_output:
+        _count_as_preempted(request)
+        request.append_output_token_ids(output)
+
+
+def restore_with_grammar(request: Request, manager: StructuredOutputManager) -> bool:
+    """The same for a request whose grammar has just been compiled. Returns whether the grammar takes the tokens.
+
+    It is fed with them as it was when they came, one by one and each after it became output: what ends a reasoning
+    section, and what comes after the end of a grammar, depends on that.
     """
     output = resumed_output(request.sampling_params)
     if output:
-        request.append_output_token_ids(output)
-        request.num_preemptions += 1
-        request.prefill_stats = None
+        _count_as_preempted(request)
+    for token in output:
+        request.append_output_token_ids(token)
+        if not manager.accept_tokens(request, [token]):
+            return False
+    return True
+
+
+def _count_as_preempted(request: Request) -> None:
+    """Its prefill has been counted where it ran first, and the prefix cache may hold more of it than its prompt: vLLM
+    takes that for a defect in a request that was never preempted."""
+    request.num_preemptions += 1
+    request.prefill_stats = None
 
 
 def remember_output(request: Request) -> None:

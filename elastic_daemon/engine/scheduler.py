@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from concurrent.futures import Future
 from typing import Any
 
+import structlog
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from elastic_daemon.engine.resume import remember_output
+from elastic_daemon.engine.resume import remember_output, restore_with_grammar
+
+log = structlog.get_logger(__name__)
 
 
 class ElasticScheduler(Scheduler):
@@ -53,6 +57,26 @@ class ElasticScheduler(Scheduler):
         request.num_stale_output_tokens = 0
         request.num_output_placeholders = 0
         request.drop_stale_output = False
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """A request that came with output gets it as soon as its grammar is compiled, and never again: when it starts
+        over, it keeps the grammar that has followed it so far."""
+        compiling = request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+        ready: bool = super()._handle_blocked_waiting_request(request)
+        if ready and compiling and not restore_with_grammar(request, self.structured_output_manager):
+            log.error("grammar_rejects_output", request=request.request_id, accepted=request.num_output_tokens - 1)
+            _spoil_grammar(request)
+            ready = super()._handle_blocked_waiting_request(request)
+        return ready
+
+
+def _spoil_grammar(request: Request) -> None:
+    """Let vLLM end it as a request whose grammar could not be compiled."""
+    assert request.structured_output_request is not None
+    spoilt: Future[Any] = Future()
+    spoilt.set_exception(ValueError("the grammar rejects the output that the request came with"))
+    request.structured_output_request.grammar = spoilt
+    request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
 
 
 class ElasticAsyncScheduler(ElasticScheduler, AsyncScheduler):

@@ -83,6 +83,18 @@ async def test_requests_of_a_draining_rank_go_on_elsewhere_at_once(world: World)
     assert world.client.in_flight == 0
 
 
+async def test_a_client_cannot_pass_off_tokens_as_output(world: World) -> None:
+    world.connect(A)
+    await world.serve({A: 0})
+    claimed = request("r")
+    assert claimed.sampling_params is not None
+    claimed.sampling_params.extra_args = {"of": "the user", RESUME_KEY: ["no token"]}
+    await world.client.add_request_async(claimed)
+    added = await world.ends[A].added()
+    assert added.sampling_params is not None
+    assert added.sampling_params.extra_args == {"of": "the user"}
+
+
 async def test_a_draining_rank_gets_no_new_requests(world: World) -> None:
     world.connect(A, B)
     await world.serve(RANKS, frozenset({A}))

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,10 @@ class Cluster:
     @property
     def log(self) -> str:
         return self.log_path.read_text()
+
+    def logged(self, name: str) -> list[dict[str, Any]]:
+        """Events of the log. Processes share it, so that a line may have two of them."""
+        return [json.loads(one) for one in re.findall(rf'\{{[^{{}}]*"event": "{name}"[^{{}}]*\}}', self.log)]
 
     def wait_for(self, condition: Callable[[], Any], timeout_s: float = 10.0) -> Any:
         """Poll until `condition()` holds; its errors of a daemon that does not answer yet count as no."""
@@ -210,15 +215,23 @@ def run_streams(
     max_tokens: int = 80,
     during: Callable[[], Any] | None = None,
     at_tokens: int = 200,
+    bodies: Sequence[Mapping[str, Any]] | None = None,
     **extra: Any,
 ) -> list[Stream]:
-    """Stream all prompts at once; call `during` once clients have seen `at_tokens` tokens in all."""
+    """Stream all prompts at once; call `during` once clients have seen `at_tokens` tokens in all.
+
+    `bodies`: what the body of each request has beside `extra`.
+    """
+    own = bodies if bodies is not None else [{}] * len(prompts)
 
     async def run() -> list[Stream]:
         trigger = Trigger(during, at_tokens)
         limits = httpx.Limits(max_connections=len(prompts) + 4)
         async with httpx.AsyncClient(base_url=cluster.url, timeout=90, limits=limits) as client:
-            results = await asyncio.gather(*(stream(client, p, max_tokens, trigger, **extra) for p in prompts))
+            pairs = zip(prompts, own, strict=True)
+            results = await asyncio.gather(
+                *(stream(client, p, max_tokens, trigger, **extra, **body) for p, body in pairs)
+            )
         await trigger.done()
         return list(results)
 

@@ -22,11 +22,14 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_trial_run(tmp_path: Path) -> None:
-    said = run("--part", "kill,nvml,scale", "--out", str(tmp_path), "--variant", "small", *SMALL)
+    mixed = ("--sampling", "mixed")
+    said = run("--part", "kill,nvml,scale", "--out", str(tmp_path), "--variant", "small", *mixed, *SMALL)
     assert said.returncode == 0, said.stderr[-4000:]
     results = [json.loads((tmp_path / f"{part}-small.json").read_text()) for part in ("kill", "nvml", "scale")]
     assert [one["verdict"] for one in results] == ["passed"] * 3
     assert all(one["trial"] and not one["gpu"] for one in results)
+    assert {one["setting"]["sampling"] for one in results} == {"mixed"}
+    assert all(one["cell"].endswith("mixed streams") for one in results)
     assert len(list(tmp_path.glob("*.log"))) == 1, "parts with the same flags share one daemon"
 
     report = run("--report", str(tmp_path))

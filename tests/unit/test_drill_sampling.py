@@ -39,7 +39,12 @@ async def listening(bodies: list[dict[str, Any]]) -> AsyncIterator[str]:
 def test_kinds_of_streams() -> None:
     assert samplings_for("greedy", 2, 60) == [GREEDY] * 2
     assert samplings_for("seeded", 3, 60) == [seeded(0), seeded(1), seeded(2)]
-    assert samplings_for("mixed", 6, 60) == [GREEDY, seeded(1), PENALISED, constrained(60), GREEDY, seeded(5)]
+    assert samplings_for("mixed", 6, 60) == [GREEDY, seeded(1), PENALISED, constrained(60), seeded(4), PENALISED]
+
+
+def test_each_of_four_ranks_gets_streams_of_several_kinds() -> None:
+    mixed = [sampling.kind for sampling in samplings_for("mixed", 16, 60)]
+    assert all(len(set(mixed[rank::4])) == 4 for rank in range(4))
 
 
 def test_each_seed_is_of_one_stream() -> None:
@@ -57,7 +62,7 @@ def test_expression_is_longer_than_the_stream_and_has_marks_to_count_to() -> Non
 def test_only_streams_that_draw_tokens_get_prompts_without_a_sure_answer() -> None:
     prompts = prompts_of(samplings_for("mixed", 8, 60))
     sure = prompts_for(8)
-    assert [number for number in range(8) if prompts[number] != sure[number]] == [1, 5]
+    assert [number for number in range(8) if prompts[number] != sure[number]] == [1, 4]
     assert len(set(prompts)) == 8
     assert prompts == prompts_of(samplings_for("mixed", 8, 60))
 

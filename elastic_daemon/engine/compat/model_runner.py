@@ -10,19 +10,31 @@ MODEL_RUNNER = (
     ReliedOn(
         f"{_WORKER}.gpu_model_runner.CachedRequestState",
         "patched: a resumed request starts with its output",
-        attributes=("output_token_ids", "sampling_params"),
+        attributes=("generator", "output_token_ids", "sampling_params"),
     ),
     ReliedOn(f"{_WORKER}.gpu_input_batch.CachedRequestState.__post_init__", "extended", ("self",)),
     ReliedOn(
         f"{_WORKER}.gpu_model_runner.GPUModelRunner._update_states",
-        "called to forget all requests; builds CachedRequestState",
+        "called to forget all requests; extended: builds CachedRequestState, with a fresh generator",
         ("self", "scheduler_output"),
     ),
     ReliedOn(
+        f"{_WORKER}.gpu_model_runner.GPUModelRunner.sample_tokens",
+        "extended: draws from the generators of the batch",
+        ("self", "grammar_output"),
+    ),
+    ReliedOn(
+        f"{_WORKER}.gpu_model_runner.GPUModelRunner",
+        "tells which tokens will be thrown away",
+        attributes=("discard_request_mask",),
+    ),
+    ReliedOn(
         f"{_WORKER}.gpu_input_batch.InputBatch",
-        "forgets what a step in flight was to sample",
+        "forgets what a step in flight was to sample; has the generators of its rows",
         attributes=(
             "async_copy_ready_event",
+            "generators",
+            "num_reqs",
             "prev_req_id_to_index",
             "prev_sampled_token_ids",
             "sampled_token_ids_cpu",
@@ -63,6 +75,17 @@ MODEL_RUNNER = (
         "replaced by what it compiles: not within a step",
         ("x", "values"),
     ),
+    ReliedOn(
+        "vllm.v1.sample.ops.topk_topp_sampler.TopKTopPSampler.forward_cpu",
+        "takes one integer from a generator for a token, or noise in float64",
+        ("self", "logits", "generators", "k", "p"),
+    ),
+    ReliedOn(
+        "vllm.v1.sample.ops.topk_topp_sampler.random_sample",
+        "takes exponential noise from a generator, one value for each entry of the vocabulary",
+        ("probs", "generators", "use_fp64_gumbel"),
+    ),
+    ReliedOn("vllm.config.ModelConfig", "what a draw for a token is", attributes=("get_vocab_size", "use_fp64_gumbel")),
     ReliedOn("vllm.utils.torch_utils.set_random_seed", "as in vLLM's worker", ("seed", "data_parallel_index")),
     ReliedOn("vllm.utils.torch_utils.set_default_torch_dtype", "as in vLLM's loader", ("dtype",)),
     ReliedOn(

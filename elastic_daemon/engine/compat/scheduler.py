@@ -18,7 +18,13 @@ SCHEDULER = (
             "requests",
             "reset_preempted_req_ids",
             "running",
+            "structured_output_manager",
         ),
+    ),
+    ReliedOn(
+        f"{_SCHED}.scheduler.Scheduler._handle_blocked_waiting_request",
+        "extended: promotes a request whose grammar is compiled, fails one whose grammar is an exception",
+        ("self", "request"),
     ),
     ReliedOn(
         f"{_SCHED}.scheduler.Scheduler._preempt_request",
@@ -65,6 +71,8 @@ SCHEDULER = (
             "request_id",
             "sampling_params",
             "status",
+            "structured_output_request",
+            "use_structured_output",
         ),
     ),
     ReliedOn(
@@ -74,6 +82,20 @@ SCHEDULER = (
     ),
     ReliedOn("vllm.v1.request.RequestStatus.PREEMPTED", "comes back as WAITING"),
     ReliedOn("vllm.v1.request.RequestStatus.WAITING", "comes back as WAITING"),
+    ReliedOn(
+        "vllm.v1.request.RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR",
+        "the status of a request once only: before its grammar is compiled",
+    ),
+    ReliedOn(
+        "vllm.v1.structured_output.StructuredOutputManager.accept_tokens",
+        "leads a grammar through the output of a resumed request",
+        ("self", "request", "new_token_ids"),
+    ),
+    ReliedOn(
+        "vllm.v1.structured_output.request.StructuredOutputRequest",
+        "may be given a future with an exception in place of its grammar",
+        attributes=("grammar",),
+    ),
     ReliedOn(
         "vllm.sampling_params.SamplingParams", "carries the output of a resumed request", attributes=("extra_args",)
     ),
