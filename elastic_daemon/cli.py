@@ -44,6 +44,7 @@ examples:
   elastic-daemon status                                  the daemon in the default runtime directory
   elastic-daemon status --url http://127.0.0.1:8000
   elastic-daemon status --url https://gpu-host:8000 --cacert ca.pem
+  elastic-daemon status --url https://gpu-host:8000 --cert operator.pem --cert-key operator-key.pem
   elastic-daemon status --json | jq .last_recovery.seconds
   elastic-daemon status --watch                          until Ctrl-C; on a terminal in place
   elastic-daemon status --watch 5 --json >> status.jsonl

@@ -255,7 +255,7 @@ class Daemon:
             except httpx.HTTPError as error:
                 raise ConfigError(
                     f"the daemon serves at {url}, and cannot be asked there: {error}; give a --url with a name that is "
-                    "in its certificate, and its authority with --cacert"
+                    "in its certificate, its authority with --cacert, and yours with --cert if it asks for one"
                 ) from error
         return url
 
@@ -295,8 +295,8 @@ async def own_daemon(
 ) -> AsyncIterator[Daemon]:
     """Start a daemon with the settings of the environment, and stop it whatever happens. Raises StartError.
 
-    `options`: further arguments of `elastic-daemon serve`. `log`: where its log is to stay. `tls`: what its certificate
-    is checked with, where those settings have one.
+    `options`: further arguments of `elastic-daemon serve`. `log`: where its log is to stay. `tls`: how it is
+    connected to, where those settings have a certificate.
     """
     # The paths of sockets are limited to 107 bytes, so the directory lies in the temporary one.
     home = Path(tempfile.mkdtemp(prefix="elastic-drill-"))

@@ -26,10 +26,10 @@ from rich.table import Table
 from rich.text import Text
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
+from elastic_daemon.client_tls import client_tls
 from elastic_daemon.config import key_header
 from elastic_daemon.errors import DaemonUnreachable
 from elastic_daemon.runtime_dir import http_socket
-from elastic_daemon.tls import trust
 
 SERVING = ("ok", "degraded", "recovering")
 """Statuses in which clients are served, if need be after a short wait."""
@@ -54,11 +54,18 @@ UNPROVEN = "CERTIFICATE_VERIFY_FAILED"
 T = TypeVar("T")
 
 
+def _hung_up(error: object) -> bool:
+    """Whether there is a server, and it ended the connection. Not all say why (by an alert of TLS)."""
+    kinds = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
+    return isinstance(error, kinds) or "ALERT" in str(error)
+
+
 @dataclass(frozen=True)
 class Target:
     """Where to ask: at `url`, or without one on the socket of the daemon that uses `runtime_dir`.
 
-    `tls`: what certificates are checked with; None: with the usual authorities.
+    `tls`: what certificates are checked with, and what this side proves itself with; None: the usual authorities, and
+    nothing.
     """
 
     runtime_dir: Path
@@ -67,8 +74,9 @@ class Target:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Target:
-        """Raises ConfigError where the file of authorities cannot be used."""
-        return cls(arguments.runtime_dir, arguments.url, trust(arguments.cacert, os.environ))
+        """Raises ConfigError where a file that is named for TLS cannot be used."""
+        tls = client_tls(os.environ, arguments.cacert, arguments.cert, arguments.cert_key)
+        return cls(arguments.runtime_dir, arguments.url, tls)
 
     @property
     def where(self) -> str:
@@ -94,10 +102,12 @@ class Target:
         )
 
     def unreachable(self, error: object) -> DaemonUnreachable:
-        why = str(error) or type(error).__name__
+        why = str(error).rstrip(".") or type(error).__name__
         hint = "start one with `elastic-daemon serve`"
         if UNPROVEN in why:
             hint = "name the authority of its certificate with --cacert, and in --url a name that is in it"
+        elif self.base_url.startswith("https:") and _hung_up(error):
+            hint = "it may ask for a certificate of its clients (--ssl-cert-reqs): give one with --cert and --cert-key"
         return DaemonUnreachable(f"no daemon answers at {self.where}: {why}, {hint}")
 
     def get(self, path: str, **params: Any) -> Any:

@@ -6,6 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
+from elastic_daemon.client_tls import VARIABLES
 from elastic_daemon.config import default_runtime_dir
 
 Commands = argparse._SubParsersAction  # argparse has no public name for it
@@ -96,12 +97,13 @@ def add_target(parser: argparse.ArgumentParser) -> None:
         help="runtime directory of the daemon (default: %(default)s)",
     )
     parser.add_argument("--url", help="ask a daemon over HTTP instead, e.g. http://127.0.0.1:8000")
-    parser.add_argument(
-        "--cacert",
-        type=Path,
-        metavar="FILE",
-        help="https: trust the authorities in this file (PEM), and no others (default: $ELASTIC_CACERT)",
-    )
+    for flag, meaning in (
+        ("--cacert", "trust the authorities in this file (PEM), and no others"),
+        ("--cert", "file with the certificate (PEM) for a daemon that asks its clients for one"),
+        ("--cert-key", "file with the private key of --cert; without it, it is in the same file"),
+    ):
+        default = f"(default: ${VARIABLES[flag]})"
+        parser.add_argument(flag, type=Path, metavar="FILE", help=f"https: {meaning} {default}")
 
 
 def add_watch(parser: argparse.ArgumentParser) -> None:

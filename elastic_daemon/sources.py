@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from elastic_daemon.client_tls import VARIABLES as CLIENT_TLS_VARIABLES
 from elastic_daemon.config import SECRETS, Settings
 from elastic_daemon.errors import ConfigError
 from elastic_daemon.resolve import (
@@ -22,14 +23,13 @@ from elastic_daemon.resolve import (
     from_toml,
     resolve,
 )
-from elastic_daemon.tls import CACERT_VARIABLE
 
 CONFIG_VARIABLE = "ELASTIC_CONFIG"
 
 OTHER_VARIABLES = frozenset(
     {
         CONFIG_VARIABLE,
-        CACERT_VARIABLE,
+        *CLIENT_TLS_VARIABLES.values(),
         "ELASTIC_NVML_SIMULATOR",
         "ELASTIC_FAULT_TRANSFER",
         "ELASTIC_FAULT_LINKS",

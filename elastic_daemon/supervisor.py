@@ -20,11 +20,12 @@ import structlog
 from elastic_daemon import protocol as p
 from elastic_daemon.answering import Answering, bind
 from elastic_daemon.app import make_control_app
-from elastic_daemon.config import Device, HostExpertCopies, Settings
+from elastic_daemon.config import Settings
 from elastic_daemon.control_server import ControlServer, Peer
 from elastic_daemon.controller import Controller
 from elastic_daemon.errors import ElasticError
 from elastic_daemon.events import EventLog
+from elastic_daemon.fork_specs import frontend_spec, rank_spec
 from elastic_daemon.frontend_link import FrontendLink, frontend_settings
 from elastic_daemon.gpu_pool import GpuPool
 from elastic_daemon.health import HealthView, url_of
@@ -264,22 +265,9 @@ class Supervisor:
         self._tasks.spawn(self._fork_rank(action))
 
     async def _fork_rank(self, action: p.StartRank) -> None:
-        copies = self.settings.host_expert_copies is HostExpertCopies.AUTO
+        spec = rank_spec(action, self.settings, self._runtime, self._store)
         try:
-            await self._processes.fork_rank(
-                (action.rank, action.incarnation),
-                members=action.members,
-                slots=action.slots,
-                gpu=action.gpu if self.settings.device is Device.CUDA else None,
-                scratch_dir=str(self._runtime.scratch),
-                host_copies_dir=str(self._runtime.experts) if copies else None,
-                heartbeat_dir=str(self._runtime.path),
-                control=self._runtime.control_socket,
-                store_host=self._store.host,
-                store_port=self._store.port,
-                store_prefix=self._store.prefix,
-                **self._runtime.zmq_addresses,
-            )
+            await self._processes.fork_rank((action.rank, action.incarnation), **spec)
         except ElasticError as error:
             self._finish(p.Exit(EXIT_START, str(error)))
 
@@ -305,14 +293,7 @@ class Supervisor:
         self._tasks.spawn(self._fork_frontend())
 
     async def _fork_frontend(self) -> None:
-        await self._processes.fork_frontend(
-            control=self._runtime.control_socket,
-            http_socket=self._runtime.http_socket,
-            listen_fd=self._listener.fileno(),
-            settings=frontend_settings(self.settings),
-            tls=self.settings.tls.to_message() if self.settings.tls is not None else None,
-            **self._runtime.zmq_addresses,
-        )
+        await self._processes.fork_frontend(**frontend_spec(self.settings, self._runtime, self._listener))
 
     def _frontend_gone(self) -> None:
         self._frontend.gone()

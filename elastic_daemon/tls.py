@@ -1,16 +1,12 @@
-"""TLS of the public socket, by vLLM's flags; and whom the operator's commands believe that they speak to it."""
+"""TLS of the public socket, by vLLM's flags. `client_tls` has that of who connects to it."""
 
 from __future__ import annotations
 
 import ssl
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from elastic_daemon.errors import ConfigError
-
-CACERT_VARIABLE = "ELASTIC_CACERT"
 
 
 @dataclass(frozen=True)
@@ -31,49 +27,35 @@ class Tls:
         return {f"ssl_{name}": value for name, value in asdict(self).items() if value is not None}
 
     def load_into(self, context: ssl.SSLContext) -> None:
-        """Serve new connections with what the files have now. Raises ConfigError."""
+        """Serve new connections with what the files have now. Raises ConfigError.
+
+        An authority that its file does not have any more stays trusted: OpenSSL forgets none.
+        """
         try:
             context.load_cert_chain(self.certfile, self.keyfile, password=_no_password)
         except OSError as error:
-            raise ConfigError(f"--ssl-certfile {self.certfile}: {_reason(error)}") from error
+            raise ConfigError(f"--ssl-certfile {self.certfile}: {reason_of(error)}") from error
+        try:
+            if self.ca_certs is not None:
+                context.load_verify_locations(self.ca_certs)
+        except OSError as error:
+            raise ConfigError(f"--ssl-ca-certs {self.ca_certs}: {reason_of(error)}") from error
 
     def check(self) -> None:
         """Raises ConfigError when a server could not be made of it."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.load_into(context)
-        try:
-            if self.ca_certs is not None:
-                context.load_verify_locations(self.ca_certs)
-        except OSError as error:
-            raise ConfigError(f"--ssl-ca-certs {self.ca_certs}: {_reason(error)}") from error
         if self.cert_reqs != ssl.CERT_NONE and self.ca_certs is None:
             raise ConfigError(f"--ssl-cert-reqs {self.cert_reqs}: clients are checked against --ssl-ca-certs: give it")
         try:
             if self.ciphers is not None:
                 context.set_ciphers(self.ciphers)
         except ssl.SSLError as error:
-            raise ConfigError(f"--ssl-ciphers {self.ciphers}: {_reason(error)}") from error
+            raise ConfigError(f"--ssl-ciphers {self.ciphers}: {reason_of(error)}") from error
 
 
 def tls_from_message(message: dict[str, Any] | None) -> Tls | None:
     return Tls(**message) if message is not None else None
-
-
-def trust(flag: Path | None, environ: Mapping[str, str]) -> ssl.SSLContext | None:
-    """What a client of ours checks certificates with: the authorities in the file that is given, and no others.
-
-    None where none is given: those of the client's library.
-
-    Raises:
-        ConfigError: the file cannot be read, or has no certificate in it.
-    """
-    file, named = (str(flag), "--cacert") if flag is not None else (environ.get(CACERT_VARIABLE), CACERT_VARIABLE)
-    if not file:
-        return None
-    try:
-        return ssl.create_default_context(cafile=file)
-    except OSError as error:
-        raise ConfigError(f"{named} {file}: {_reason(error)}") from error
 
 
 def _no_password() -> str:
@@ -81,5 +63,6 @@ def _no_password() -> str:
     raise ConfigError("--ssl-keyfile: a key with a passphrase cannot be used")
 
 
-def _reason(error: OSError) -> str:
+def reason_of(error: OSError) -> str:
+    """In OpenSSL's words, or the system's."""
     return (error.strerror or str(error)).strip()

@@ -39,7 +39,7 @@ after Ctrl-C, and with 141 when the reader of their output has gone.
 Commands find a daemon by its runtime directory: `--runtime-dir`, else `$RUNTIME_DIRECTORY`,
 `$XDG_RUNTIME_DIR/elastic-daemon` or one under the temporary directory. With `--url` they ask over HTTP, and send
 `$ELASTIC_API_KEY`, or for orders `$ELASTIC_ADMIN_KEY`. A certificate of an authority of your own is proven with
-`--cacert`, or `$ELASTIC_CACERT`.
+`--cacert`, or `$ELASTIC_CACERT`; a daemon that asks for one of yours gets that of `--cert` and `--cert-key`.
 """
 
 

@@ -56,7 +56,7 @@ for folder in tests/*/; do
 done
 # What was skipped for want of a program must not go unnoticed either. tests/tools.py has the packages.
 missing=()
-for tool in systemd-analyze chromium chromedriver zsh fish curl jq; do
+for tool in systemd-analyze chromium chromedriver zsh fish curl jq openssl watch; do
   if ! command -v "$tool" >/dev/null 2>&1; then missing+=("$tool"); fi
 done
 if ((${#missing[@]})); then

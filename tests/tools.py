@@ -18,6 +18,8 @@ PACKAGES = {
     "fish": "fish",
     "curl": "curl",
     "jq": "jq",
+    "openssl": "openssl",
+    "watch": "procps",
 }
 """Programs, and the packages of Debian that have them."""
 

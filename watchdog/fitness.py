@@ -122,15 +122,17 @@ def judge_fitness(
 def _judge(docket: Docket, uuid: str, heard: bool, strangers: Collection[int]) -> Fitness:
     case = docket.gpus[uuid]
     judgement = case.judgement
-    quarantined = docket.state.record(uuid).history.quarantined is not None
-    sound = not judgement.verdict.removes and not quarantined and heard
-    fit = (sound or docket.mode is Mode.OBSERVE) and not strangers
-    reason = ": ".join(part for part in ((judgement.signal or "").replace(":", " "), judgement.reason) if part)
-    if not fit and not judgement.verdict.removes:
-        if quarantined:
-            reason = "in quarantine until it is released"
-        elif not heard:
-            reason = "its events are not heard yet"
-        else:
-            reason = f"in use by a process that is no rank (pid {', '.join(map(str, sorted(strangers)[:8]))})"
+    thought = ": ".join(part for part in ((judgement.signal or "").replace(":", " "), judgement.reason) if part)
+    acts = docket.mode is not Mode.OBSERVE
+    if acts and judgement.verdict.removes:
+        fit, reason = False, thought
+    elif acts and docket.state.record(uuid).history.quarantined is not None:
+        fit, reason = False, "in quarantine until it is released"
+    elif acts and not heard:
+        fit, reason = False, "its events are not heard yet"
+    elif strangers:
+        pids = ", ".join(map(str, sorted(strangers)[:8]))
+        fit, reason = False, "; ".join(filter(None, (f"in use by a process that is no rank (pid {pids})", thought)))
+    else:
+        fit, reason = True, thought
     return Fitness(uuid, case.index, fit, reason, judgement.verdict, judgement.signal, case.slot)

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
+import select
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from elastic_daemon.config import BUNDLED_MODEL
-from tests.documents import ENDLESS, ROOT, RUN
+from tests.documented import ENDLESS, RUN, WATCHDOGS
+from tests.documents import ROOT
 from tests.e2e.cluster import Cluster
 from tests.tools import have, require
+from watchdog.simulator import create
+from watchdog.status import FILE_NAME as STATUS_NAME
 
 pytestmark = pytest.mark.e2e
 
 URL = "http://127.0.0.1:8000"
+SMALL_DRILL = "--streams 2 --tokens 40"
+"""All but the plain one: what they do differently takes no longer runs."""
 
 
 @pytest.fixture(scope="module")
@@ -29,47 +37,57 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield running
 
 
+class Desk:
+    """Where a reader sits: with a model, settings, and the folders that a shell completes from."""
+
+    def __init__(self, home: Path, cluster: Cluster) -> None:
+        self.home, self._cluster = home, cluster
+        self._gpus = [row["gpu"] for row in cluster.health()["ranks"]]
+        (home / "model").symlink_to(BUNDLED_MODEL)
+        completions = ".local/share/bash-completion/completions", ".zfunc", ".config/fish/completions"
+        for folder in (*completions, "elastic-daemon"):
+            (home / folder).mkdir(parents=True)
+        (home / "elastic-daemon.toml").write_text("survive_losses = 2\n")
+        (home / "elastic-daemon" / "signals.toml").write_text('version = 1\n[xid.79]\nclass = "suspect"\n')
+
+    def typed(self, line: str) -> str:
+        """`line` with the addresses, GPUs and files that are here; without jq where there is none."""
+        for pattern, own in (
+            (r"http://(127\.0\.0\.1|10\.0\.0\.5):8000", self._cluster.url),
+            (r"GPU-5d0a1f6c\S*", self._gpus[2]),
+            (r"GPU-1c5bf4a2\S*", self._gpus[1]),
+            (r"/run/elastic-daemon", str(self._cluster.runtime_dir)),
+            (r"/etc/", f"{self.home}/"),
+            (r"=…", "=key"),
+            (r"scale 6", "scale 4"),
+            (r"--streams 32( --tokens 500 --at 2s)?", lambda found: SMALL_DRILL + (" --at 0.1s" if found[1] else "")),
+            (r"--json > drill.json", f"--json {SMALL_DRILL} > drill.json"),
+        ):
+            line = re.sub(pattern, own, line)
+        return line if " | jq" not in line or have("jq") else line.partition(" | jq")[0]
+
+    def environment(self, runtime_dir: Path | None = None) -> dict[str, str]:
+        path = f"{ROOT / '.venv' / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        own = {"PATH": path, "HOME": str(self.home), "TERM": "xterm"}
+        own |= {"RUNTIME_DIRECTORY": str(runtime_dir or self._cluster.runtime_dir)}
+        return {**os.environ, **own, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+
+
 @pytest.fixture(scope="module")
-def desk(deployment: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a reader sits: with a model, and the folders that a shell completes from."""
-    home = tmp_path_factory.mktemp("desk")
-    (home / "model").symlink_to(BUNDLED_MODEL)
-    for folder in (".local/share/bash-completion/completions", ".zfunc", ".config/fish/completions"):
-        (home / folder).mkdir(parents=True)
-    return home
-
-
-def typed(line: str, cluster: Cluster) -> str:
-    """`line` with the address and the GPU of this deployment; without jq where there is none."""
-    line = re.sub(r"GPU-5d0a1f6c\S*", cluster.health()["ranks"][2]["gpu"], line.replace(URL, cluster.url))
-    return line if " | jq" not in line or have("jq") else line.partition(" | jq")[0]
-
-
-def environment(cluster: Cluster, home: Path) -> dict[str, str]:
-    path = f"{ROOT / '.venv' / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    own = {"PATH": path, "HOME": str(home), "RUNTIME_DIRECTORY": str(cluster.runtime_dir)}
-    return {**os.environ, **own, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-
-
-@pytest.mark.parametrize("line", ENDLESS)
-def test_it_goes_on_until_ctrl_c(line: str, deployment: Cluster, desk: Path) -> None:
-    with subprocess.Popen(line.split(), stdout=subprocess.PIPE, cwd=desk, env=environment(deployment, desk)) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        process.stdout.read()
-    assert process.returncode == 130
+def desk(deployment: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    return Desk(tmp_path_factory.mktemp("desk"), deployment)
 
 
 @pytest.mark.parametrize("number", range(len(RUN)), ids=lambda number: f"{number}-{RUN[number][:50]}")
-def test_it_runs(number: int, deployment: Cluster, desk: Path) -> None:
+def test_it_runs(number: int, deployment: Cluster, desk: Desk) -> None:
     """In the order of the list. Whatever changes the group has it whole again before the next one."""
-    if RUN[number].startswith("curl"):
-        require("curl")
+    line = RUN[number]
+    if line.startswith(("curl", "openssl")):
+        require(line.split()[0])
     done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", typed(RUN[number], deployment)],
-        cwd=desk,
-        env=environment(deployment, desk),
+        ["bash", "-o", "pipefail", "-c", desk.typed(line)],
+        cwd=desk.home,
+        env=desk.environment(),
         capture_output=True,
         text=True,
         timeout=90,
@@ -77,8 +95,57 @@ def test_it_runs(number: int, deployment: Cluster, desk: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert '"error": {' not in done.stdout
-    if "drill" in RUN[number] or "release 2" in RUN[number]:
+    if re.search("drill|release 2|no-wait", line):
         deployment.wait_for(lambda: deployment.health()["status"] == "ok", 40)
+
+
+@pytest.mark.parametrize("line", ENDLESS)
+def test_it_goes_on_until_ctrl_c(line: str, deployment: Cluster, desk: Desk) -> None:
+    """On a terminal, which has to show something, or in a file."""
+    if line.startswith("watch "):
+        require("watch")
+    if "rank_excluded" in line and not deployment.events("rank_excluded"):
+        deployment.kill(3)
+    (file := desk.home / "status.jsonl").write_text("")
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (50, 250))
+    process = subprocess.Popen(
+        ["bash", "-c", desk.typed(line)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=subprocess.STDOUT,
+        cwd=desk.home,
+        env=desk.environment(),
+        start_new_session=True,
+    )
+    os.close(theirs)
+    shown = bytearray()
+
+    def said() -> str:
+        if select.select([ours], [], [], 0)[0]:
+            shown.extend(os.read(ours, 65536))
+        return file.read_text() if ">>" in line else shown.decode(errors="replace")
+
+    try:
+        deployment.wait_for(lambda: ENDLESS[line] in said(), 20)
+        assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(10) in (130, -signal.SIGINT, 0), shown
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+@pytest.mark.parametrize("line", WATCHDOGS)
+def test_a_watchdog_runs_until_ctrl_c(line: str, deployment: Cluster, desk: Desk, socket_dir: Path) -> None:
+    """Of GPUs that nobody uses, and all of them simulated."""
+    create(socket_dir, 2).close()
+    command = re.sub(r"( --simulated)?$", " --simulated", desk.typed(line))
+    with subprocess.Popen(command.split(), cwd=desk.home, env=desk.environment(socket_dir)) as process:
+        deployment.wait_for((socket_dir / STATUS_NAME).exists, 20)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
 
 
 def test_the_readme_s_python(deployment: Cluster) -> None:

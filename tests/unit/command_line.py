@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,10 +26,12 @@ from tests.unit.operator_plane import OperatorPlane
 class Server:
     """Serves a plane's control routes in a thread: on a runtime directory's socket, or guarded on a TCP port.
 
-    `tls`: what it is to prove itself with there.
+    `tls`: what it is to prove itself with there. `clients`: the authority whose certificates its clients must have.
     """
 
-    def __init__(self, plane: OperatorPlane, where: Path | AccessRules, tls: Issued | None = None) -> None:
+    def __init__(
+        self, plane: OperatorPlane, where: Path | AccessRules, tls: Issued | None = None, clients: Path | None = None
+    ) -> None:
         app, guarded = make_control_app(plane), isinstance(where, AccessRules)
         self._listener = socket.create_server(("127.0.0.1", 0)) if guarded else None
         config = uvicorn.Config(
@@ -38,6 +41,8 @@ class Server:
             timeout_graceful_shutdown=1,
             ssl_certfile=tls.cert if tls is not None else None,
             ssl_keyfile=tls.key if tls is not None else None,
+            ssl_ca_certs=str(clients) if clients is not None else None,
+            ssl_cert_reqs=ssl.CERT_REQUIRED if clients is not None else ssl.CERT_NONE,
         )
         self._origin = "http://127.0.0.1" if tls is None else "https://localhost"
         self._plane, self._server = plane, uvicorn.Server(config)
@@ -73,8 +78,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(plane: OperatorPlane, where: Path | AccessRules, tls: Issued | None = None) -> Iterator[Server]:
-    server = Server(plane, where, tls)
+def serving(
+    plane: OperatorPlane, where: Path | AccessRules, tls: Issued | None = None, clients: Path | None = None
+) -> Iterator[Server]:
+    server = Server(plane, where, tls, clients)
     try:
         yield server
     finally:

@@ -30,12 +30,11 @@ from elastic_daemon.placement import expert_safety, initial, slots_per_rank, sur
 from elastic_daemon.protocol import HealthSnapshot, RankHealth, RecoveryKind, RecoveryReport, RequestCounts
 from elastic_daemon.recovery import Timer
 from elastic_daemon.runtime_dir import SOCKET_NAMES
+from tests.documents import DOCUMENTS, FENCE, ROOT, prose, spans
 from tests.unit.test_metrics import EXPORTED
 from watchdog.cli import make_parser as watchdog_parser
 from watchdog.verdict import Verdict
 
-ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 README, API, ARCHITECTURE, METRICS, EVENTS, PLANNING, CONFIGURATION, OPERATIONS = (
     ROOT / name
     for name in (
@@ -44,7 +43,6 @@ README, API, ARCHITECTURE, METRICS, EVENTS, PLANNING, CONFIGURATION, OPERATIONS 
     )
 )
 
-FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
 PATH = re.compile(r"[\w.-]+(?:/[\w.-]+)*/?")
 SUFFIXES = (".py", ".md", ".sh", ".toml", ".txt")
@@ -63,16 +61,6 @@ def _script(name: str) -> ModuleType:
 
 WRITERS = {name: _script(name) for name in ("flags_doc", "cli_doc", "config_doc")}
 flags_doc = WRITERS["flags_doc"]
-
-
-def prose(path: Path) -> str:
-    """A document without its blocks of code."""
-    return FENCE.sub("", path.read_text(encoding="utf-8"))
-
-
-def spans(path: Path) -> list[str]:
-    """What stands between backticks, blocks aside."""
-    return re.findall(r"`([^`\n]+)`", prose(path))
 
 
 def code(path: Path) -> list[str]:

@@ -21,6 +21,7 @@ import pytest
 from rich.console import Console
 
 from elastic_daemon.cli import make_parser
+from elastic_daemon.client_tls import client_tls
 from elastic_daemon.drill import (
     Daemon,
     Display,
@@ -50,7 +51,6 @@ from elastic_daemon.drill_report import (
 )
 from elastic_daemon.errors import ConfigError
 from elastic_daemon.operator_commands import Target
-from elastic_daemon.tls import trust
 from tests.certificates import issued
 
 
@@ -534,7 +534,7 @@ async def test_streams_of_a_daemon_with_a_private_authority(tmp_path: Path) -> N
     console = Console(file=io.StringIO())
     async with answering("200 OK", GOOD, server) as port:
         for authority, error in ((made.authority, None), (None, "CERTIFICATE_VERIFY_FAILED")):
-            target = Target(tmp_path, f"https://localhost:{port}", trust(authority, {}))
+            target = Target(tmp_path, f"https://localhost:{port}", client_tls({}, authority))
             daemon = Daemon(target, target.base_url)
             options = Options(target, streams=1, tokens=2)
             (seen,), _, _ = await _watched_run(daemon, Display(console), "undisturbed", options, ["p"], None)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from elastic_daemon.access import AccessRules
+from elastic_daemon.client_tls import client_tls
 from elastic_daemon.drill import Daemon
 from elastic_daemon.errors import ConfigError
 from elastic_daemon.operator_commands import Target, follow
 from elastic_daemon.sources import Sources
-from elastic_daemon.tls import trust
 from tests.certificates import Issued, issued
 from tests.unit.command_line import Server, run, serving
 from tests.unit.operator_plane import OperatorPlane
@@ -47,7 +47,7 @@ def test_all_commands_believe_the_authority_that_they_are_given(
 
 
 def test_a_stream_of_events(server: Server, made: Issued, tmp_path: Path) -> None:
-    followed = follow(Target(tmp_path, server.url, trust(made.authority, {})))
+    followed = follow(Target(tmp_path, server.url, client_tls({}, made.authority)))
     server.record("one")
     assert any(event["event"] == "one" for event in followed)
 
@@ -91,7 +91,7 @@ async def test_a_drill_finds_where_to_stream_from_or_says_what_it_lacks(
     """A daemon that was found by its runtime directory tells an address, which its certificate need not be for."""
 
     async def found(url: str, authority: Path | None) -> str:
-        daemon = Daemon(Target(tmp_path, tls=trust(authority, {})), "")
+        daemon = Daemon(Target(tmp_path, tls=client_tls({}, authority)), "")
 
         async def get(_: str) -> dict[str, Any]:
             return {"status": "ok", "url": url}

@@ -123,6 +123,21 @@ def test_nor_one_on_which_somebody_else_computes(tmp_path: Path) -> None:
     assert free.fit and free.key != found.key, "that is news"
 
 
+def test_in_observe_mode_such_a_process_alone_keeps_a_gpu_from_use(tmp_path: Path) -> None:
+    before = docket(tmp_path, Policy(quarantine_failures=1))
+    before.see_event("GPU-b", "xid", 79, 1.0)
+    before.review(1.0, WALL)
+    before.state.save()
+    case = docket(tmp_path, mode=Mode.OBSERVE)
+    case.see_event("GPU-a", "xid", 79, 100.0)
+    case.review(100.0, WALL + 100)
+    found = judge_fitness(case, GPUS, (), {"GPU-a": (4711,), "GPU-b": (4711,)})
+    assert [one.fit for one in found] == [False, False, True]
+    taken = "in use by a process that is no rank (pid 4711)"
+    assert found[0].reason == f"{taken}; xid 79: GPU has fallen off the bus"
+    assert found[1].reason.startswith(taken), "quarantine is not why"
+
+
 def test_a_process_counts_where_it_stays_and_no_rank_is_bound() -> None:
     occupancy = Occupancy()
     occupancy.note({"GPU-a": [4711], "GPU-b": [4711], "GPU-c": []}, bound("GPU-a"), 0.0)
