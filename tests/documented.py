@@ -122,6 +122,7 @@ SMALLEST = {
     "bench.elasticity": ("--help",),
     "bench.soak": ("--help",),
     "bench.straggler": ("--help",),
+    "bench.control_plane": ("--help",),
 }
 """What each is run with. The documented arguments are parsed only."""
 
