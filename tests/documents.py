@@ -39,8 +39,9 @@ def prose(path: Path) -> str:
 
 
 def spans(path: Path) -> list[str]:
-    """What stands between backticks, blocks aside."""
-    return re.findall(r"`([^`\n]+)`", prose(path))
+    """What stands between backticks, blocks aside. It may go on in the next line."""
+    paragraphs = re.split(r"\n\s*\n", prose(path))
+    return [span for text in paragraphs for span in re.findall(r"`([^`]+)`", re.sub(r"\s*\n\s*", " ", text))]
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -31,6 +31,7 @@ LINES = {filled(command.line) for command in COMMANDS}
 def test_there_are_commands() -> None:
     assert len(COMMANDS) > 150
     assert {"elastic-daemon automation off", "make install", "systemctl stop elastic-daemon.service"} <= LINES
+    assert "elastic-daemon serve --help" in LINES, "it goes on in the next line"
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
