@@ -139,8 +139,15 @@ class Cluster:
 
     def titled(self, title: str) -> list[int]:
         """Processes of the daemon that bear this title: `zygote`, `front end`."""
-        named = f"elastic-daemon: {title}"
-        return [pid for pid in self.descendants() if Path(f"/proc/{pid}/cmdline").read_text().strip("\0") == named]
+        return [pid for pid in self.descendants() if _title(pid) == f"elastic-daemon: {title}"]
+
+
+def _title(pid: int) -> str:
+    """Empty for a process that has ended meanwhile."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().strip("\0")
+    except OSError:
+        return ""
 
 
 def _descendants(pid: int) -> list[int]:
