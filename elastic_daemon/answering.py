@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from elastic_daemon.access import AccessGuard
 from elastic_daemon.config import Settings
 from elastic_daemon.errors import StartError
-from elastic_daemon.limits import BoundedHttp, SizeLimits
+from elastic_daemon.limits import KEEP_ALIVE_S, BoundedHttp, SizeLimits
 from elastic_daemon.tasks import Tasks
 from elastic_daemon.tls import Tls
 
@@ -81,6 +81,7 @@ class Answering:
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=1,
+            timeout_keep_alive=KEEP_ALIVE_S,
             http=BoundedHttp,
             **(tls.uvicorn_options if tls is not None else {}),
         )

@@ -35,7 +35,7 @@ from elastic_daemon.engine.group_view import Applied, Membership, membership_fro
 from elastic_daemon.engine.openai_app import fail_in_flight, fail_requests, make_app, make_llm
 from elastic_daemon.errors import ConfigError
 from elastic_daemon.exposition import Exposition
-from elastic_daemon.limits import BoundedHttp, SizeLimits
+from elastic_daemon.limits import KEEP_ALIVE_S, BoundedHttp, SizeLimits
 from elastic_daemon.logs import configure_logging
 from elastic_daemon.messages import MAX_LINE_BYTES, Message, decode, encode
 from elastic_daemon.metrics import METRICS_TYPE
@@ -150,7 +150,7 @@ class Frontend:
                 lifespan="on",
                 log_level="warning",
                 access_log=False,
-                timeout_keep_alive=30,
+                timeout_keep_alive=KEEP_ALIVE_S,
                 http=BoundedHttp,
                 **(self._tls.uvicorn_options if self._tls is not None else {}),
             )

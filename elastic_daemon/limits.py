@@ -1,4 +1,7 @@
-"""How much a client may send: bodies (413) and headers (431). For both processes that accept connections."""
+"""How much a client may send, bodies (413) and headers (431), and how long it may say nothing.
+
+For both processes that accept connections.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,10 @@ MAX_HEADER_BYTES = 64 << 10
 """Of request line and headers together."""
 
 MAX_HEADERS = 128
+
+KEEP_ALIVE_S = 30
+"""How long a connection stays open between two requests. Longer than clients keep one to use it again (httpx: 5 s, as
+in the front end, which asks the supervisor): who sends a request just as this side closes gets no answer."""
 
 HEADERS_TOO_LARGE = f"request line and headers may have {MAX_HEADER_BYTES} bytes and {MAX_HEADERS} lines at most"
 

@@ -97,6 +97,24 @@ async def test_large_bodies_are_no_headers() -> None:
     assert sent == [1 << 20] * 3
 
 
+async def test_a_connection_outlives_what_a_client_keeps_it_for(socket_dir: Path) -> None:
+    """httpx uses a connection again for 5 s, and a server that closes it just then gives no answer."""
+    tasks = Tasks(pytest.fail)  # type: ignore[arg-type]
+    listener = socket.create_server(("127.0.0.1", 0))
+    answering = Answering(APP, APP, listener, Sources({}, {}).load().settings, tasks)
+    answering.open_internal(str(socket_dir / "http.sock"))
+    await asyncio.sleep(0.1)
+    reader, writer = await asyncio.open_unix_connection(socket_dir / "http.sock")
+    for pause_s in (5.5, 0):
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert await reader.readuntil(b"\r\n") == b"HTTP/1.1 200 OK\r\n"
+        await reader.read(1 << 16)
+        await asyncio.sleep(pause_s)
+    writer.close()
+    answering.close()
+    await tasks.settle(5)
+
+
 # --- TLS --------------------------------------------------------------------------------------------------------------
 
 
