@@ -136,10 +136,12 @@ def _shows_a_death_and_the_return(window: Browser, cluster: Cluster) -> None:
     assert [stream.error for stream in streams] == [None] * len(PROMPTS)
     assert tile(window, 2) == "active"
     told = [row["requests"] for row in cluster.control("/recoveries").json() if row["requests"]]
-    assert figure(window, "Kept") == str(sum(row["kept"] for row in told))
-    assert figure(window, "Replayed") == str(sum(row["replayed"] + row["restarted"] for row in told))
+    counted = [str(sum(row["kept"] for row in told)), str(sum(row["replayed"] + row["restarted"] for row in told))]
+    # The page has the status from one answer and recoveries from another.
+    window.wait(lambda: [figure(window, "Kept"), figure(window, "Replayed")] == counted, "all recoveries are counted")
     assert int(figure(window, "Kept")) > 0 and int(figure(window, "Replayed")) > 0
     assert figure(window, "Lost") == "0"
+    window.wait(lambda: "grow" in window.text("#recoveries"), "the return is in the list")
     latest = window.run("return [...document.querySelectorAll('#recoveries h3')].map((node) => node.innerText)")
     assert "grow" in latest[0] and "rank 2 joined" in latest[0]
     assert "shrink" in latest[1] and "rank 2 lost, 3 ranks serve" in latest[1]
