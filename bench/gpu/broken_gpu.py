@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+from bench.gpu.programs import programs_on
 from elastic_daemon.errors import ElasticError
 from watchdog.simulator.simulator import Simulator
 
 PAGE_FAULT = 31
-READY_TIMEOUT_S = 90.0
+XID = Path(__file__).with_name("xid.py")
 END_TIMEOUT_S = 20.0
 
 
@@ -25,21 +24,10 @@ async def page_fault(gpu: str, simulated_in: Path | None) -> AsyncIterator[Calla
         with Simulator.open(simulated_in) as simulator:
             yield lambda: simulator.xid(gpu, PAGE_FAULT)
         return
-    command = (sys.executable, "-m", "bench.gpu.xid")
-    pipe = asyncio.subprocess.PIPE
-    visible = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
-    process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, env=visible)
-    assert process.stdin is not None and process.stdout is not None
-    stdin = process.stdin
-    try:
-        async with asyncio.timeout(READY_TIMEOUT_S):
-            if await process.stdout.readline() != b"ready\n":
-                raise ElasticError(f"{' '.join(command)} ended before it had {gpu}")
+    async with programs_on(gpu, XID, says="ready") as [process]:
+        assert process.stdin is not None
+        stdin = process.stdin
         yield lambda: stdin.write(b"now\n")
         async with asyncio.timeout(END_TIMEOUT_S):
             if status := await process.wait():
-                raise ElasticError(f"{' '.join(command)}: exit status {status}: nothing broke on {gpu}")
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+                raise ElasticError(f"{XID.name}: exit status {status}: nothing broke on {gpu}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import subprocess
 import sys
 import time
@@ -81,9 +82,7 @@ def _ms(trial: dict[str, Any], name: str) -> str:
 
 
 def _line(trial: dict[str, Any]) -> str:
-    def of(name: str) -> str:
-        return _ms(trial, name)
-
+    of = functools.partial(_ms, trial)
     joins = ", ".join(f"{ms(pause):g}" for pause in trial["join_pause_s"]) or "-"
     return (
         f"detected {of('detect_s')}, fence {of('fence_s')}, regroup {of('regroup_s')}, repair {of('repair_s')}, total "

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 from bench.command import say
 from bench.gpu.drills import disturbed, victims
 from bench.gpu.life import Life, Strikes
+from bench.gpu.programs import START_S, programs_on
 from bench.gpu.results import Bar, Findings
-from elastic_daemon.errors import ElasticError
 from watchdog.errors import NotRunning
 from watchdog.heartbeat.layout import Snapshot
 from watchdog.heartbeat.reader import PageDirectory
@@ -26,7 +25,6 @@ BURNERS = 3
 """Processes that take turns with the rank, each about 1 GiB. So it has a quarter of its GPU while it computes."""
 
 CALM_S, NAMED_FOR_S, LOOK_S = 12.0, 6.0, 0.2
-START_S, END_S = 60.0, 10.0
 BURN_S = START_S + NAMED_BAR_S + NAMED_FOR_S + 30.0
 BURNER = Path(__file__).with_name("burner.py")
 
@@ -105,30 +103,9 @@ async def _trial(life: Life, strikes: Strikes, rank: int, gpu: str) -> dict[str,
     }
 
 
-@contextlib.asynccontextmanager
-async def burning(gpu: str) -> AsyncIterator[None]:
+def burning(gpu: str) -> AbstractAsyncContextManager[object]:
     """Meanwhile the GPU computes for others. Raises ElasticError if that does not come about."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
-    processes: list[asyncio.subprocess.Process] = []
-    try:
-        for _ in range(BURNERS):
-            processes.append(
-                await asyncio.create_subprocess_exec(
-                    sys.executable, BURNER, str(BURN_S), env=environment, stdout=asyncio.subprocess.PIPE
-                )
-            )
-        for process in processes:
-            assert process.stdout is not None
-            async with asyncio.timeout(START_S):
-                if await process.stdout.readline() != b"burning\n":
-                    raise ElasticError(f"a burner of GPU {gpu} ended with status {await process.wait()}")
-        yield
-    finally:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-        for process in processes:
-            await asyncio.wait_for(process.wait(), END_S)
+    return programs_on(gpu, BURNER, str(BURN_S), says="burning", count=BURNERS)
 
 
 async def until(runtime_dir: Path, seconds: float, named: set[int], true: Callable[[Slow], bool]) -> float | None:

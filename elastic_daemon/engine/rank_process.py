@@ -61,8 +61,8 @@ def run_rank(config: VllmConfig, spec: Message) -> None:
     page = open_page(spec, counters.map if counters is not None else None)
     page.set_phase(Phase.LOADING)
     try:
-        who = {"role": "rank", "rank": spec["rank"], "incarnation": spec["incarnation"]}
-        control.send("hello", **who, lifeline=_hold_lifeline(Path(spec["scratch_dir"]), spec["incarnation"]))
+        lifeline = _hold_lifeline(Path(spec["scratch_dir"]), spec["incarnation"])
+        control.send("hello", role="rank", rank=spec["rank"], incarnation=spec["incarnation"], lifeline=lifeline)
         probe(device)
         store = PrefixStore(spec["store_prefix"], connect_store(spec["store_host"], spec["store_port"]))
         core = ElasticEngineCore(
