@@ -68,14 +68,20 @@ def test_nor_one_that_is_not_heard_and_absent_ones_are_left_out(tmp_path: Path) 
     assert found == {"GPU-a": (True, ""), "GPU-c": (False, "its events are not heard yet")}
 
 
-def test_in_observe_mode_no_gpu_is_kept_from_use(tmp_path: Path) -> None:
+def observing(tmp_path: Path, quarantined: str) -> Docket:
+    """In observe mode, after a life in which a GPU came into quarantine; GPU-a has failed since."""
     before = docket(tmp_path, Policy(quarantine_failures=1))
-    before.see_event("GPU-c", "xid", 79, 1.0)
+    before.see_event(quarantined, "xid", 79, 1.0)
     before.review(1.0, WALL)
     before.state.save()
     case = docket(tmp_path, mode=Mode.OBSERVE)
     case.see_event("GPU-a", "xid", 79, 100.0)
     case.review(100.0, WALL + 100)
+    return case
+
+
+def test_in_observe_mode_no_gpu_is_kept_from_use(tmp_path: Path) -> None:
+    case = observing(tmp_path, quarantined="GPU-c")
     found = fit(case, heard=GPUS[:1])
     assert [is_fit for is_fit, _ in found.values()] == [True] * 3
     assert found["GPU-a"][1] == "xid 79: GPU has fallen off the bus", "it is said"
@@ -124,13 +130,7 @@ def test_nor_one_on_which_somebody_else_computes(tmp_path: Path) -> None:
 
 
 def test_in_observe_mode_such_a_process_alone_keeps_a_gpu_from_use(tmp_path: Path) -> None:
-    before = docket(tmp_path, Policy(quarantine_failures=1))
-    before.see_event("GPU-b", "xid", 79, 1.0)
-    before.review(1.0, WALL)
-    before.state.save()
-    case = docket(tmp_path, mode=Mode.OBSERVE)
-    case.see_event("GPU-a", "xid", 79, 100.0)
-    case.review(100.0, WALL + 100)
+    case = observing(tmp_path, quarantined="GPU-b")
     found = judge_fitness(case, GPUS, (), {"GPU-a": (4711,), "GPU-b": (4711,)})
     assert [one.fit for one in found] == [False, False, True]
     taken = "in use by a process that is no rank (pid 4711)"
