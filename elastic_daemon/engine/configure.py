@@ -106,7 +106,6 @@ def configure(
     experts = config.model_config.get_num_experts()
     if not config.model_config.is_moe or experts < 2:
         raise ConfigError(f"{args.model} is a dense model: without experts there is nothing to shrink")
-    _check_graphs(config)
     _check_quantization(config, device)
     slots = _slots(experts, ranks, survive_losses, redundant)
     _make_elastic(config, ranks, max_ranks or ranks, slots * ranks - experts, device)
@@ -126,14 +125,6 @@ def _keep_collectives_out_of_graphs(compilation: CompilationConfig) -> None:
         raise ConfigError(
             f"--compilation-config cudagraph_mode {mode.name}: a full graph holds the collectives of its group, which "
             "end with it; use PIECEWISE, which is the default here, or --enforce-eager"
-        )
-
-
-def _check_graphs(config: VllmConfig) -> None:
-    graphs = config.compilation_config.cudagraph_mode is CUDAGraphMode.PIECEWISE
-    if graphs and not config.scheduler_config.async_scheduling:
-        raise ConfigError(
-            "--no-async-scheduling with CUDA graphs: no drill has proven that; add --enforce-eager, or leave it out"
         )
 
 

@@ -3,12 +3,11 @@
 A collective whose peer died does not fail on NCCL: its kernel waits on the device for ever, and the host waits in the
 next synchronization. Aborting the communicator from another thread ends the kernel, and the host comes back, with
 rubbish in the tensors that the kernel was to fill. So everything that leaves a step is checked against the abort
-first: a group is marked as aborted before its kernels are.
+first: a group is marked as aborted before its kernels are. Nobody waits for the rest of an abort (`nccl_abort.py`).
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from torch.distributed import PrefixStore, ProcessGroupNCCL, Store
 
 from elastic_daemon.engine.gloo import COLLECTIVE_TIMEOUT, KINDS, GlooGroup, never
 from elastic_daemon.engine.heartbeat import Page
+from elastic_daemon.engine.nccl_abort import NcclAbort
 from elastic_daemon.engine.nccl_errors import ErrorPoll, async_error_of
 from elastic_daemon.engine.stream_counters import CollectiveCount
 from elastic_daemon.errors import PeerLost
@@ -34,6 +34,16 @@ RANK_ENVIRONMENT = {
     "TORCH_NCCL_PROPAGATE_ERROR": "0",
 }
 """What a rank on a GPU needs in its environment before its first NCCL communicator is made."""
+
+ROOM_FOR_A_GROUP = 2 << 30
+"""Bytes that have to be free for a communicator to be made while another still holds its memory."""
+ABORT_PATIENCE_S = 5.0
+"""How long a group waits for memory of the one before it. An abort was seen to take 0.6 s."""
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Of the GPU's memory, whoever uses it: others that share the GPU change it at the same time."""
+    return int(torch.cuda.mem_get_info(device)[0])
 
 
 class NcclWork:
@@ -73,9 +83,6 @@ class NcclProcessGroup:
         self._device = device
         self._position, self._members = position, members
         self._count = count
-        self._void = False
-        self._aborted = False
-        self._abort_lock = threading.Lock()
         options = ProcessGroupNCCL.Options()
         options._timeout = COLLECTIVE_TIMEOUT
         try:
@@ -85,6 +92,7 @@ class NcclProcessGroup:
             torch.cuda.current_stream(device).synchronize()
         except RuntimeError as error:
             raise PeerLost(f"NCCL group of {members} was not complete: {error}") from error
+        self._abort = NcclAbort(self._group.abort)
         self._async_error = async_error_of(self._group)
 
     def size(self) -> int:
@@ -95,16 +103,11 @@ class NcclProcessGroup:
 
     def void(self) -> None:
         """From here on nothing is started, and nothing that was started counts."""
-        self._void = True
+        self._abort.void()
 
     def abort(self) -> bool:
-        """End the kernels of this group. Returns whether this call did it; a second one waits for the first."""
-        self.void()
-        with self._abort_lock:
-            first, self._aborted = not self._aborted, True
-            if first:
-                self._group.abort()
-        return first
+        """Have the kernels of this group ended, which takes milliseconds. Returns whether this call did it."""
+        return self._abort.begin()
 
     def async_error(self) -> int | None:
         """What NCCL has found by itself, 0 for nothing; None when the group is over, or NCCL cannot be asked.
@@ -112,23 +115,24 @@ class NcclProcessGroup:
         From any thread. An abort frees the communicator: it waits until this call is through, which takes microseconds,
         and this call never waits for an abort.
         """
-        if self._async_error is None or not self._abort_lock.acquire(blocking=False):
-            return None
-        try:
-            return None if self._void or self._aborted else self._async_error.read()
-        finally:
-            self._abort_lock.release()
+        return None if self._async_error is None else self._abort.unless_void(self._async_error.read)
 
     def synchronize(self) -> None:
         """Wait until all that was started is complete. Raises PeerLost if it was not completed but aborted."""
         torch.cuda.current_stream(self._device).synchronize()
-        if self._void:
+        if self._abort.is_void:
             raise PeerLost("the group was aborted")
 
     def close(self) -> None:
-        """Abort, and wait until the device is done with what was started: buffers may be used again afterwards."""
+        """Abort, and wait until the device is done with what was started: buffers may be used again afterwards.
+
+        Where the next group would find too little memory beside this one, all of the abort is waited for.
+        """
         self.abort()
         torch.cuda.synchronize(self._device)
+        free = _free_bytes(self._device)
+        if free < ROOM_FOR_A_GROUP and not self._abort.wait(ABORT_PATIENCE_S):
+            log.warning("nccl_abort_slow", seconds=ABORT_PATIENCE_S, free_mib=free >> 20)
         self._group = None
 
     def allreduce(self, tensors: Sequence[torch.Tensor], *options: Any) -> NcclWork:
@@ -143,7 +147,7 @@ class NcclProcessGroup:
         return self._start("alltoall_base", output, tensor, output_splits, input_splits)
 
     def _start(self, name: str, *arguments: Any) -> NcclWork:
-        if self._void:
+        if self._abort.is_void:
             raise PeerLost("the group was aborted")
         kind = KINDS[name]
         if self._count is not None:
@@ -183,24 +187,20 @@ class NcclGroup:
         """
         self._gloo = GlooGroup(store, prefix, position, members, is_void, page)
         self.host = self._gloo.host
-        started = time.monotonic()
+        started, free = time.monotonic(), _free_bytes(device)
         try:
             self.device = NcclProcessGroup(PrefixStore(f"{prefix}/nccl", store), position, members, device, count)
         except PeerLost:
             self._gloo.close()
             raise
         self._poll = ErrorPoll(self.device.async_error, page) if page is not None else None
-        log.info("nccl_connected", position=position, members=members, seconds=round(time.monotonic() - started, 3))
+        seconds, mib = round(time.monotonic() - started, 3), (free - _free_bytes(device)) >> 20
+        log.info("nccl_connected", position=position, members=members, seconds=seconds, mib=mib)
 
     def abort(self) -> int:
         """Free whoever is blocked in a collective of either kind. Returns how much was still open."""
-        started = time.monotonic()
         self.device.void()  # first: a host freed from gloo must not go on with tensors of the device
-        broken = self._gloo.abort()
-        aborted = self.device.abort()
-        if aborted:
-            log.info("nccl_aborted", seconds=round(time.monotonic() - started, 3))
-        return broken + aborted
+        return self._gloo.abort() + self.device.abort()
 
     def close(self) -> None:
         self.device.close()
