@@ -15,6 +15,7 @@ from typing import Any
 from bench.command import say
 from bench.gpu import driver
 from bench.gpu.life import Life, Strikes, under_load
+from bench.gpu.repeats import repeated
 from bench.gpu.results import Bar, Findings, ms
 from bench.gpu.tokens import Judged
 from elastic_daemon.errors import ElasticError
@@ -27,6 +28,8 @@ VERDICT_BAR_S = 0.25
 """From the wrong write: a driver takes 0.15 s to tell of it."""
 
 FAULT_S = 8.0
+REPEATED = 2
+"""Streams that changed are asked for again, so many of a part."""
 LEAK_BAR_MIB = 64.0
 REST_S = 3.0
 REARRANGE_TIMEOUT_S = 60.0
@@ -54,6 +57,8 @@ async def disturbed(life: Life, findings: Findings) -> AsyncIterator[Strikes]:
         Bar("changed", "==", 0, judged.changed),
         Bar("wrong expert slots", "==", 0, wrong),
     ]
+    for change in judged.changes[:REPEATED]:
+        findings.problems.append(str(await repeated(life, change)))
     if judged.changed and life.calm.get("staggered", {}).get("changed"):
         findings.problems.append("undisturbed streams of this life differ too")
 

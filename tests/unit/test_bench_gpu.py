@@ -1,4 +1,4 @@
-"""The GPU drill without a GPU and without a daemon: budget, tables, tokens, what is read from events."""
+"""The GPU drill without a GPU and without a daemon: budget, tables, what is read from events."""
 
 from __future__ import annotations
 
@@ -24,26 +24,8 @@ from bench.gpu.life import Refused, Setting, pauses, strike_of
 from bench.gpu.parts import PARTS, listing, options
 from bench.gpu.results import CUT, FAILED, PASSED, REFUSED, Bar, Findings, file_of, read_all, table, write
 from bench.gpu.running import Running, cell_of
-from bench.gpu.tokens import Judged, token_change
 from bench.load import Traffic
-from elastic_daemon.drill_report import StreamResult
-from elastic_daemon.drill_sampling import PENALISED, Sampling, constrained, seeded
 from elastic_daemon.errors import ElasticError, StartError
-
-
-def stream(*token_ids: int, **fields: Any) -> StreamResult:
-    result = StreamResult(
-        prompt="count 2 to 9 by 1 =",
-        token_ids=token_ids,
-        text="x" * len(token_ids),
-        finish_reason="length",
-        completion_tokens=len(token_ids),
-        error=None,
-        started=0.0,
-        ended=1.0,
-        arrivals=tuple(0.1 * n for n in range(len(token_ids))),
-    )
-    return replace(result, **fields)
 
 
 def event(name: str, time: float, **fields: Any) -> dict[str, Any]:
@@ -52,70 +34,6 @@ def event(name: str, time: float, **fields: Any) -> dict[str, Any]:
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
-
-def test_same_tokens_are_no_change() -> None:
-    assert token_change(stream(1, 2), stream(1, 2)) is None
-
-
-def test_near_tie_in_both_runs() -> None:
-    expected = stream(1, 2, 3, logprobs=({1: -0.1}, {2: -0.70, 5: -0.71}, {3: 0.0}))
-    actual = stream(1, 5, 3, logprobs=({1: -0.1}, {2: -0.72, 5: -0.70}, {3: 0.0}))
-    change = token_change(expected, actual)
-    assert change is not None
-    assert (change.position, change.expected, change.actual, change.near_tie) == (1, 2, 5, True)
-    assert (change.expected_gap, change.actual_gap) == pytest.approx((0.01, 0.02))
-    assert "near-tie" in str(change)
-
-
-def test_error_is_no_near_tie() -> None:
-    expected = stream(1, 2, logprobs=({1: 0.0, 9: -8.0}, {2: -0.001, 5: -7.0}))
-    actual = stream(1, 5, logprobs=({1: 0.0, 9: -8.0}, {5: -0.1, 2: -2.0}))
-    change = token_change(expected, actual)
-    assert change is not None and change.near_tie is False
-    assert "not a near-tie" in str(change)
-
-
-@pytest.mark.parametrize(
-    "actual",
-    [
-        stream(1, 5),  # no logprobs
-        stream(1, 5, logprobs=({1: 0.0}, {5: -0.1, 7: -2.0})),  # the expected one is not among the likeliest
-        stream(1, logprobs=({1: 0.0},)),  # ended too early
-    ],
-)
-def test_gap_that_is_not_known(actual: StreamResult) -> None:
-    change = token_change(stream(1, 2, logprobs=({1: 0.0}, {2: -0.001, 5: -7.0})), actual)
-    assert change is not None and change.near_tie is None
-
-
-@pytest.mark.parametrize(("sampling", "near_tie"), [(seeded(1), None), (PENALISED, None), (constrained(2), True)])
-def test_logprobs_do_not_judge_what_they_do_not_decide(sampling: Sampling, near_tie: bool | None) -> None:
-    tie = ({1: -0.1}, {2: -0.7, 5: -0.7})
-    change = token_change(stream(1, 2, logprobs=tie, sampling=sampling), stream(1, 5, logprobs=tie, sampling=sampling))
-    assert change is not None and change.near_tie is near_tie
-    assert ("gap not known" in str(change)) is (near_tie is None)
-
-
-def test_changes_are_counted_with_the_streams() -> None:
-    judged = Judged()
-    judged.count(stream(1, 2), stream(1, 2))
-    judged.count(stream(1, 2), stream(1, error="ReadError"))
-    tie = ({1: -0.1}, {2: -0.7, 5: -0.7})
-    judged.count(stream(1, 2, logprobs=tie), stream(1, 5, logprobs=tie))
-    both = Judged()
-    both.add(judged)
-    both.add(judged)
-    assert {name: value for name, value in both.to_json().items() if isinstance(value, int)} == {
-        "streams": 6,
-        "lost": 2,
-        "refused": 0,
-        "changed": 2,
-        "near_ties": 2,
-    }
-    assert [change["position"] for change in both.to_json()["changes"]] == [1, 1]
-
-
-# --- budget -----------------------------------------------------------------------------------------------------------
 
 EAGER, OTHER = ("--enforce-eager",), ("--other",)
 KILL, HANG, GRAPHS = Wanted("kill", EAGER, 100), Wanted("hang", EAGER, 50), Wanted("graphs", OTHER, 60)

@@ -1,0 +1,103 @@
+"""Tokens of the GPU drill: which changed, which were near-ties, and what a request that is asked for again tells."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from bench.gpu.repeats import compared
+from bench.gpu.tokens import Judged, token_change
+from elastic_daemon.drill_report import StreamResult
+from elastic_daemon.drill_sampling import PENALISED, Sampling, constrained, seeded
+
+
+def stream(*token_ids: int, **fields: Any) -> StreamResult:
+    result = StreamResult(
+        prompt="count 2 to 9 by 1 =",
+        token_ids=token_ids,
+        text="x" * len(token_ids),
+        finish_reason="length",
+        completion_tokens=len(token_ids),
+        error=None,
+        started=0.0,
+        ended=1.0,
+        arrivals=tuple(0.1 * n for n in range(len(token_ids))),
+    )
+    return replace(result, **fields)
+
+
+def test_same_tokens_are_no_change() -> None:
+    assert token_change(stream(1, 2), stream(1, 2)) is None
+
+
+def test_near_tie_in_both_runs() -> None:
+    expected = stream(1, 2, 3, logprobs=({1: -0.1}, {2: -0.70, 5: -0.71}, {3: 0.0}))
+    actual = stream(1, 5, 3, logprobs=({1: -0.1}, {2: -0.72, 5: -0.70}, {3: 0.0}))
+    change = token_change(expected, actual)
+    assert change is not None
+    assert (change.position, change.expected, change.actual, change.near_tie) == (1, 2, 5, True)
+    assert (change.expected_gap, change.actual_gap) == pytest.approx((0.01, 0.02))
+    assert "near-tie" in str(change)
+
+
+def test_error_is_no_near_tie() -> None:
+    expected = stream(1, 2, logprobs=({1: 0.0, 9: -8.0}, {2: -0.001, 5: -7.0}))
+    actual = stream(1, 5, logprobs=({1: 0.0, 9: -8.0}, {5: -0.1, 2: -2.0}))
+    change = token_change(expected, actual)
+    assert change is not None and change.near_tie is False
+    assert "not a near-tie" in str(change)
+
+
+@pytest.mark.parametrize(
+    "actual",
+    [
+        stream(1, 5),  # no logprobs
+        stream(1, 5, logprobs=({1: 0.0}, {5: -0.1, 7: -2.0})),  # the expected one is not among the likeliest
+        stream(1, logprobs=({1: 0.0},)),  # ended too early
+    ],
+)
+def test_gap_that_is_not_known(actual: StreamResult) -> None:
+    change = token_change(stream(1, 2, logprobs=({1: 0.0}, {2: -0.001, 5: -7.0})), actual)
+    assert change is not None and change.near_tie is None
+
+
+@pytest.mark.parametrize(("sampling", "near_tie"), [(seeded(1), None), (PENALISED, None), (constrained(2), True)])
+def test_logprobs_do_not_judge_what_they_do_not_decide(sampling: Sampling, near_tie: bool | None) -> None:
+    tie = ({1: -0.1}, {2: -0.7, 5: -0.7})
+    change = token_change(stream(1, 2, logprobs=tie, sampling=sampling), stream(1, 5, logprobs=tie, sampling=sampling))
+    assert change is not None and change.near_tie is near_tie
+    assert ("gap not known" in str(change)) is (near_tie is None)
+
+
+def test_a_request_asked_for_again_tells_what_takes_no_fault() -> None:
+    expected, other = stream(1, 2), stream(1, 5)
+    failed = replace(stream(1), error="cut")
+    repeats = compared(expected, [[expected], [expected, other, failed], [other] * 5])
+    assert repeats.differ == {1: 0, 3: 1, 5: 5}
+    assert repeats.without_a_fault
+    assert str(repeats) == f"{expected.prompt!r} again, undisturbed: 0 of 1, 1 of 3, 5 of 5 differ"
+    assert not compared(expected, [[expected], [failed, expected]]).without_a_fault
+
+
+def test_changes_are_counted_with_the_streams() -> None:
+    judged = Judged()
+    judged.count(stream(1, 2), stream(1, 2))
+    judged.count(stream(1, 2), stream(1, error="ReadError"))
+    tie = ({1: -0.1}, {2: -0.7, 5: -0.7})
+    judged.count(stream(1, 2, logprobs=tie), stream(1, 5, logprobs=tie))
+    both = Judged()
+    both.add(judged)
+    both.add(judged)
+    assert {name: value for name, value in both.to_json().items() if isinstance(value, int)} == {
+        "streams": 6,
+        "lost": 2,
+        "refused": 0,
+        "changed": 2,
+        "near_ties": 2,
+    }
+    assert [change["position"] for change in both.to_json()["changes"]] == [1, 1]
+
+
+# --- budget -----------------------------------------------------------------------------------------------------------
