@@ -1,8 +1,8 @@
 """Whether the daemon can be asked while it has its hands full.
 
-A daemon with four CPU ranks serves streams. `/health` and `/metrics` are asked many times a second, on the public port
-(through the front end) and on the supervisor's own socket, while nothing happens and while two ranks are killed one
-after the other. Then 64 streams run, and the daemon's own measure of its control loop is read.
+A daemon with four CPU ranks serves streams. A process of its own asks for `/health` and `/metrics` many times a second,
+on the public port (through the front end) and on the supervisor's own socket, while nothing happens and while two ranks
+are killed one after the other. Then 64 streams run, and the daemon's own measure of its control loop is read.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from bench.asker import ROUTES, Answer, asking
 from bench.command import check_json_path, say, write_json
 from bench.machine import Machine, load_average
 from bench.tables import figures_table
@@ -43,26 +44,13 @@ printed, and do not count."""
 RANKS, LIVES = 4, 3
 STREAMS, TOKENS, KILL_AT = 16, 150, 0.3
 MANY_STREAMS, MANY_TOKENS = 64, 100
-INTERVAL_S = 0.05
 AFTERMATH_S = 0.3
 """What counts as during a recovery: from the kill to so long after the daemon says that it is done."""
 RUN_S = 180.0
 ANSWER_BAR_S, LAG_BAR_S = 0.02, 0.05
 LAG = "elastic_control_loop_lag_seconds_bucket"
 OPTIONS = ("--restore", "off")
-ROUTES = ("/health", "/metrics")
 INTERRUPTED = 130
-
-
-@dataclass(frozen=True)
-class Answer:
-    """`where`: port or socket."""
-
-    where: str
-    route: str
-    asked: float
-    seconds: float
-    status: int
 
 
 @dataclass
@@ -137,18 +125,14 @@ async def _live(daemon: Daemon, measured: Measured, many: bool) -> None:
         before = await _lag(daemon)
         await _stream(daemon, measured, MANY_STREAMS, MANY_TOKENS)
         measured.lag = {bound: count - before[bound] for bound, count in (await _lag(daemon)).items()}
-    askers = [asyncio.create_task(_ask(daemon, where, measured)) for where in ("port", "socket")]
     try:
-        async with scheduling_probe() as delays:
+        async with asking(daemon) as answers, scheduling_probe() as delays:
             await _stream(daemon, measured, STREAMS, TOKENS)
             for rank in (1, 3):
                 await _stream(daemon, measured, STREAMS, TOKENS, victim=rank)
-        measured.lateness_s += [delay.seconds for delay in delays]
     finally:
-        for asker in askers:
-            asker.cancel()
-        ended = await asyncio.gather(*askers, return_exceptions=True)
-        measured.errors += [f"asking: {one!r}" for one in ended if isinstance(one, Exception)]
+        measured.answers += answers
+        measured.lateness_s += [delay.seconds for delay in delays]
 
 
 async def _stream(daemon: Daemon, measured: Measured, streams: int, tokens: int, victim: int | None = None) -> None:
@@ -173,25 +157,6 @@ async def _stream(daemon: Daemon, measured: Measured, streams: int, tokens: int,
         if not done:
             raise ElasticError("no recovery came to its end")
         measured.recoveries.append((killed, max(done) - offset + AFTERMATH_S))
-
-
-async def _ask(daemon: Daemon, where: str, measured: Measured) -> None:
-    """Ask all routes in turn."""
-    if where == "port":
-        client = httpx.AsyncClient(base_url=daemon.url, timeout=30)
-    else:
-        transport = httpx.AsyncHTTPTransport(uds=str(daemon.control.runtime_dir / "http.sock"))
-        client = httpx.AsyncClient(transport=transport, base_url="http://daemon", timeout=30)
-    async with client:
-        # Never both at once: the text of one answer keeps this process from reading the other.
-        due = time.monotonic() + (INTERVAL_S / 2 if where == "socket" else 0.0)
-        for route in itertools.cycle(ROUTES):
-            await asyncio.sleep(due - time.monotonic())
-            asked = time.monotonic()
-            answer = await client.get(route)
-            answered = time.monotonic()
-            measured.answers.append(Answer(where, route, asked, answered - asked, answer.status_code))
-            due += INTERVAL_S * math.ceil(max(answered - due, INTERVAL_S) / INTERVAL_S)
 
 
 async def _lag(daemon: Daemon) -> dict[float, float]:

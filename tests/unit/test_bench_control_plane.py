@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from bench.control_plane import ROUTES, Answer, Measured, as_json, bucket_quantile, parser, quantile, render
+from bench.asker import ROUTES, Answer
+from bench.control_plane import Measured, as_json, bucket_quantile, parser, quantile, render
 from elastic_daemon.operator_commands import make_console
 
 
