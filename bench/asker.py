@@ -12,27 +12,30 @@ import itertools
 import json
 import math
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-
-import httpx
+from urllib.parse import urlsplit
 
 from elastic_daemon.drill_daemon import Daemon
 from elastic_daemon.errors import ElasticError
 
 INTERVAL_S = 0.05
-STOP_S = 10.0
+TIMEOUT_S = 30.0
+STOP_S = 40.0
 ROUTES = ("/health", "/metrics")
 BEGUN = "asking"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """`where`: port (through the front end) or socket (the supervisor's own). `asked`: monotonic."""
+    """`where`: port (through the front end) or socket (the supervisor's). `asked`: monotonic. `status`: 0 for none."""
 
     where: str
     route: str
@@ -44,8 +47,8 @@ class Answer:
 @asynccontextmanager
 async def asking(daemon: Daemon) -> AsyncIterator[list[Answer]]:
     """Meanwhile, have another process ask. The list is filled at the end. Raises ElasticError if it came to grief."""
-    socket = daemon.control.runtime_dir / "http.sock"
-    command = [sys.executable, "-m", "bench.asker", daemon.url, str(socket)]
+    path = daemon.control.runtime_dir / "http.sock"
+    command = [sys.executable, "-m", "bench.asker", daemon.url, str(path)]
     asker = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     assert asker.stdout is not None
     answers: list[Answer] = []
@@ -65,37 +68,66 @@ async def asking(daemon: Daemon) -> AsyncIterator[list[Answer]]:
     answers += [Answer(**one) for one in json.loads(said)]
 
 
-async def ask(client: httpx.AsyncClient, where: str, since: float, answers: list[Answer]) -> None:
-    """Ask all routes in turn, from `since` on."""
-    due = since
-    async with client:
+class UnixConnection(HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: Path, timeout: float) -> None:
+        super().__init__("daemon", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+class Asker(threading.Thread):
+    """Asks all routes in turn over one connection, from `since` on, until it is over."""
+
+    def __init__(self, where: str, connection: HTTPConnection, since: float, over: threading.Event) -> None:
+        super().__init__(name=where)
+        self.answers: list[Answer] = []
+        self._where, self._connection, self._over = where, connection, over
+        self._due = since
+
+    def run(self) -> None:
         for route in itertools.cycle(ROUTES):
-            await asyncio.sleep(due - time.monotonic())
-            asked = time.monotonic()
-            answer = await client.get(route)
-            answered = time.monotonic()
-            answers.append(Answer(where, route, asked, answered - asked, answer.status_code))
-            due += INTERVAL_S * math.ceil(max(answered - due, INTERVAL_S) / INTERVAL_S)
+            if self._over.wait(max(0.0, self._due - time.monotonic())):
+                break
+            self._ask(route)
+        self._connection.close()
+
+    def _ask(self, route: str) -> None:
+        asked = time.monotonic()
+        try:
+            self._connection.request("GET", route)
+            answer = self._connection.getresponse()
+            answer.read()
+            status = answer.status
+        except (OSError, HTTPException) as error:
+            print(f"{self._where} {route}: {error!r}", file=sys.stderr)
+            self._connection.close()
+            status = 0
+        answered = time.monotonic()
+        self.answers.append(Answer(self._where, route, asked, answered - asked, status))
+        self._due += INTERVAL_S * math.ceil(max(answered - self._due, INTERVAL_S) / INTERVAL_S)
 
 
-async def run(url: str, socket: Path) -> list[Answer]:
-    over = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, over.set)
-    answers: list[Answer] = []
-    transport, now = httpx.AsyncHTTPTransport(uds=str(socket)), time.monotonic()
-    own = httpx.AsyncClient(transport=transport, base_url="http://daemon", timeout=30)
-    public = httpx.AsyncClient(base_url=url, timeout=30)
-    # Never both at once: the text of one answer keeps this process from reading the other.
-    async with asyncio.TaskGroup() as group:
-        askers = [
-            group.create_task(ask(public, "port", now, answers)),
-            group.create_task(ask(own, "socket", now + INTERVAL_S / 2, answers)),
-        ]
-        print(BEGUN, flush=True)
-        await over.wait()
-        for asker in askers:
-            asker.cancel()
-    return answers
+def run(url: str, path: Path) -> list[Answer]:
+    over, now, public = threading.Event(), time.monotonic(), urlsplit(url)
+    assert public.hostname is not None
+    signal.signal(signal.SIGTERM, lambda *_: over.set())
+    # Never both at once: one answer would be read while the other waits.
+    askers = [
+        Asker("port", HTTPConnection(public.hostname, public.port, timeout=TIMEOUT_S), now, over),
+        Asker("socket", UnixConnection(path, TIMEOUT_S), now + INTERVAL_S / 2, over),
+    ]
+    for asker in askers:
+        asker.start()
+    print(BEGUN, flush=True)
+    for asker in askers:
+        asker.join()
+    return [answer for asker in askers for answer in asker.answers]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -103,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("url", help="where the daemon serves")
     parser.add_argument("socket", type=Path, help="http.sock of its runtime directory")
     chosen = parser.parse_args(arguments)
-    print(json.dumps([asdict(answer) for answer in asyncio.run(run(chosen.url, chosen.socket))]))
+    print(json.dumps([asdict(answer) for answer in run(chosen.url, chosen.socket)]))
     return 0
 
 

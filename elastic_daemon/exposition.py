@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.utils import floatToGoString
 
@@ -24,6 +24,8 @@ class Exposition:
     """What is asked for again and again of one registry."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        """From here on this process tells no times of creation: nobody looks at them, and they are not read here."""
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = registry
         self._metrics: dict[Any, _Read] = {}
 

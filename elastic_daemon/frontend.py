@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import structlog
 import uvicorn
-from prometheus_client import REGISTRY, disable_created_metrics
+from prometheus_client import REGISTRY
 from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -272,5 +272,4 @@ def _limits_of(settings: Message) -> Limits:
 
 def run_frontend(deployment: Deployment, spec: Message) -> None:
     """Be the front end until told to drain. Called in a fresh fork of the zygote."""
-    disable_created_metrics()  # type: ignore[no-untyped-call]  # nobody looks at them
     asyncio.run(Frontend(deployment, spec).run())

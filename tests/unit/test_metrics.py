@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from elastic_daemon import exposition
 from elastic_daemon.client_gaps import ClientGaps
 from elastic_daemon.config import Settings
 from elastic_daemon.health import HealthView, WatchdogView
@@ -58,6 +59,20 @@ def test_all_are_there_and_no_others() -> None:
         for collector in collectors
     }
     assert found == EXPORTED
+
+
+def test_none_of_them_takes_the_slow_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which costs a millisecond of the control loop for a dozen metrics."""
+    metrics = Metrics()
+    metrics.verdict("xid", "failed")
+    metrics.moved(2)
+    metrics.client_gap(0.1)
+
+    def slow(_: object) -> bytes:
+        raise AssertionError("left to the library")
+
+    monkeypatch.setattr(exposition, "generate_latest", slow)
+    assert "elastic_watchdog_verdicts_total" in metrics.render(VIEW)
 
 
 def test_what_is_there_before_the_engine_is_known() -> None:
