@@ -162,7 +162,7 @@ class Supervisor:
 
     async def _supervise(self) -> p.Exit:
         """The control loop: sends Tick when something is due, and proves with each turn that it lives."""
-        # What is here by now stays. To look for garbage in it would stop the loop for a tenth of a second every so often.
+        # What is here by now stays. A look for garbage in it would stop the loop for a tenth of a second.
         gc.collect()
         gc.freeze()
         lag = asyncio.create_task(watch_lag(self.metrics.loop_lag))
