@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
-import io
 import json
-import os
-import re
-import ssl
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +13,20 @@ import pytest
 from rich.console import Console
 
 from elastic_daemon.cli import make_parser
-from elastic_daemon.client_tls import client_tls
 from elastic_daemon.drill import (
     Daemon,
-    Display,
-    Fault,
     Moment,
     Options,
-    Victim,
-    _watched_run,
     choose_ranks,
     parse_ranks,
     prompts_for,
-    run_streams,
     scheduling_probe,
-    victims_of,
 )
 from elastic_daemon.drill_report import (
     Delay,
     DrillResult,
     Run,
     Spread,
-    StreamResult,
     Strike,
     compare,
     first_difference,
@@ -51,26 +35,7 @@ from elastic_daemon.drill_report import (
 )
 from elastic_daemon.errors import ConfigError
 from elastic_daemon.operator_commands import Target
-from tests.certificates import issued
-
-
-def stream(prompt: str = "p", tokens: tuple[int, ...] = (5, 6, 7), **changes: Any) -> StreamResult:
-    """An undisturbed stream with one token a second."""
-    whole = StreamResult(
-        prompt=prompt,
-        token_ids=tokens,
-        text="".join(chr(97 + token) for token in tokens),
-        finish_reason="length",
-        completion_tokens=len(tokens),
-        error=None,
-        started=0.0,
-        ended=float(len(tokens)),
-        arrivals=tuple(float(second) for second in range(1, len(tokens) + 1)),
-    )
-    return dataclasses.replace(whole, **changes)
-
-
-# --- comparison -------------------------------------------------------------------------------------------------------
+from tests.unit.drill_stream import stream
 
 
 def test_equal_runs_are_the_same() -> None:
@@ -133,9 +98,6 @@ def test_first_difference(one: str, other: str, index: int) -> None:
     assert first_difference(one, other) == index
 
 
-# --- numbers ----------------------------------------------------------------------------------------------------------
-
-
 def test_longest_gap() -> None:
     seen = stream(arrivals=(1.0, 4.0, 4.5, 6.5))
     assert seen.longest_gap() == 3.0
@@ -166,9 +128,6 @@ async def test_scheduling_probe_sees_a_blocked_loop() -> None:
         time.sleep(0.1)  # noqa: ASYNC251 (what the probe is there to see)
         await asyncio.sleep(0.02)
     assert max(delay.seconds for delay in delays) > 0.05
-
-
-# --- verdict ----------------------------------------------------------------------------------------------------------
 
 
 SHRINK = {
@@ -254,9 +213,6 @@ def test_each_problem_fails_the_drill(changes: dict[str, Any], problem: str) -> 
 
 def test_a_recovery_without_a_front_end_has_no_counts() -> None:
     assert result(recoveries=({**SHRINK, "requests": None},)).passed
-
-
-# --- arguments --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -361,188 +317,3 @@ def test_prompts_are_tasks_and_differ() -> None:
     prompts = prompts_for(20)
     assert prompts[0] == "count 2 to 176 by 1 ="
     assert len(set(prompts)) == 20
-
-
-# --- the fault --------------------------------------------------------------------------------------------------------
-
-
-SLEEPER = "import setproctitle, sys, time; setproctitle.setproctitle(sys.argv[1]); print(flush=True); time.sleep(60)"
-
-
-@pytest.fixture
-def start_process() -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start(title: str) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen([sys.executable, "-c", SLEEPER, title], stdout=subprocess.PIPE)
-        started.append(process)
-        assert process.stdout is not None
-        process.stdout.readline()
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def test_victim_is_killed(start_process: Callable[[str], subprocess.Popen[bytes]]) -> None:
-    process = start_process("elastic-daemon: rank 3")
-    health = {"ranks": [{"rank": 3, "pids": [process.pid]}, {"rank": 4, "pids": [1]}]}
-    with victims_of(health, [3]) as (victim,):
-        victim.kill()
-        assert process.wait(10) == -9
-        victim.kill()  # gone already: no error
-
-
-@pytest.mark.parametrize("title", ["elastic-daemon: rank 2", "elastic-daemon: rank 31", "something else"])
-def test_no_other_process_is_killed(title: str, start_process: Callable[[str], subprocess.Popen[bytes]]) -> None:
-    process = start_process(title)
-    with pytest.raises(ConfigError, match="is not rank 3 on this machine"):
-        Victim(3, [process.pid])
-    assert process.poll() is None
-
-
-def test_victim_without_process() -> None:
-    with pytest.raises(ConfigError, match="no process"):
-        Victim(3, [])
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    with pytest.raises(ConfigError, match="rank 3: its process"):
-        Victim(3, [gone.pid])
-
-
-class Recorder(Victim):
-    def __init__(self, rank: int) -> None:
-        self.rank, self.pids, self.kills = rank, (os.getpid(),), 0
-
-    def kill(self) -> None:
-        self.kills += 1
-
-
-def test_fault_strikes_once_at_its_share_of_the_tokens() -> None:
-    victim = Recorder(2)
-    fault = Fault([victim], Moment(share=0.4), all_tokens=10)
-    for tokens in (1, 2):
-        fault.token(tokens)
-    assert victim.kills == 0
-    assert fault.report([stream()], [], []) is None
-    for _ in range(5):
-        fault.token(1)
-    assert victim.kills == 1
-    assert fault.seen == 4
-
-
-async def test_fault_strikes_after_seconds() -> None:
-    victim = Recorder(2)
-    fault = Fault([victim], Moment(seconds=0.01), all_tokens=10)
-    fault.run_begins()
-    fault.token(9)
-    assert victim.kills == 0
-    await asyncio.sleep(0.1)
-    assert victim.kills == 1
-
-
-async def test_fault_that_comes_too_late_strikes_nobody() -> None:
-    victim = Recorder(2)
-    fault = Fault([victim], Moment(seconds=0.05), all_tokens=10)
-    fault.run_begins()
-    fault.run_ended()
-    await asyncio.sleep(0.1)
-    assert victim.kills == 0
-
-
-def test_report_of_the_fault() -> None:
-    fault = Fault([Recorder(1), Recorder(2)], Moment(), 10)
-    fault.at, fault.wall_time, fault.seen = 2.0, 1000.0, 5
-    streams = [stream(arrivals=(1.0, 1.5, 4.0)), stream(ended=1.0)]
-    delays = [Delay(1.0, 0.9), Delay(3.0, 0.1)]
-    events = [
-        {"event": "rank_excluded", "rank": 1, "time": 1000.01},
-        {"event": "rank_fault", "rank": 2, "time": 1000.02},
-    ]
-    strike = fault.report(streams, delays, events)
-    assert strike is not None
-    assert (strike.ranks, strike.streams, strike.at_s, strike.detection_s) == ((1, 2), 1, 2.0, None)
-    assert (strike.gaps.max, strike.delays.max) == (2.5, 0.1)
-    strike = fault.report(streams, delays, [*events, {"event": "rank_excluded", "rank": 2, "time": 1000.25}])
-    assert strike is not None
-    assert strike.detection_s == pytest.approx(0.25)
-
-
-# --- streams ----------------------------------------------------------------------------------------------------------
-
-
-def chunk(token: int, finish: str | None = None) -> str:
-    return json.dumps({"choices": [{"text": chr(token), "token_ids": [token], "finish_reason": finish}]})
-
-
-USAGE = json.dumps({"choices": [], "usage": {"completion_tokens": 2}})
-GOOD = [chunk(97), chunk(98, "length"), USAGE, "[DONE]"]
-
-
-@contextlib.asynccontextmanager
-async def answering(status: str, lines: list[str], tls: ssl.SSLContext | None = None) -> AsyncIterator[int]:
-    """The port of a server that sends these events to whoever asks, and hangs up."""
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        body = "".join(f"data: {line}\n\n" for line in lines)
-        writer.write(f"HTTP/1.1 {status}\r\nConnection: close\r\n\r\n{body}".encode())
-        await writer.drain()
-        writer.close()
-
-    async with await asyncio.start_server(answer, "127.0.0.1", 0, ssl=tls) as server:
-        yield server.sockets[0].getsockname()[1]
-
-
-async def answered(status: str, lines: list[str]) -> tuple[StreamResult, list[tuple[int, int]]]:
-    """One stream against such a server."""
-    tokens: list[tuple[int, int]] = []
-    async with answering(status, lines) as port:
-        url = f"http://127.0.0.1:{port}"
-        (seen,) = await run_streams(url, ["p"], 2, lambda number, count: tokens.append((number, count)))
-    return seen, tokens
-
-
-async def test_stream_is_read() -> None:
-    seen, tokens = await answered("200 OK", GOOD)
-    assert seen.error is None
-    assert (seen.token_ids, seen.text, seen.finish_reason, seen.completion_tokens) == ((97, 98), "ab", "length", 2)
-    assert tokens == [(0, 1), (0, 1)]
-    assert seen.started <= seen.arrivals[0] <= seen.arrivals[1] <= seen.ended
-
-
-@pytest.mark.parametrize(
-    ("status", "lines", "error"),
-    [
-        ("503 Busy", ["no capacity"], "503: data: no capacity"),
-        ("200 OK", GOOD[:2], r"without \[DONE\]"),
-        ("200 OK", [GOOD[0], '{"error": {"message": "gone"}}', "[DONE]"], "gone"),
-        ("200 OK", ["{"], "not a completion stream"),
-    ],
-)
-async def test_streams_that_fail_say_why(status: str, lines: list[str], error: str) -> None:
-    seen, _ = await answered(status, lines)
-    assert seen.error is not None
-    assert re.search(error, seen.error)
-
-
-async def test_streams_of_a_daemon_with_a_private_authority(tmp_path: Path) -> None:
-    made = issued(tmp_path)
-    (server := ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)).load_cert_chain(made.cert, made.key)
-    console = Console(file=io.StringIO())
-    async with answering("200 OK", GOOD, server) as port:
-        for authority, error in ((made.authority, None), (None, "CERTIFICATE_VERIFY_FAILED")):
-            target = Target(tmp_path, f"https://localhost:{port}", client_tls({}, authority))
-            daemon = Daemon(target, target.base_url)
-            options = Options(target, streams=1, tokens=2)
-            (seen,), _, _ = await _watched_run(daemon, Display(console), "undisturbed", options, ["p"], None)
-            assert seen.error is None if error is None else error in str(seen.error)
-            await daemon.close()
-
-
-async def test_stream_without_server() -> None:
-    (seen,) = await run_streams("http://127.0.0.1:1", ["p"], 2)
-    assert seen.error is not None
-    assert seen.error.startswith("ConnectError")

@@ -1,0 +1,26 @@
+"""What a client of a drill saw, made up."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from elastic_daemon.drill_report import (
+    StreamResult,
+)
+
+
+def stream(prompt: str = "p", tokens: tuple[int, ...] = (5, 6, 7), **changes: Any) -> StreamResult:
+    """An undisturbed stream with one token a second."""
+    whole = StreamResult(
+        prompt=prompt,
+        token_ids=tokens,
+        text="".join(chr(97 + token) for token in tokens),
+        finish_reason="length",
+        completion_tokens=len(tokens),
+        error=None,
+        started=0.0,
+        ended=float(len(tokens)),
+        arrivals=tuple(float(second) for second in range(1, len(tokens) + 1)),
+    )
+    return dataclasses.replace(whole, **changes)

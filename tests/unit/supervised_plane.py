@@ -1,0 +1,43 @@
+"""A supervisor behind its HTTP routes, in a state that the test sets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from elastic_daemon.health import HealthView
+from elastic_daemon.membership import RankState, Status
+from elastic_daemon.protocol import HealthSnapshot, RankHealth
+from tests.unit.operator_plane import OperatorPlane
+
+SNAPSHOT = HealthSnapshot(
+    status=Status.OK,
+    reason="all ranks serve",
+    doing="serving",
+    epoch=3,
+    target=2,
+    active=2,
+    expert_safety=1,
+    survivable_losses=1,
+    ranks=(RankHealth(0, RankState.ACTIVE, 0.0, None, 1), RankHealth(1, RankState.ACTIVE, 0.0, None, 2)),
+    last_recovery=None,
+    last_shrink=None,
+    last_grow=None,
+    frontend_ready=True,
+)
+
+
+class Plane(OperatorPlane):
+    """A supervisor whose state the test sets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.snapshot: HealthSnapshot | None = SNAPSHOT
+        self.answers: dict[str, dict[int, Any] | Exception] = {}
+
+    def health(self) -> HealthView:
+        return HealthView(self.snapshot, "tiny-moe", 2, 5, {0: 2, 1: 3}, {(0, 1): 10, (1, 2): 11}, 1e9)
+
+    async def ask_ranks(self, question: str) -> dict[int, Any]:
+        if isinstance(answer := self.answers[question], Exception):
+            raise answer
+        return answer
