@@ -10,7 +10,7 @@ from elastic_daemon.exposition import Exposition
 from elastic_daemon.health import HealthView
 from elastic_daemon.membership import RankState, Status
 from elastic_daemon.placement import Source
-from elastic_daemon.protocol import RankEvent, RankRegrouped, RankRespread, RecoveryReport
+from elastic_daemon.protocol import RankEvent, RankRegrouped, RankRespread, RecoveryKind, RecoveryReport
 
 METRICS_TYPE = "text/plain; version=0.0.4"
 
@@ -21,6 +21,9 @@ GAP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0,
 
 LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 5.0)
 """The bar is 0.05 s."""
+
+PRESERVED = ("kept", "replayed", "restarted", "moved")
+"""How a request was carried through a recovery; `moved`: off a draining rank."""
 
 
 class Metrics:
@@ -97,6 +100,18 @@ class Metrics:
         self._lost = Counter(
             "elastic_requests_lost_total", "Requests lost: by a recovery, or with the front end", registry=registry
         )
+
+        self._from_zero()
+
+    def _from_zero(self) -> None:
+        """Make samples whose labels are known beforehand: an increase is seen only of what was 0 before."""
+        for kind in RecoveryKind:
+            self._seconds.labels(kind.value, "total")
+        for how in PRESERVED:
+            self._preserved.labels(how)
+        for source in Source:
+            for counter in self._loaded.values():
+                counter.labels(source)
 
     def refused(self, requests: int) -> None:
         self._refused.inc(requests)

@@ -69,4 +69,5 @@ class NcclAbort:
                 abort()
             except RuntimeError as error:
                 log.error("nccl_abort_failed", error=str(error))  # if its kernels run on, this rank misses the fence
-        log.info("nccl_aborted", seconds=round(time.monotonic() - started, 3))
+            else:
+                log.info("nccl_aborted", seconds=round(time.monotonic() - started, 3))

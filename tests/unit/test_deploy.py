@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -10,8 +11,12 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
+from elastic_daemon.health import HealthView
 from elastic_daemon.membership import RankState, Status
+from elastic_daemon.metrics import PRESERVED, Metrics
+from elastic_daemon.placement import Source
 from elastic_daemon.protocol import RecoveryKind
 from elastic_daemon.recovery import Timer
 from tests.unit.test_metrics import EXPORTED
@@ -34,9 +39,13 @@ VALUES = {
     ("elastic_ranks", "state"): {state.value for state in RankState},
     ("elastic_recovery_seconds", "kind"): {kind.value for kind in RecoveryKind},
     ("elastic_recovery_seconds", "phase"): {timer.value for timer in Timer} | {"total"},
+    ("elastic_requests_preserved_total", "how"): set(PRESERVED),
+    ("elastic_expert_load_bytes_total", "source"): {source.value for source in Source},
+    ("elastic_expert_load_seconds_total", "source"): {source.value for source in Source},
     ("elastic_watchdog_verdicts_total", "verdict"): {"ok", "suspect", "drain", "exclude", "restart-rank"},
 }
 
+MATCHER = re.compile(r'(\w+)=~?"([^"]*)"')
 SELECTOR = re.compile(r"\b((?:elastic_|vllm:)\w+|up\b)(?:\{([^}]*)\})?")
 
 
@@ -105,6 +114,20 @@ def test_an_alert_says_what_it_means_and_where_to_read_on(alert: dict[str, Any])
     grouping = re.search(r"\bby \(([^)]*)\)", alert["expr"])
     for label in re.findall(r"\$labels\.(\w+)", notes["summary"] + notes["description"]):
         assert grouping is None or label in grouping[1], "the alert would not have this label"
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
+def test_the_first_of_a_kind_raises_an_alert_too(alert: dict[str, Any]) -> None:
+    """A series that begins at 1 has not increased: it has to be there at 0, or the alert has to ask what is new."""
+    fresh = Metrics().render(HealthView(None, "m", 4, 0, {}, {}, 0.0))
+    there = [sample for family in text_string_to_metric_families(fresh) for sample in family.samples]
+    for name, matchers in re.findall(r"\b(?:increase|rate)\((elastic_\w+)(?:\{([^}]*)\})?\[", alert["expr"]):
+        if f"unless {name}{{{matchers}}} offset" in " ".join(alert["expr"].split()):
+            continue
+        wanted = [[(label, value) for value in values.split("|")] for label, values in MATCHER.findall(matchers)]
+        for chosen in itertools.product(*wanted):
+            found = [one.value for one in there if one.name == name and set(chosen) <= set(one.labels.items())]
+            assert found and not any(found), (name, chosen)
 
 
 def test_alerts_have_names_of_their_own() -> None:
