@@ -4,6 +4,7 @@ ElasticError
 +-- ConfigError              bad flag, environment variable, file or model; the message names it   (exit 2)
 +-- StartError               a start that cannot succeed: port, runtime directory, checkpoint      (exit 3)
 +-- DaemonUnreachable        an operator command found no daemon where it was told to ask          (exit 3)
++-- AnswerRefused            the daemon does not answer this: it wants a key, or takes no more readers
 +-- OrderUnanswered          an operator's order that the daemon cannot take, or cannot answer any more
 +-- PeerLost                 a collective or a rendezvous failed because another member is gone
 +-- Fenced                   this rank was told to stop stepping: its epoch has ended
@@ -46,6 +47,10 @@ def wrong_watchdog(error: ImportError) -> StartError:
 
 class DaemonUnreachable(ElasticError):
     exit_code = 3
+
+
+class AnswerRefused(ElasticError):
+    pass
 
 
 class OrderUnanswered(ElasticError):

@@ -28,7 +28,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_aft
 
 from elastic_daemon.client_tls import client_tls
 from elastic_daemon.config import key_header
-from elastic_daemon.errors import DaemonUnreachable
+from elastic_daemon.errors import AnswerRefused, DaemonUnreachable
 from elastic_daemon.runtime_dir import http_socket
 
 SERVING = ("ok", "degraded", "recovering")
@@ -111,14 +111,28 @@ class Target:
         return DaemonUnreachable(f"no daemon answers at {self.where}: {why}, {hint}")
 
     def get(self, path: str, **params: Any) -> Any:
-        """The JSON body of a control route, whatever its HTTP status. Raises DaemonUnreachable."""
+        """The JSON body of a control route. Raises DaemonUnreachable, and AnswerRefused where a key is wanted."""
         try:
             with self.client() as client:
-                return client.get(self.base_url + path, params=params).json()
+                answer = client.get(self.base_url + path, params=params)
+                body = answer.json()
         except (httpx.TransportError, httpx.InvalidURL) as error:
             raise self.unreachable(error) from error
         except ValueError as error:
             raise self.unreachable(f"the answer to {path} is not JSON") from error
+        if answer.status_code in (401, 403):
+            raise self.refused(path, answer)
+        return body
+
+    def refused(self, path: str, answer: httpx.Response) -> AnswerRefused:
+        """What to tell of an answer, which has been read, that has an error instead of what was asked for."""
+        try:
+            error = answer.json()["error"]
+            why = error["message"] if isinstance(error, dict) else error
+        except (ValueError, LookupError, TypeError):
+            why = f"HTTP status {answer.status_code}"
+        hint = "; give a key of the daemon in ELASTIC_API_KEY" if answer.status_code == 401 else ""
+        return AnswerRefused(f"{path}: {str(why).rstrip('.')}{hint}")
 
     def health(self) -> dict[str, Any]:
         """The body of `/health`. Raises DaemonUnreachable."""
@@ -286,6 +300,7 @@ def follow(target: Target) -> Iterator[dict[str, Any]]:
     """All events from the first that the daemon still has. Reconnects when the stream breaks, and repeats none.
 
     Raises:
+        AnswerRefused: it wants a key, or takes no more readers.
         DaemonUnreachable: it does not answer at the start, or for `RECONNECT_S` later on.
     """
     last: dict[str, Any] | None = None
@@ -322,13 +337,19 @@ def _is_restarted(target: Target, last: Mapping[str, Any]) -> bool:
 
 
 def _stream(target: Target, since: int) -> Iterator[dict[str, Any]]:
-    """Events after `since` until the connection ends, for whatever reason."""
+    """Events after `since` until the connection ends, for whatever reason.
+
+    Raises AnswerRefused; on the way (`since` > 0) only where asking again would not help.
+    """
     headers = {"Accept": "text/event-stream", "Last-Event-ID": str(since)}
     try:
         with (
             target.client(httpx.Timeout(TIMEOUT_S, read=None)) as client,
             client.stream("GET", f"{target.base_url}/events", headers=headers) as answer,
         ):
+            if answer.is_client_error or (answer.is_error and since == 0):
+                answer.read()
+                raise target.refused("/events", answer)
             for line in answer.iter_lines():
                 if line.startswith("data:"):
                     yield json.loads(line.removeprefix("data:"))
