@@ -2,7 +2,7 @@
 #
 # PYTHON           the Python to build .venv with (3.11 to 3.13; found by itself)
 # TORCH_INDEX_URL  where torch's CPU build is taken from if pip's own sources lack it
-# ARGS             arguments of `make serve`
+# ARGS             arguments of `make serve` and `make drill`
 # STAGES           test stages to run (unit contract e2e chaos gpu)
 # PYTEST_ARGS      further arguments of pytest
 # REQUIRE_TOOLS    1: a missing program that tests use (docs/contributing.md) fails them
@@ -11,7 +11,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup serve test check format install uninstall clean distclean
+.PHONY: help setup drill serve test check format install uninstall clean distclean
 
 # Exported as they came (empty is the same as unset to the scripts).
 export PYTHON TORCH_INDEX_URL STAGES PYTEST_ARGS REQUIRE_TOOLS PREFIX SYSCONFDIR DESTDIR VENV
@@ -22,6 +22,9 @@ help: ## list the targets
 
 setup: ## build or refresh .venv (PYTHON=python3.12 picks a Python)
 	@bash scripts/setup.sh
+
+drill: setup ## kill a rank of a daemon under load, and say what clients saw, with ARGS="..." as arguments
+	@exec .venv/bin/elastic-daemon drill $(ARGS)
 
 serve: setup ## run the daemon, with ARGS="..." as its arguments
 	@exec .venv/bin/elastic-daemon serve $(ARGS)

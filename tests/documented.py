@@ -100,7 +100,7 @@ OVER_TLS = (
 
 # What follows is run by tests/unit/test_documented_programs.py.
 
-MADE = r"make (setup|check|format|test|serve)\b"
+MADE = r"make (setup|check|format|test|serve|drill)\b"
 """In a copy of the tree whose programs only note how they were called: it is `make test` that runs the tests."""
 INSTALLED = r"make (install|uninstall)\b"
 """Below a folder, with an environment that exists."""

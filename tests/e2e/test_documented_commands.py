@@ -94,7 +94,7 @@ def test_it_runs(number: int, deployment: Cluster, desk: Desk) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert '"error": {' not in done.stdout
+    assert not re.search(r'"error":\s*\{', done.stdout), done.stdout  # curl ends well whatever the status
     if re.search("drill|release 2|no-wait", line):
         deployment.wait_for(lambda: deployment.health()["status"] == "ok", 40)
 

@@ -42,6 +42,7 @@ MAKES = {
     "make setup": CHECKS[:1],
     "make check": CHECKS,
     "make format": ["setup.sh", "python -m ruff check --fix-only --quiet .", "python -m ruff format ."],
+    "make drill": ["setup.sh", "elastic-daemon drill"],
     "make serve": ["setup.sh", "elastic-daemon serve"],
     'make serve ARGS="…"': ["setup.sh", "elastic-daemon serve …"],
     "make test": staged("unit", "contract", "e2e"),
