@@ -17,7 +17,7 @@ from elastic_daemon.tls import Tls
 from tests.certificates import Issued, certificate, issued
 from tests.unit.command_line import Server, run, serving
 from tests.unit.operator_plane import OperatorPlane
-from tests.unit.test_drill import GOOD, answering
+from tests.unit.test_drill_streams import GOOD, answering
 from tests.unit.test_private_authority import COMMANDS
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
