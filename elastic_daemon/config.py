@@ -28,6 +28,9 @@ MAX_RANKS = 1024
 SECRETS = ("api_key", "admin_key")
 """Settings whose values no message shows."""
 
+FLAG_SETTINGS = ("engine_flags", "watchdog_flags", "vllm")
+"""Settings that carry flags of others. A value that cannot be read cannot be masked: no message shows it either."""
+
 
 class Device(StrEnum):
     CPU = "cpu"

@@ -127,7 +127,7 @@ def shown(loaded: Loaded) -> tuple[Shown, ...]:
 
 def _engine_row(loaded: Loaded, key: str, value: Any) -> Shown:
     name = f"{ENGINE_TABLE}.{key}"
-    return Shown(name, MASK if key in SECRET_ENGINE_FLAGS else value, loaded.given[name].origin)
+    return Shown(name, MASK if _is_secret(key) else value, loaded.given[name].origin)
 
 
 def _visible(name: str, value: Any) -> Any:
@@ -138,12 +138,21 @@ def _visible(name: str, value: Any) -> Any:
     return value.value if isinstance(value, Enum) else str(value) if isinstance(value, Path) else value
 
 
+def _is_secret(flag: str) -> bool:
+    """Whether vLLM may take it for a secret flag: its parser takes abbreviations.
+
+    Ambiguous ones count too: the parser refuses them, so that nothing is lost by masking what they were given.
+    """
+    name = flag.replace("-", "_")
+    return bool(name) and any(secret.startswith(name) for secret in SECRET_ENGINE_FLAGS)
+
+
 def mask_flags(flags: Sequence[str]) -> list[str]:
     """A command line without the values of secret flags."""
     masked, hide = [], False
     for flag in flags:
         name, equals, _ = flag.partition("=")
-        secret = name.removeprefix("--").replace("-", "_") in SECRET_ENGINE_FLAGS
+        secret = name.startswith("--") and _is_secret(name.removeprefix("--"))
         masked.append(MASK if hide else name + equals + MASK if secret and equals else flag)
         hide = secret and not equals
     return masked

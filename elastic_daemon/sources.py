@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from elastic_daemon.client_tls import VARIABLES as CLIENT_TLS_VARIABLES
-from elastic_daemon.config import SECRETS, Settings
+from elastic_daemon.config import FLAG_SETTINGS, SECRETS, Settings
 from elastic_daemon.errors import ConfigError
 from elastic_daemon.resolve import (
     ENGINE_TABLE,
@@ -135,7 +135,7 @@ def _validated(values: dict[str, Any], given: Mapping[str, Given]) -> Settings:
         name = str(first["loc"][0]) if first["loc"] else ""
         label = given[name].label if name in given else flag_of(name)
         reason = first["msg"].removeprefix("Value error, ")
-        if name in SECRETS:
+        if name in SECRETS or name in FLAG_SETTINGS:
             raise ConfigError(f"{label}: {reason}") from None  # the cause shows the value
         raise ConfigError(f"{label}: {reason} (got {first['input']!r})") from error
 

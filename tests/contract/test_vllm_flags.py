@@ -10,6 +10,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from elastic_daemon.engine.configure import DP_SYNC_INTERVAL, parse_flags
 from elastic_daemon.flags import OURS, REFUSED, REFUSED_LOAD_FORMATS, REFUSED_ON, Refusal, refusals
+from elastic_daemon.settings_table import MASK, SECRET_ENGINE_FLAGS, mask_flags
 
 pytestmark = pytest.mark.contract
 
@@ -107,3 +108,19 @@ def test_load_formats_are_vllms(parser: argparse.ArgumentParser) -> None:
 @pytest.mark.parametrize(("arguments", "steps"), [([], DP_SYNC_INTERVAL), (["--dp-sync-interval", "16"], 16)])
 def test_engines_agree_more_often_than_vllm_has_them_unless_told(arguments: list[str], steps: int) -> None:
     assert parse_flags(arguments).dp_sync_interval == steps
+
+
+@pytest.mark.parametrize("flag", sorted(SECRET_ENGINE_FLAGS))
+def test_no_abbreviation_of_a_secret_flag_is_a_flag_of_its_own(parser: argparse.ArgumentParser, flag: str) -> None:
+    """`mask_flags` hides what any of them is given. The parser does take those that are not ambiguous."""
+    known = {option for spellings in options(parser).values() for option in spellings}
+    full = "--" + flag.replace("_", "-")
+    taken = 0
+    for end in range(3, len(full)):
+        short = full[:end]
+        assert short not in known
+        assert mask_flags([short, "x"]) == [short, MASK]
+        if [option for option in known if option.startswith(short)] == [full]:
+            assert getattr(parser.parse_args([short, "x"]), flag) in ("x", ["x"])
+            taken += 1
+    assert taken

@@ -104,6 +104,16 @@ async def test_a_bad_file_changes_nothing_and_says_why(tmp_path: Path) -> None:
     assert daemon.steps == ["reloading", "ready"] * 4
 
 
+async def test_flags_that_cannot_be_read_are_not_told(tmp_path: Path) -> None:
+    (path := tmp_path / "c.toml").write_text("hold_timeout = 5\n")
+    daemon = Daemon(path)
+    for setting in ("engine_flags", "watchdog_flags"):
+        for value in ("""'--hf-token s3cret "'""", "['--hf-token', 's3cret', 3]", "{ hf-token = 's3cret' }"):
+            event = daemon.reload(f"{setting} = {value}")
+            assert event["event"] == "reload_failed" and "s3cret" not in str(event)
+            assert str(event["reason"]).startswith(f"{path}:1: {setting}: ")
+
+
 async def test_keys_are_read_anew_and_not_told(tmp_path: Path) -> None:
     keys, admin = tmp_path / "keys", tmp_path / "admin"
     keys.write_text("# of the team\none\n\n  two\n")

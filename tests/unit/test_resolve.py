@@ -235,8 +235,49 @@ def test_a_bad_secret_is_not_shown(
     assert f"{file}:1: a" in said.err
 
 
+@pytest.mark.parametrize("setting", ["engine_flags", "watchdog_flags"])
+@pytest.mark.parametrize(
+    "value",
+    [f"""'--hf-token {SECRET} "'""", f"['--hf-token', '{SECRET}', 3]", f"{{a='{SECRET}'}}", f"[['{SECRET}']]"],
+)
+def test_flags_that_cannot_be_read_are_not_shown(
+    tmp_path: Path, clean_environment: pytest.MonkeyPatch, capsys: Any, setting: str, value: str
+) -> None:
+    """A token may be among them."""
+    file = tmp_path / "c.toml"
+    file.write_text(f"{setting} = {value}")
+    assert run("config", "--config", str(file)) == 2
+    said = capsys.readouterr()
+    assert SECRET not in said.out + said.err
+    assert f"{file}:1: {setting}: " in said.err
+    if value.startswith("'"):
+        clean_environment.setenv(f"ELASTIC_{setting.upper()}", value.strip("'"))
+        assert run("config") == 2
+        said = capsys.readouterr()
+        assert SECRET not in said.out + said.err
+        assert f"ELASTIC_{setting.upper()}: No closing quotation" in said.err
+
+
 def test_masked_flags() -> None:
     assert mask_flags(["--hf-token", "x", "--y", "--hf_token=z"]) == ["--hf-token", MASK, "--y", f"--hf_token={MASK}"]
+    assert mask_flags(["--", "x", "--hf-tokens", "y", "-h", "z"]) == ["--", "x", "--hf-tokens", "y", "-h", "z"]
+
+
+@pytest.mark.parametrize("flag", ["--hf-tok", "--hf_toke", "--hf-t", "--api-k", "--hf"])
+def test_abbreviations_of_secret_flags_are_masked(
+    tmp_path: Path, clean_environment: pytest.MonkeyPatch, capsys: Any, flag: str
+) -> None:
+    """vLLM's parser takes them."""
+    (file := tmp_path / "c.toml").write_text(f'[vllm]\n{flag.removeprefix("--")} = "{SECRET}"\n')
+    for command in (
+        ("config", flag, SECRET),
+        ("config", f"{flag}={SECRET}"),
+        ("config", "--json", "--config", str(file)),
+        ("serve", flag, SECRET, "--print-config"),
+    ):
+        assert run(*command) == 0
+        said = capsys.readouterr()
+        assert SECRET not in said.out + said.err and MASK in said.out
 
 
 @given(
