@@ -19,7 +19,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from elastic_daemon.control_routes import is_control_path, is_order, is_page
+from elastic_daemon.control_routes import COSTLY_PATHS, is_control_path, is_page, needs_admin
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/metrics"})
 """For probes and scrapers, which have no key."""
@@ -60,8 +60,8 @@ class AccessRules:
 
     def refusal(self, method: str, path: str, headers: Headers) -> Refusal | None:
         """Why to refuse a request, if at all."""
-        if is_order(method, path):
-            return self._order_refusal(headers)
+        if needs_admin(method, path):
+            return self._order_refusal(headers, has_body=path not in COSTLY_PATHS)
         if path in OPEN_PATHS or path == STATUS_ONLY_PATH or is_page(path):
             return None
         known = self.has_key(headers.get("authorization"))
@@ -71,7 +71,7 @@ class AccessRules:
             return Refusal(403, "this route needs an API key on an address that others can reach; start with --api-key")
         return None
 
-    def _order_refusal(self, headers: Headers) -> Refusal | None:
+    def _order_refusal(self, headers: Headers, *, has_body: bool) -> Refusal | None:
         """Orders can take GPUs away: a web page that an operator looks at must not be able to give any."""
         if refusal := self._key_refusal(headers.get("authorization")):
             return refusal
@@ -81,7 +81,10 @@ class AccessRules:
             return Refusal(403, "without a key, control routes accept only localhost or a loopback address as Host")
         if any(_authority(origin) is None or [_authority(origin)] != _lowered(hosts) for origin in origins):
             return Refusal(403, "control routes accept no requests from pages of another origin")
-        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        # A GET for an image, say, has no Origin. Browsers tell with all requests whose page they are for.
+        if any(site.lower() not in ("same-origin", "none") for site in headers.getlist("sec-fetch-site")):
+            return Refusal(403, "control routes accept no requests from pages of another origin")
+        if has_body and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             return Refusal(415, "control routes need Content-Type: application/json")
         return None
 

@@ -22,6 +22,9 @@ READ_PATHS = frozenset(
 )
 """They change nothing, whatever the method. (vLLM asks with POST whether it is scaling.)"""
 
+COSTLY_PATHS = frozenset({"/experts/verify"})
+"""They change nothing, and stop serving while they are answered: whoever may not give orders may not ask for them."""
+
 CONTROL_PATHS = READ_PATHS | {"/scale_elastic_ep", "/automation"}
 
 CONTROL_TEMPLATES = frozenset(
@@ -55,3 +58,8 @@ def is_page(path: str) -> bool:
 def is_order(method: str, path: str) -> bool:
     """Whether a request may change the deployment. Whatever is not known to change nothing counts."""
     return method not in SAFE_METHODS and path not in READ_PATHS and is_control_path(path)
+
+
+def needs_admin(method: str, path: str) -> bool:
+    """Whether a request is for those only who may give orders."""
+    return path in COSTLY_PATHS or is_order(method, path)

@@ -11,7 +11,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from elastic_daemon import __version__
-from elastic_daemon.control_routes import is_order
+from elastic_daemon.control_routes import is_order, needs_admin
 from elastic_daemon.order_bodies import AutomationBody, OrderBody, ScaleBody
 
 BODIES: Mapping[str, type[BaseModel]] = {
@@ -78,7 +78,7 @@ def _complete(operation: dict[str, Any], method: str, path: str) -> None:
     reference = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     for code, meaning in (ORDER_ERRORS if order else READ_ERRORS).items():
         operation["responses"].setdefault(code, {"description": meaning, "content": reference})
-    operation["security"] = [{"key": []}] if order else [{}, {"key": []}]
+    operation["security"] = [{"key": []}] if needs_admin(method, path) else [{}, {"key": []}]
 
 
 def merged(own: dict[str, Any], control: dict[str, Any]) -> dict[str, Any]:

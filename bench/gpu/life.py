@@ -22,6 +22,7 @@ from bench.deployment import POLL_S, Deployment, Event, Feed, rejoined
 from bench.gpu.broken_gpu import page_fault
 from bench.gpu.tokens import Judged, token_change
 from bench.load import Load, Traffic, Window
+from elastic_daemon.config import admin_header
 from elastic_daemon.drill_daemon import Daemon, Display, own_daemon, victims_of
 from elastic_daemon.drill_load import prompts_of, run_streams
 from elastic_daemon.drill_report import StreamResult
@@ -155,7 +156,9 @@ class Life:
         """Expert slots that do not hold what they should, as the ranks say after a look at all of them."""
         control = self.daemon.control
         async with control.async_client() as client:
-            answer = await client.get(f"{control.base_url}/experts/verify", timeout=VERIFY_TIMEOUT_S)
+            answer = await client.get(
+                f"{control.base_url}/experts/verify", headers=admin_header(), timeout=VERIFY_TIMEOUT_S
+            )
         body = answer.json()
         if answer.status_code != 200:
             raise ElasticError(f"/experts/verify: {answer.status_code}: {body}")

@@ -63,6 +63,8 @@ def _assert_orders_need_the_admin_key(url: str) -> None:
     for path in ("/scale_elastic_ep", "/ranks/0/drain", "/ranks/0/exclude", "/gpus/GPU-1/release", "/automation"):
         assert httpx.post(url + path, json=body).status_code == 401, path
         assert httpx.post(url + path, json=body, headers=USER).status_code == 403, path
+    verify = f"{url}/experts/verify"
+    assert [httpx.get(verify, headers=headers).status_code for headers in ({}, USER)] == [401, 403]
     scale = f"{url}/scale_elastic_ep"
     assert httpx.post(scale, json=body, headers={**ADMIN, "Origin": "http://evil.example"}).status_code == 403
     assert httpx.post(scale, content=b"{}", headers=ADMIN).status_code == 415

@@ -40,7 +40,6 @@ OPERATOR_READS = (
     "/operations",
     "/operations/op-1",
     "/automation",
-    "/experts/verify",
     "/ranks/1/drain",
 )
 
@@ -252,6 +251,32 @@ async def test_the_page_is_open_and_what_it_shows_is_not(rules: AccessRules) -> 
     for path in ("/placement", "/recoveries", "/events"):
         assert (rules.refusal("GET", path, nobody) is None) is (rules.loopback and not rules.keys)
     assert await order(rules, "/dashboard/main.js", host="evil.example") in (401, 403)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS"])
+async def test_whoever_has_experts_verified_needs_what_an_order_needs(method: str) -> None:
+    """It changes nothing, but all ranks read their checkpoint for it between two steps."""
+
+    async def verify(rules: AccessRules, **headers: str) -> int:
+        return (await ask(rules, method, "/experts/verify", _headers(headers))).status_code
+
+    bare = AccessRules((), loopback=True)
+    assert await verify(bare, host="localhost:8000") == 200, "no Content-Type is needed: there is no body"
+    assert await verify(bare, host="evil.example") == 403
+    assert await verify(bare, host="localhost:8000", origin="http://localhost:8000") == 200
+    assert await verify(bare, host="localhost:8000", origin="http://evil.example") == 403
+    for site, status in (("same-origin", 200), ("none", 200), ("same-site", 403), ("cross-site", 403)):
+        assert await verify(bare, host="localhost:8000", sec_fetch_site=site) == status
+    assert await verify(AccessRules((), loopback=False), host="localhost:8000") == 403
+    keyed = AccessRules((API_KEY,), loopback=True)
+    assert [await verify(keyed, authorization=f"Bearer {key}") for key in ("wrong", API_KEY)] == [401, 200]
+    both = AccessRules((API_KEY,), loopback=False, admin_key=ADMIN_KEY)
+    assert [await verify(both, authorization=f"Bearer {key}") for key in ("", API_KEY, ADMIN_KEY)] == [401, 403, 200]
+
+
+async def test_a_page_of_another_origin_gives_no_orders_even_without_an_origin() -> None:
+    assert await order(AccessRules((), loopback=True), host="localhost:8000", sec_fetch_site="cross-site") == 403
+    assert await order(AccessRules((), loopback=True), host="localhost:8000", sec_fetch_site="same-origin") == 200
 
 
 async def test_to_ask_whether_it_scales_is_no_order() -> None:
