@@ -64,6 +64,8 @@ class AccessRules:
             return self._order_refusal(headers, has_body=path not in COSTLY_PATHS)
         if path in OPEN_PATHS or path == STATUS_ONLY_PATH or is_page(path):
             return None
+        if _is_preflight(method, headers) and not is_control_path(path):
+            return None
         known = self.has_key(headers.get("authorization"))
         if self.keys:
             return None if known else Refusal(401, "a valid API key is required")
@@ -100,6 +102,11 @@ class AccessRules:
         if self.keys and not self.has_key(authorization):
             return Refusal(401, "a valid API key is required")
         return None
+
+
+def _is_preflight(method: str, headers: Headers) -> bool:
+    """Whether a browser asks if a page may ask. It sends no credentials, and vLLM's CORS middleware answers."""
+    return method == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers
 
 
 def _is_one_of(authorization: str | None, keys: Sequence[str]) -> bool:

@@ -9,6 +9,7 @@ import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
@@ -65,6 +66,35 @@ async def test_with_keys_only_probes_are_open() -> None:
     assert await statuses(rules) == {path: 200 if path in opened else 401 for path in PATHS}
     assert await statuses(rules, "wrong") == await statuses(rules)
     assert set((await statuses(rules, "two")).values()) == {200}
+
+
+PREFLIGHT = {
+    "Origin": "https://chat.example",
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization",
+}
+
+
+async def test_browsers_may_ask_whether_a_page_may_ask() -> None:
+    """As in vLLM, whose check of keys lets OPTIONS through: a preflight has no credentials, by its standard."""
+
+    async def completed(_: Request) -> JSONResponse:
+        return JSONResponse({})
+
+    app = Starlette(routes=[Route("/{path:path}", completed, methods=["GET", "POST", "OPTIONS"])])
+    app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
+    guarded = AccessGuard(app, AccessRules(("one",), loopback=False, admin_key="two"))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(guarded), base_url="http://test") as http:
+        for path in ("/v1/completions", "/v1/chat/completions", "/v1/models"):
+            asked = await http.options(path, headers=PREFLIGHT)
+            assert asked.status_code == 200
+            assert asked.headers["access-control-allow-origin"] == "*"
+            assert (await http.post(path, headers=PREFLIGHT)).status_code == 401, "a preflight is OPTIONS"
+        for missing in PREFLIGHT.keys() - {"Access-Control-Request-Headers"}:
+            less = {name: value for name, value in PREFLIGHT.items() if name != missing}
+            assert (await http.options("/v1/completions", headers=less)).status_code == 401
+        for path in ("/events", "/experts", "/experts/verify", "/automation", "/ranks/1/drain", "/operations/op-1"):
+            assert (await http.options(path, headers=PREFLIGHT)).status_code == 401, path
 
 
 async def test_health_tells_strangers_the_status_only() -> None:
