@@ -158,10 +158,8 @@ class Settings(BaseModel):
     max_body_size: int = Field(
         64 << 20, ge=1024, description="refuse larger bodies (413), in bytes", json_schema_extra=LIVE
     )
+    ssl_certfile: Path | None = Field(None, description="serve with TLS: file with the certificate, and its chain")
     ssl_keyfile: Path | None = Field(None, description="serve with TLS: file with the private key")
-    ssl_certfile: Path | None = Field(
-        None, validate_default=True, description="serve with TLS: file with the certificate, and its chain"
-    )
     ssl_ca_certs: Path | None = Field(None, description="file with the authorities of clients' certificates")
     ssl_cert_reqs: int = Field(
         0, ge=0, le=2, description="clients' certificates: 0 not asked for, 1 checked, 2 required"
@@ -174,11 +172,11 @@ class Settings(BaseModel):
         default_factory=dict, repr=False, description="flags for vLLM by name: a table of the file"
     )
 
-    @field_validator("ssl_certfile")
+    @field_validator("ssl_keyfile")
     @classmethod
-    def _certificate_for_key(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        if value is None and info.data.get("ssl_keyfile") is not None:
-            raise ValueError("--ssl-keyfile is given: the certificate is needed too")
+    def _key_of_a_certificate(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is not None and info.data.get("ssl_certfile") is None:
+            raise ValueError("the certificate is needed too: --ssl-certfile")
         return value
 
     @field_validator("log_level")

@@ -23,6 +23,7 @@ from elastic_daemon.resolve import (
     from_toml,
     resolve,
 )
+from elastic_daemon.tls import TlsError
 
 CONFIG_VARIABLE = "ELASTIC_CONFIG"
 
@@ -76,8 +77,11 @@ class Sources:
             if remedy := _remedy(file):
                 doubts.append(f"{file}: others on this machine can read the keys in it: {remedy}")
         settings = _validated(values, given)
-        if settings.tls is not None:
-            settings.tls.check()
+        try:
+            if settings.tls is not None:
+                settings.tls.check()
+        except TlsError as error:
+            raise ConfigError(f"{given[error.setting].label}: {error.detail}") from error
         return Loaded(settings, given, self.file, tuple(sorted(doubts)))
 
     def _read(self, path: Path) -> str:

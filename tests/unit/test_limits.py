@@ -152,19 +152,52 @@ async def test_the_supervisor_speaks_tls_and_takes_a_new_certificate(tmp_path: P
     await tasks.settle(5)
 
 
-def test_tls_that_cannot_work_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["flag", "variable", "line"])
+def test_tls_that_cannot_work_is_named_where_it_was_given(tmp_path: Path, source: str) -> None:
     cert, key = certificate(tmp_path)
+    other = certificate(_made(tmp_path / "other"))[1]
+    locked, passphrase = certificate(_made(tmp_path / "locked"), passphrase=b"secret")
+    nowhere, file = tmp_path / "nowhere", tmp_path / "c.toml"
 
-    def problem(**flags: Any) -> str:
+    def problem(bad: str, **given: Any) -> str:
+        """What is said, without the place where `bad` was given, which it must begin with."""
+        texts = {name: str(value) for name, value in given.items()}
+        line = list(given).index(bad) + 1
+        if source == "flag":
+            sources, label = Sources(given, {}), "--" + bad.replace("_", "-")
+        elif source == "variable":
+            sources = Sources({}, {f"ELASTIC_{name.upper()}": text for name, text in texts.items()})
+            label = f"ELASTIC_{bad.upper()}"
+        else:
+            file.write_text("".join(f"{name} = '{text}'\n" for name, text in texts.items()))
+            sources, label = Sources({"config": file}, {}), f"{file}:{line}: {bad}"
         with pytest.raises(ConfigError) as error:
-            Sources(flags, {}).load()
-        return str(error.value)
+            sources.load()
+        said = str(error.value)
+        assert said.startswith(f"{label}: ")
+        return said.removeprefix(f"{label}: ")
 
-    assert "certificate is needed" in problem(ssl_keyfile=key)
-    assert "--ssl-certfile" in problem(ssl_certfile=tmp_path / "nowhere")
-    assert "--ssl-ca-certs" in problem(ssl_certfile=cert, ssl_keyfile=key, ssl_ca_certs=tmp_path / "nowhere")
-    assert "--ssl-cert-reqs" in problem(ssl_certfile=cert, ssl_keyfile=key, ssl_cert_reqs=2)
-    assert "--ssl-ciphers" in problem(ssl_certfile=cert, ssl_keyfile=key, ssl_ciphers="none")
-    cert, key = certificate(tmp_path, passphrase=b"secret")
-    assert "passphrase" in problem(ssl_certfile=cert, ssl_keyfile=key)
+    pair = {"ssl_certfile": cert, "ssl_keyfile": key}
+    assert problem("ssl_keyfile", ssl_keyfile=key).startswith("the certificate is needed too")
+    assert problem("ssl_certfile", ssl_certfile=nowhere) == f"{nowhere}: No such file or directory"
+    assert problem("ssl_certfile", ssl_certfile=nowhere, ssl_keyfile=key) == f"{nowhere}: No such file or directory"
+    assert problem("ssl_keyfile", ssl_certfile=cert, ssl_keyfile=nowhere) == f"{nowhere}: No such file or directory"
+    mismatch = f"{other}: not the key of the certificate in {cert}"
+    assert problem("ssl_keyfile", ssl_certfile=cert, ssl_keyfile=other) == mismatch
+    assert problem("ssl_ca_certs", **pair, ssl_ca_certs=nowhere) == f"{nowhere}: No such file or directory"
+    assert problem("ssl_cert_reqs", **pair, ssl_cert_reqs=2).startswith("2: clients are checked against --ssl-ca-certs")
+    assert problem("ssl_ciphers", **pair, ssl_ciphers="none").startswith("none: ")
+    said = problem("ssl_keyfile", ssl_certfile=locked, ssl_keyfile=passphrase)
+    assert said == f"{passphrase}: a key with a passphrase cannot be used"
+    whole = tmp_path / "whole.pem"
+    whole.write_bytes(locked.read_bytes() + passphrase.read_bytes())
+    assert problem("ssl_certfile", ssl_certfile=whole) == f"{whole}: a key with a passphrase cannot be used"
+
+
+def test_without_a_certificate_there_is_no_tls() -> None:
     assert Settings().tls is None
+
+
+def _made(directory: Path) -> Path:
+    directory.mkdir()
+    return directory
