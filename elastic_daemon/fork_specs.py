@@ -15,6 +15,7 @@ from elastic_daemon.store import RendezvousStore
 def rank_spec(action: p.StartRank, settings: Settings, runtime: RuntimeDir, store: RendezvousStore) -> dict[str, Any]:
     copies = settings.host_expert_copies is HostExpertCopies.AUTO
     return {
+        "log_level": settings.log_level,
         "members": action.members,
         "slots": action.slots,
         "gpu": action.gpu if settings.device is Device.CUDA else None,

@@ -272,4 +272,5 @@ def _limits_of(settings: Message) -> Limits:
 
 def run_frontend(deployment: Deployment, spec: Message) -> None:
     """Be the front end until told to drain. Called in a fresh fork of the zygote."""
+    configure_logging(spec["settings"]["log_level"])  # a reload may have changed it since the zygote's start
     asyncio.run(Frontend(deployment, spec).run())

@@ -226,6 +226,8 @@ class Supervisor:
         self.settings = settings
         if "log_level" in names:
             configure_logging(settings.log_level)
+            for peer in self._peers.values():
+                peer.send("log_level", level=settings.log_level)
         self._frontend.adopt(frontend_settings(self.settings), settings.shutdown_timeout)
         if self._controller is not None and not self._exit.done():
             self._gpus.try_out(settings.gpu_probation)
@@ -243,6 +245,7 @@ class Supervisor:
     def _on_hello(self, peer: Peer) -> None:
         if peer.role == "rank":
             self._peers[peer.rank, peer.incarnation] = peer
+            peer.send("log_level", level=self.settings.log_level)  # a reload may have changed it since the fork
             if peer.lifeline is not None:
                 self._processes.follow_rank((peer.rank, peer.incarnation), peer.lifeline)
         else:

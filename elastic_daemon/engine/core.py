@@ -41,6 +41,7 @@ from elastic_daemon.engine.stream_counters import StreamCounters
 from elastic_daemon.engine.tiers import Loaded, load_slots
 from elastic_daemon.engine.worker import executor_worker
 from elastic_daemon.errors import Fenced, PeerLost
+from elastic_daemon.logs import configure_logging
 from elastic_daemon.messages import ControlClient, Message
 from elastic_daemon.placement import Placement
 from watchdog.heartbeat.layout import Phase
@@ -225,6 +226,9 @@ class ElasticEngineCore(DPEngineCoreProc):
     def listen(self) -> None:
         """Body of the control thread. The process ends with the connection: without a supervisor nobody fences it."""
         for message in self._control.messages():
+            if message["type"] == "log_level":
+                configure_logging(message["level"])
+                continue
             if message["type"] == "fence":
                 # Before the message itself: its answer allows the next group, which this must not break.
                 self._fence(int(message["epoch"]))

@@ -20,6 +20,7 @@ from elastic_daemon.engine.probe import probe
 from elastic_daemon.engine.stream_counters import StreamCounters
 from elastic_daemon.errors import ControlClosed
 from elastic_daemon.lifeline import hold
+from elastic_daemon.logs import configure_logging
 from elastic_daemon.messages import ControlClient, Message
 from watchdog.heartbeat.layout import Phase
 
@@ -53,6 +54,7 @@ def _hold_lifeline(directory: Path, incarnation: int) -> str | None:
 def run_rank(config: VllmConfig, spec: Message) -> None:
     """Be rank `spec["rank"]` until the process ends. Called in a fresh fork of the zygote."""
     faulthandler.register(signal.SIGUSR1)  # the supervisor asks for the stacks of a rank before it gives it up
+    configure_logging(spec["log_level"])  # a reload may have changed it since the zygote's start
     control = ControlClient(spec["control"])
     device = _device(config)
     if device.type == "cpu":

@@ -7,16 +7,20 @@ import socket
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import structlog
 
 from elastic_daemon import protocol as p
 from elastic_daemon.answering import Answering
 from elastic_daemon.config import Settings
 from elastic_daemon.control_server import ControlServer
+from elastic_daemon.fork_specs import rank_spec
 from elastic_daemon.health import HealthView
 from elastic_daemon.membership import Status
 from elastic_daemon.messages import Message, decode, encode
+from elastic_daemon.runtime_dir import RuntimeDir
 from elastic_daemon.sources import Sources
 from elastic_daemon.supervisor import Supervisor
 from elastic_daemon.tasks import Tasks
@@ -89,6 +93,43 @@ async def test_moved_requests_are_reported_and_counted(pair: tuple[Heard, FrontE
     assert [(event["rank"], event["count"]) for event in moves] == [(1, 3)]
     metrics = supervisor.metrics.render(HealthView(None, "m", 4, 0, {}, {}, 0.0))
     assert 'elastic_requests_preserved_total{how="moved"} 3.0' in metrics
+
+
+@pytest.fixture
+async def log_level() -> AsyncIterator[None]:
+    """What a test changes is as before after it."""
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
+
+
+async def test_a_reload_changes_the_log_level_of_all_ranks_those_to_come_too(
+    clean_environment: pytest.MonkeyPatch, socket_dir: Path, log_level: None
+) -> None:
+    (file := socket_dir / "daemon.toml").write_text("")
+    supervisor = Heard(Sources({"config": file}, {}))
+    with socket.socket() as listener:
+        supervisor._answering = Answering(nowhere, nowhere, listener, supervisor.settings, Tasks(pytest.fail))  # type: ignore[arg-type]
+        server = await supervisor.listen(path := str(socket_dir / "control.sock"))
+        ranks = [FrontEnd(*await asyncio.open_unix_connection(path)) for _ in range(2)]
+        for number, rank in enumerate(ranks):
+            rank.say("hello", role="rank", rank=number, incarnation=11 + number, lifeline=None)
+            assert await rank.hear() == {"type": "log_level", "level": "info"}
+        file.write_text("log_level = 'warning'\n")
+        supervisor._hung_up(False)
+        for rank in ranks:
+            assert await rank.hear() == {"type": "log_level", "level": "warning"}
+        late = FrontEnd(*await asyncio.open_unix_connection(path))
+        late.say("hello", role="rank", rank=2, incarnation=13, lifeline=None)
+        assert await late.hear() == {"type": "log_level", "level": "warning"}, "it was forked before the reload"
+        store = SimpleNamespace(host="", port=0, prefix="")
+        start = p.StartRank(0, 14, (0, 1), 2, None)
+        runtime = RuntimeDir(socket_dir)
+        assert rank_spec(start, supervisor.settings, runtime, store)["log_level"] == "warning"  # type: ignore[arg-type]
+        runtime.close()
+        for rank in (*ranks, late):
+            rank.close()
+        await server.close()
 
 
 class Serves:
