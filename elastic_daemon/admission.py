@@ -9,11 +9,13 @@ time: then the service is slow, else it had nothing to do.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 WINDOW_S = 60.0
 """Of serving time, over which the rate is measured."""
@@ -33,10 +35,10 @@ class Limits:
     queue_timeout_s: float
 
 
-def retry_after(waiting: int, rate: float | None, limits: Limits, *, serving: bool) -> int | None:
+def retry_after(waiting: int, rate: float | None, limits: Limits, *, serving: bool, coming: int = 1) -> int | None:
     """None: admit. Else after how many whole seconds to come again. `rate`: departures per second, None: unknown."""
-    if waiting >= limits.max_waiting:
-        return _seconds((waiting - limits.max_waiting + 1) / rate) if rate else UNKNOWN_RETRY_S
+    if (too_many := waiting + coming - limits.max_waiting) > 0:
+        return _seconds(too_many / rate) if rate else UNKNOWN_RETRY_S
     if not rate or not serving:
         return None
     late = waiting / rate - limits.queue_timeout_s
@@ -93,8 +95,42 @@ class Departures:
         return None
 
 
-_ARRIVED: ContextVar[Callable[[], None] | None] = ContextVar("arrived", default=None)
-"""Of the HTTP request that this context handles: to be called when the engine's client has it."""
+def requests_in(body: bytes) -> int:
+    """How many requests the engine gets of the body of an HTTP request: one for each choice of each prompt.
+
+    A body that is no such thing counts as one: vLLM says what is wrong with it.
+    """
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        return 1
+    if not isinstance(content, dict):
+        return 1
+    prompts = _batch(content.get("prompt")) + _batch(content.get("prompt_embeds"))
+    try:
+        choices = int(content.get("n") or 1)  # as vLLM takes it: a text may be a number
+    except (ValueError, TypeError, OverflowError):
+        choices = 1
+    return max(1, prompts) * max(1, choices)
+
+
+def _batch(prompt: Any) -> int:
+    """A list of numbers is the tokens of one prompt."""
+    if not isinstance(prompt, list):
+        return int(prompt is not None)
+    return len(prompt) if prompt and isinstance(prompt[0], str | list) else 1
+
+
+@dataclass
+class _Arrival:
+    """An HTTP request, from its admission to its end."""
+
+    on_the_way: int = 1
+    """Requests in it that the engine's client does not have yet."""
+
+
+_ARRIVAL: ContextVar[_Arrival | None] = ContextVar("arrival", default=None)
+"""The HTTP request that this context handles."""
 
 
 class Queue:
@@ -123,21 +159,39 @@ class Queue:
     def arrive(self) -> Callable[[], None]:
         """An HTTP request comes in. To be called at its end, at the latest."""
         self._arriving += 1
-        on_the_way = True
+        _ARRIVAL.set(arrival := _Arrival())
 
-        def arrived() -> None:
-            nonlocal on_the_way
-            self._arriving -= on_the_way
-            on_the_way = False
+        def over() -> None:
+            self._arriving -= arrival.on_the_way
+            arrival.on_the_way = 0
             self._fewer()
 
-        _ARRIVED.set(arrived)
-        return arrived
+        return over
+
+    def widen(self, requests: int, limits: Limits, now: float) -> int | None:
+        """There are so many requests in the HTTP request of this context, which was admitted as one.
+
+        Returns None if all of them may wait; else, as `retry_after`, when to come again.
+        """
+        arrival = _ARRIVAL.get()
+        if arrival is None or requests <= arrival.on_the_way:
+            return None
+        others = self.waiting - arrival.on_the_way
+        # The wait has been asked for at the door: what is left to ask for is room.
+        seconds = retry_after(others, self.departures.rate(now), limits, serving=False, coming=requests)
+        if seconds is None:
+            self._arriving += requests - arrival.on_the_way
+            arrival.on_the_way = requests
+        else:
+            self.refused += 1
+        return seconds
 
     def join(self, request_id: str) -> None:
         self._unstarted.add(request_id)
-        if (arrived := _ARRIVED.get()) is not None:
-            arrived()
+        arrival = _ARRIVAL.get()
+        if arrival is not None and arrival.on_the_way:
+            arrival.on_the_way -= 1
+            self._arriving -= 1
 
     def begin(self, request_id: str, now: float) -> None:
         """It has got tokens."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from elastic_daemon.admission import Limits, Queue
+from elastic_daemon.admission import Limits, Queue, requests_in
 
 
 class AdmissionGate:
@@ -25,10 +25,56 @@ class AdmissionGate:
         seconds = self._queue.retry_after(self.limits, time.monotonic())
         if seconds is not None:
             message = f"{self._queue.waiting} requests wait already: come again in {seconds} s"
-            body = {"error": {"message": message, "type": "ServiceUnavailableError", "code": 503}}
-            return await JSONResponse(body, 503, {"Retry-After": str(seconds)})(scope, receive, send)
-        arrived = self._queue.arrive()
+            return await _full(message, seconds)(scope, receive, send)
+        over = self._queue.arrive()
         try:
             await self._app(scope, receive, send)
         finally:
-            arrived()
+            over()
+
+
+class BatchGate:
+    """ASGI middleware, within the gate, that refuses an HTTP request whose prompts and choices would not all find room.
+
+    It reads the body, so it stands behind whatever holds requests back: what is held should not fill the memory.
+    """
+
+    def __init__(self, app: ASGIApp, queue: Queue, limits: Limits) -> None:
+        self._app = app
+        self._queue = queue
+        self.limits = limits
+        """May be replaced while it serves."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self._app(scope, receive, send)
+        messages = await _messages_of_body(receive)
+        requests = requests_in(b"".join(message.get("body", b"") for message in messages))
+        if requests > (most := self.limits.max_waiting):
+            message = f"this makes {requests} requests, one for each choice of each prompt: at most {most} can wait"
+            body = {"error": {"message": message, "type": "BadRequestError", "code": 400}}
+            return await JSONResponse(body, 400)(scope, receive, send)
+        seconds = self._queue.widen(requests, self.limits, time.monotonic())
+        if seconds is not None:
+            others = self._queue.waiting - 1
+            message = f"{others} requests wait already, and this makes {requests}: come again in {seconds} s"
+            return await _full(message, seconds)(scope, receive, send)
+        messages.reverse()
+
+        async def again() -> Message:
+            return messages.pop() if messages else await receive()
+
+        await self._app(scope, again, send)
+
+
+async def _messages_of_body(receive: Receive) -> list[Message]:
+    """Up to the end of the body, or of the connection."""
+    messages = [await receive()]
+    while messages[-1]["type"] == "http.request" and messages[-1].get("more_body"):
+        messages.append(await receive())
+    return messages
+
+
+def _full(message: str, seconds: int) -> JSONResponse:
+    body = {"error": {"message": message, "type": "ServiceUnavailableError", "code": 503}}
+    return JSONResponse(body, 503, {"Retry-After": str(seconds)})

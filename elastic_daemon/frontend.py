@@ -27,7 +27,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from elastic_daemon.access import AccessGuard, AccessRules
 from elastic_daemon.admission import Limits
-from elastic_daemon.admission_gate import AdmissionGate
+from elastic_daemon.admission_gate import AdmissionGate, BatchGate
 from elastic_daemon.control_routes import is_control_path
 from elastic_daemon.engine.client import ElasticClient, NotServed
 from elastic_daemon.engine.configure import Deployment
@@ -120,6 +120,7 @@ class Frontend:
         self._client: ElasticClient
         self._guard: AccessGuard
         self._gate: AdmissionGate
+        self._batches: BatchGate
         self._sizes: SizeLimits
         self._llm: AsyncLLM
         self._server: uvicorn.Server
@@ -134,11 +135,9 @@ class Frontend:
         )
         self._llm = make_llm(self._deployment, self._client)
         settings = spec["settings"]
-        gated = self._gate = AdmissionGate(
-            HoldGate(await make_app(self._deployment, self._llm), self._client),
-            self._client.watch.queue,
-            _limits_of(settings),
-        )
+        queue, limits = self._client.watch.queue, _limits_of(settings)
+        batches = self._batches = BatchGate(await make_app(self._deployment, self._llm), queue, limits)
+        gated = self._gate = AdmissionGate(HoldGate(batches, self._client), queue, limits)
         app = self._guard = AccessGuard(
             ControlProxy(self._traced(gated), spec["http_socket"]), AccessRules.from_message(settings["access"])
         )
@@ -208,7 +207,7 @@ class Frontend:
         """What has changed in a reload."""
         self._guard.rules = AccessRules.from_message(settings["access"])
         self._client.hold_timeout_s = settings["hold_timeout_s"]
-        self._gate.limits = _limits_of(settings)
+        self._gate.limits = self._batches.limits = _limits_of(settings)
         self._sizes.max_body_bytes = settings["max_body_bytes"]
         if self._tls is not None and self._server.config.ssl is not None:
             try:

@@ -24,6 +24,7 @@ class Front(Frontend):
         super().__init__(cast(Deployment, None), {})
         parts: Any = self
         parts._guard, parts._gate, parts._sizes = SimpleNamespace(), SimpleNamespace(), SimpleNamespace()
+        parts._batches = SimpleNamespace()
         parts._client, parts._server, parts._tls = SimpleNamespace(), SimpleNamespace(), None
         self._writer = writer
 
@@ -46,6 +47,7 @@ async def test_new_settings_hold_before_they_are_said_to(monkeypatch: pytest.Mon
     assert decode(await asyncio.wait_for(their_reader.readline(), 10)) == {"type": "adopted"}
     assert front._guard.rules == AccessRules(("one",), loopback=True)
     assert front._client.hold_timeout_s == 7.0
+    assert front._batches.limits == front._gate.limits
     assert (front._gate.limits.max_waiting, front._gate.limits.queue_timeout_s) == (3, 4.0)
     assert (front._sizes.max_body_bytes, levels) == (2048, ["debug"])
     their_writer.close()
