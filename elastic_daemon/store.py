@@ -23,7 +23,8 @@ class RendezvousStore:
 
         listener = socket.create_server((HOST, 0), backlog=128)
         self.host, self.port = HOST, int(listener.getsockname()[1])
-        # Any local user can reach the port; whoever does not know the prefix finds nothing there.
+        # Keeps names of one run apart from what strays in from another, whose store had the same port. It is no secret:
+        # any local user can connect, and the store lists all its names to whoever asks.
         self.prefix = secrets.token_hex(16)
         self._store = TCPStore(
             self.host,
