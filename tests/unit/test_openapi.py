@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 import schemathesis
+from requests.exceptions import ChunkedEncodingError, ConnectionError, ReadTimeout
+from urllib3.exceptions import ReadTimeoutError
 
 from elastic_daemon.access import AccessGuard, AccessRules
 from elastic_daemon.app import ControlPlane, make_control_app
@@ -50,6 +53,25 @@ def test_documents_are_merged() -> None:
     assert whole["paths"]["/v1/x"] == {"get": 1} and "/automation" in whole["paths"]
     assert {"X", "Error"} <= set(whole["components"]["schemas"])
     assert own["components"] == {"schemas": {"X": 2}}
+
+
+PING = {"openapi": "3.1.0", "info": {"title": "x", "version": "1"}, "paths": {"/ping": {"get": {"responses": {}}}}}
+
+
+def test_fuzzing_takes_a_dropped_connection_for_a_fault_and_a_long_answer_for_none() -> None:
+    def failing(error: Exception) -> Callable[[Any], Any]:
+        def call(_: Any) -> Any:
+            raise error
+
+        return call
+
+    schema = schemathesis.openapi.from_dict(PING)
+    in_a_body = ConnectionError(ReadTimeoutError(None, "/", "Read timed out."))  # type: ignore[arg-type]
+    for slow in (ReadTimeout("slow"), in_a_body):
+        assert fuzz(schema, 2, failing(slow)) == {"GET /ping": set()}
+    for broken in (ConnectionError("reset by peer"), ChunkedEncodingError("broken off"), ConnectionError()):
+        with pytest.raises(type(broken)):
+            fuzz(schema, 2, failing(broken))
 
 
 @pytest.mark.parametrize("guarded", [False, True])
