@@ -27,13 +27,21 @@ USER = {"Authorization": "Bearer secret-two"}
 
 
 def test_keys(tmp_path: Path) -> None:
-    with Cluster(tmp_path / "run", *KEYED, env={"ELASTIC_ADMIN_KEY": ADMIN_KEY}) as cluster:
+    origins = ("--allowed-origins", '["https://chat.example"]')
+    with Cluster(tmp_path / "run", *KEYED, *origins, env={"ELASTIC_ADMIN_KEY": ADMIN_KEY}) as cluster:
         keyed = openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="secret-two", max_retries=0)
         assert keyed.completions.create(model="tiny-moe", prompt="copy 1 2 3", max_tokens=4).choices
         stranger = openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="guess", max_retries=0)
         with pytest.raises(openai.AuthenticationError):
             stranger.completions.create(model="tiny-moe", prompt="copy 1 2 3", max_tokens=4)
         _assert_closed(cluster.url)
+        preflight = {"Origin": "https://chat.example", "Access-Control-Request-Method": "POST"}
+        asked = httpx.options(f"{cluster.url}/v1/completions", headers=preflight)
+        assert asked.status_code == 200, "by vLLM, without a key"
+        assert asked.headers["access-control-allow-origin"] == "https://chat.example"
+        elsewhere = {**preflight, "Origin": "https://evil.example"}
+        assert httpx.options(f"{cluster.url}/v1/completions", headers=elsewhere).status_code == 400
+        assert httpx.options(f"{cluster.url}/events", headers=preflight).status_code == 401
         _assert_orders_need_the_admin_key(cluster.url)
         assert httpx.post(
             f"{cluster.url}/scale_elastic_ep", json={"new_data_parallel_size": 2}, headers=ADMIN
