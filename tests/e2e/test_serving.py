@@ -50,6 +50,16 @@ def test_streaming_chat_equals_its_whole_answer(client: openai.OpenAI) -> None:
     assert chunks[-1].usage == whole.usage
 
 
+def test_a_batch_is_served_and_one_that_no_queue_could_hold_is_refused(client: openai.OpenAI) -> None:
+    ask = {"model": "tiny-moe", "max_tokens": 4}
+    batch = client.completions.create(**ask, prompt=["copy 1 2 3", "copy 4 5"], n=3, temperature=1.0)
+    assert len(batch.choices) == 6
+    for too_many in ({"prompt": ["a"] * 4097}, {"prompt": ["a", "b"], "n": 2049}):
+        with pytest.raises(openai.BadRequestError, match="at most 4096 can wait"):
+            client.completions.create(**ask, **too_many)
+    assert client.completions.create(**ask, prompt="copy 1").choices, "nothing is left of what was refused"
+
+
 def test_models_lists_the_bundled_model(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny-moe"]
 
