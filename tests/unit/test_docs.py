@@ -172,7 +172,6 @@ def _flags(parser: argparse.ArgumentParser) -> set[str]:
 
 VLLM_FLAGS = {refusal.option for refusal in (*REFUSED, *REFUSED_ON["cpu"])} | set(flags_doc.exercised())
 NAMED_FLAGS_OF_VLLM = {
-    "--allowed-origins",
     "--dp-sync-interval",
     "--moe-backend",
     "--hf-token",
