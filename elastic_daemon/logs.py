@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import Any
 
 import structlog
 
@@ -33,14 +34,29 @@ def configure_logging(level: str | None = None) -> None:
 
 def _renderer(form: str) -> structlog.types.Processor:
     if form == "journal":
-        return _render_for_journal
+        from watchdog.journal import stderr_is_journal
+
+        return _enter_into_journal if stderr_is_journal() else _render_for_journal
     if form == "text":
         return structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty() and not os.environ.get("NO_COLOR"))
     return structlog.processors.JSONRenderer()
 
 
+def _enter_into_journal(logger: object, method: str, event: structlog.types.EventDict) -> str:
+    from watchdog.journal import send
+
+    if send("elastic-daemon", *_parts(event)):
+        raise structlog.DropEvent
+    return _render_for_journal(logger, method, event)
+
+
 def _render_for_journal(_: object, __: str, event: structlog.types.EventDict) -> str:
     from watchdog.journal import journal_line
 
+    return journal_line(*_parts(event))
+
+
+def _parts(event: structlog.types.EventDict) -> tuple[str, str, dict[str, Any]]:
+    """Event, level and fields. The journal has the time of its own."""
     own = ("event", "level", "timestamp")
-    return journal_line(str(event["event"]), event["level"], {k: v for k, v in event.items() if k not in own})
+    return str(event["event"]), event["level"], {k: v for k, v in event.items() if k not in own}

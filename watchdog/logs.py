@@ -16,7 +16,7 @@ from enum import IntEnum
 from typing import Any
 
 from watchdog.errors import OptionError
-from watchdog.journal import journal_line, log_format
+from watchdog.journal import journal_line, log_format, send, stderr_is_journal
 
 
 class Level(IntEnum):
@@ -39,6 +39,8 @@ class Logger:
     def __init__(self) -> None:
         self.threshold = Level.INFO
         self.form = "json"
+        self.into_journal = False
+        """Whether the journal is at the other end, and takes entries."""
 
     def info(self, event: str, **fields: Any) -> None:
         self._write(Level.INFO, event, fields)
@@ -51,6 +53,8 @@ class Logger:
 
     def _write(self, level: Level, event: str, fields: dict[str, Any]) -> None:
         if level < self.threshold:
+            return
+        if self.into_journal and send("elastic-watchdog", event, level.name.lower(), fields):
             return
         now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
         if self.form == "journal":
@@ -74,3 +78,4 @@ def configure_logging() -> None:
     if form not in FORMS:
         raise OptionError(f"ELASTIC_LOG_FORMAT: expected json, text or journal (got {form!r})")
     log.threshold, log.form = Level[level.upper()], form
+    log.into_journal = form == "journal" and stderr_is_journal()

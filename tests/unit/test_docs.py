@@ -220,7 +220,8 @@ def test_every_flag_of_serve_is_in_the_configuration() -> None:
 
 @document
 def test_variables_exist(path: Path) -> None:
-    source = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "elastic_daemon").rglob("*.py"))
+    files = [file for package in ("elastic_daemon", "watchdog") for file in (ROOT / package).rglob("*.py")]
+    source = "".join(file.read_text(encoding="utf-8") for file in files)  # names fields of the journal's, too
     settings = {f"ELASTIC_{name.upper()}" for name in Settings.model_fields}
     named = set(re.findall(r"\bELASTIC_[A-Z_]+[A-Z]\b", path.read_text(encoding="utf-8")))
     assert not [name for name in named - settings if name not in source]

@@ -19,6 +19,7 @@ from elastic_daemon.settings_table import reloadable
 from elastic_daemon.sources import CONFIG_VARIABLE, load_settings
 from tests.tools import require
 from watchdog import ras
+from watchdog.journal import SOCKET
 from watchdog.service import WATCH_S
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -189,6 +190,18 @@ def test_the_watchdog_reaches_nccl_s_ras_and_nothing_beyond_loopback(
     assert not setting(installed, UNITS[1], "PrivateNetwork")
     assert setting(installed, UNITS[1], "IPAddressAllow") == ["localhost"]
     assert setting(installed, UNITS[1], "IPAddressDeny") == ["any"]
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_the_journals_socket_can_be_reached(installed: Path, name: str) -> None:
+    """Else all events would be lines of text."""
+    [families] = setting(installed, name, "RestrictAddressFamilies")
+    assert "AF_UNIX" in families.split()
+    calls = setting(installed, name, "SystemCallFilter")
+    assert calls[0].split()[0] == "@system-service" and "~@privileged" in calls, "sendto is in the first only"
+    assert SOCKET.startswith("/run/")
+    for hiding in ("InaccessiblePaths", "TemporaryFileSystem", "RootDirectory", "RootImage", "StandardError"):
+        assert not setting(installed, name, hiding)
 
 
 def test_ranks_are_watched_from_their_first_step_on_devices_that_are_up(installed: Path) -> None:
