@@ -123,6 +123,7 @@ SMALLEST = {
     "bench.soak": ("--help",),
     "bench.straggler": ("--help",),
     "bench.control_plane": ("--help",),
+    "bench.frontend_restart": ("--help",),
 }
 """What each is run with. The documented arguments are parsed only."""
 

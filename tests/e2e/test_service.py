@@ -18,7 +18,6 @@ import pytest
 
 from tests.e2e.cluster import PROMPTS, Cluster, assert_same, run_streams
 from tests.e2e.service_manager import ServiceManager, alive, environment_of, wait_until
-from tests.timing import SLACK_S
 
 pytestmark = pytest.mark.e2e
 
@@ -117,7 +116,7 @@ def test_a_front_end_that_crashes_keeps_ranks_and_serves_again_soon(services: Se
     cluster.wait_for(lambda: len(cluster.events("frontend_ready")) == 2 and cluster.health()["status"] == "ok")
     assert cluster.control("/readyz").status_code == 200
     assert_same(run_streams(cluster, PROMPTS[:4], max_tokens=10), reference)
-    assert time.monotonic() - killed <= 5.0 + SLACK_S
+    assert time.monotonic() - killed <= 5.0, "bench.frontend_restart has 2.4 s at worst"
     assert [cluster.pid(rank) for rank in range(2)] == ranks
     assert len(services.manager.said("READY")) == 1, "systemd is told once"
 

@@ -15,6 +15,7 @@ import pytest
 from bench.control_plane import parser as control_plane_parser
 from bench.detection import parser as detection_parser
 from bench.elasticity import parser as elasticity_parser
+from bench.frontend_restart import parser as frontend_restart_parser
 from bench.gpu_drill import make_parser as gpu_drill_parser
 from bench.recovery import parser as bench_parser
 from bench.soak import parser as soak_parser
@@ -194,6 +195,7 @@ def test_flags_exist(path: Path) -> None:
         control_plane_parser(),
         detection_parser(),
         elasticity_parser(),
+        frontend_restart_parser(),
         gpu_drill_parser(),
         soak_parser(),
     )
