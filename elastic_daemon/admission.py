@@ -156,6 +156,15 @@ class Queue:
             self.refused += 1
         return seconds
 
+    def refusal(self, limits: Limits, now: float) -> str | None:
+        """Why a request that came now would be refused. None: it would be admitted. Asking counts for nothing."""
+        waiting, rate = self.waiting, self.departures.rate(now)
+        if retry_after(waiting, rate, limits, serving=self.departures.is_serving) is None:
+            return None
+        if waiting >= limits.max_waiting or not rate:
+            return f"{waiting} requests wait already, and no more may"
+        return f"a request would wait {waiting / rate:.0f} s, and may for {limits.queue_timeout_s:g} s"
+
     def arrive(self) -> Callable[[], None]:
         """An HTTP request comes in. To be called at its end, at the latest."""
         self._arriving += 1

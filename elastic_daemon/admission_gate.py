@@ -19,6 +19,10 @@ class AdmissionGate:
         self.limits = limits
         """May be replaced while it serves."""
 
+    def refusal(self) -> str | None:
+        """Why a request for inference that came now would be refused here."""
+        return self._queue.refusal(self.limits, time.monotonic())
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self._app(scope, receive, send)

@@ -55,7 +55,9 @@ def make_control_app(plane: ControlPlane, patience: Patience | None = None) -> F
     async def readyz() -> JSONResponse:
         """Whether a request that comes now would be served, if need be after a recovery."""
         view = plane.health()
-        return JSONResponse({"ready": view.ready, "status": view.status.value}, 200 if view.ready else 503)
+        reason = view.unready
+        body = {"ready": reason is None, "status": view.status.value, "reason": reason}
+        return JSONResponse(body, 200 if reason is None else 503)
 
     @app.api_route("/metrics", methods=PROBE)
     async def metrics() -> Response:

@@ -254,6 +254,7 @@ class Frontend:
             in_flight=self._client.in_flight,
             by_rank=self._client.in_flight_by_rank(),
             refused=self._client.watch.queue.refused,
+            refusing=self._gate.refusal(),
             gaps=[round(gap, 4) for gap in self._client.watch.take_gaps()],
         )
 

@@ -30,6 +30,8 @@ class FrontendLink:
         self.published: p.Snapshot | None = None
         self.in_flight = 0
         self.in_flight_by_rank: dict[int, int] = {}
+        self.refusing: str | None = None
+        """Why it would refuse a request that came now, as of its last word."""
         self._events = events
         self._metrics = metrics
         self._tell = tell
@@ -44,6 +46,7 @@ class FrontendLink:
     def connected(self, peer: Peer) -> None:
         self._peer = peer
         self._refused = 0
+        self.refusing = None
         self._unadopted = 0
         self._send_settings()  # they may have changed since it was forked
         self._send_membership()
@@ -77,6 +80,7 @@ class FrontendLink:
             self._metrics.lost(self.in_flight)
             self._events.record("requests_lost", {"count": self.in_flight})
         self.in_flight, self.in_flight_by_rank = 0, {}
+        self.refusing = None
         self._unadopted = 0
         self._all_adopted()
 
@@ -108,6 +112,7 @@ class FrontendLink:
                 self.in_flight = message["in_flight"]
                 self._metrics.refused(message["refused"] - self._refused)
                 self._refused = message["refused"]
+                self.refusing = message["refusing"]
                 self.in_flight_by_rank = {int(rank): count for rank, count in message["by_rank"].items()}
                 for gap in message["gaps"]:
                     self._metrics.client_gap(gap)

@@ -31,6 +31,7 @@ class HealthView:
     """`epoch_start`: what to add to the monotonic times of `snapshot` to get wall-clock seconds.
 
     `snapshot` is None before the engine is configured, `target` what it will have. `url`: where requests are served.
+    `refusing`: why the front end would refuse a request that came now, None if it would not.
     """
 
     snapshot: HealthSnapshot | None
@@ -43,6 +44,7 @@ class HealthView:
     host: str = "localhost"
     url: str | None = None
     watchdog: WatchdogView = WatchdogView("off", "off", None, None)
+    refusing: str | None = None
 
     @property
     def status(self) -> Status:
@@ -53,9 +55,15 @@ class HealthView:
         return 200 if self.status in SERVING else 503
 
     @property
-    def ready(self) -> bool:
-        """Whether a request that comes now would be served, if need be after a recovery that holds it."""
-        return self.snapshot is not None and self.snapshot.frontend_ready and self.status in SERVING
+    def unready(self) -> str | None:
+        """Why a request that comes now would not be served. None: it would, if need be after a recovery that holds it.
+
+        Served means before its deadline: who would be refused at the door, for the queue is long, would not be.
+        """
+        snapshot = self.snapshot if self.snapshot is not None else _before_configured(self.target)
+        if snapshot.status not in SERVING:
+            return snapshot.reason or snapshot.status.value
+        return self.refusing if snapshot.frontend_ready else "the front end is starting"
 
     def to_json(self) -> dict[str, Any]:
         """The body of section "health" in docs/api.md."""

@@ -375,6 +375,7 @@ class Supervisor:
             epoch_start=datetime.now(UTC).timestamp() - time.monotonic(),
             url=url_of(self.settings.host, self.port, secure=self.settings.tls is not None),
             watchdog=self._watch.view,
+            refusing=self._frontend.refusing,
         )
 
     async def ask_ranks(self, question: str) -> dict[int, Any]:

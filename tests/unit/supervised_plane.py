@@ -32,10 +32,12 @@ class Plane(OperatorPlane):
     def __init__(self) -> None:
         super().__init__()
         self.snapshot: HealthSnapshot | None = SNAPSHOT
+        self.refusing: str | None = None
         self.answers: dict[str, dict[int, Any] | Exception] = {}
 
     def health(self) -> HealthView:
-        return HealthView(self.snapshot, "tiny-moe", 2, 5, {0: 2, 1: 3}, {(0, 1): 10, (1, 2): 11}, 1e9)
+        pids = {(0, 1): 10, (1, 2): 11}
+        return HealthView(self.snapshot, "tiny-moe", 2, 5, {0: 2, 1: 3}, pids, 1e9, refusing=self.refusing)
 
     async def ask_ranks(self, question: str) -> dict[int, Any]:
         if isinstance(answer := self.answers[question], Exception):

@@ -187,3 +187,36 @@ def test_refusals_are_counted() -> None:
     end()
     assert queue.retry_after(limits, 0.0) is None
     assert queue.refused == 1
+
+
+def test_who_would_be_refused_is_told_and_counts_for_nothing() -> None:
+    queue, full = Queue(), Limits(10, 30.0)
+    queue.departures.serving(True, 0.0)
+    assert queue.refusal(full, 0.0) is None
+    assert queue.departures.rate(10 * WINDOW_S) is None, "nobody has come, so nobody waits"
+    for number in range(10):
+        assert queue.retry_after(full, 600.0) is None
+        queue.arrive()
+        queue.join(str(number))
+    assert queue.refusal(full, 600.0) == "10 requests wait already, and no more may"
+    assert queue.refusal(SLOW, 600.0 + WINDOW_S) == "a request would wait 600 s, and may for 30 s"
+    queue.departures.serving(False, 600.0 + WINDOW_S)
+    assert queue.refusal(SLOW, 600.0 + WINDOW_S) is None, "a recovery makes requests wait"
+    assert queue.refusal(full, 600.0 + WINDOW_S) is not None
+    queue.leave(map(str, range(10)))
+    assert queue.refusal(full, 600.0 + WINDOW_S) is None
+    assert queue.refused == 0
+    queue.arrive()()
+
+
+@given(st.integers(0, 30), st.integers(0, 30), st.booleans(), st.floats(0.0, 200.0))
+def test_refusal_and_admission_agree(waiting: int, left: int, serving: bool, now: float) -> None:
+    queue, limits = Queue(), Limits(20, 10.0)
+    queue.departures.serving(True, 0.0)
+    queue.departures.somebody_waits(0.0)
+    for _ in range(left):
+        queue.departures.left(now / 2)
+    queue.departures.serving(serving, now)
+    for number in range(waiting):
+        queue.join(str(number))
+    assert (queue.refusal(limits, now) is None) == (queue.retry_after(limits, now) is None)

@@ -51,6 +51,7 @@ async def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
     async with serving(gate) as (host, port), httpx.AsyncClient(base_url=f"http://{host}:{port}") as http:
         first = asyncio.create_task(http.post("/v1/completions", json={"prompt": "1"}))
         await joined(queue, 1)
+        assert gate.refusal() == "1 requests wait already, and no more may"
         for path in ("/v1/completions", "/v1/chat/completions"):
             refused = await http.post(path, json={"prompt": "2"})
             assert refused.status_code == 503
@@ -60,6 +61,7 @@ async def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
             assert error["message"].startswith("1 requests wait already")
         assert (await http.get("/v1/models")).status_code == 200, "only what would be computed is refused"
         gate.limits = Limits(max_waiting=2, queue_timeout_s=600.0)
+        assert gate.refusal() is None
         second = asyncio.create_task(http.post("/v1/completions", json={"prompt": "3"}))
         await joined(queue, 2)
         engine.go.set()

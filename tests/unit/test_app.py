@@ -50,7 +50,8 @@ async def test_health_and_readyz_of_each_status(plane: Plane, client: httpx.Asyn
     assert health.json() == plane.health().to_json()
     ready = await client.get("/readyz")
     assert ready.status_code == CODES[status]
-    assert ready.json() == {"ready": CODES[status] == 200, "status": status.value}
+    reason = None if CODES[status] == 200 else SNAPSHOT.reason
+    assert ready.json() == {"ready": CODES[status] == 200, "status": status.value, "reason": reason}
 
 
 async def test_nobody_is_ready_without_a_front_end(plane: Plane, client: httpx.AsyncClient) -> None:
@@ -58,15 +59,26 @@ async def test_nobody_is_ready_without_a_front_end(plane: Plane, client: httpx.A
     plane.snapshot = dataclasses.replace(SNAPSHOT, status=Status.RECOVERING, frontend_ready=False)
     assert (await client.get("/health")).status_code == 200
     ready = await client.get("/readyz")
-    assert (ready.status_code, ready.json()) == (503, {"ready": False, "status": "recovering"})
+    reason = "the front end is starting"
+    assert (ready.status_code, ready.json()) == (503, {"ready": False, "status": "recovering", "reason": reason})
     assert (await client.head("/readyz")).status_code == 503
     assert (await client.post("/v1/completions", json={})).status_code == 503
+
+
+async def test_nobody_is_ready_while_a_request_would_be_refused(plane: Plane, client: httpx.AsyncClient) -> None:
+    plane.refusing = "4096 requests wait already, and no more may"
+    ready = await client.get("/readyz")
+    assert (ready.status_code, ready.json()) == (503, {"ready": False, "status": "ok", "reason": plane.refusing})
+    assert (await client.get("/health")).status_code == 200
+    plane.refusing = None
+    assert (await client.get("/readyz")).json() == {"ready": True, "status": "ok", "reason": None}
 
 
 async def test_before_the_engine_is_known(plane: Plane, client: httpx.AsyncClient) -> None:
     plane.snapshot = None
     assert (await client.get("/health")).status_code == 503
-    assert (await client.get("/readyz")).json() == {"ready": False, "status": "starting"}
+    ready = await client.get("/readyz")
+    assert ready.json() == {"ready": False, "status": "starting", "reason": "importing the engine"}
     metrics = await client.get("/metrics")
     assert metrics.status_code == 200
     families = {family.name: family for family in text_string_to_metric_families(metrics.text)}

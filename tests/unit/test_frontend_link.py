@@ -1,4 +1,4 @@
-"""When a reload is over: the front end says that it goes by the new settings, or there is nobody to wait for."""
+"""What the front end says: that it goes by new settings, if somebody is there to say so; what it would refuse."""
 
 from __future__ import annotations
 
@@ -78,6 +78,26 @@ async def test_one_that_ends_is_not_waited_for_and_the_next_one_is_told() -> Non
     assert link.over == 1, "what it was told first, it says first"
     link.hear(second, {"type": "adopted"})
     assert link.over == 2
+
+
+def test_what_it_would_refuse_ends_with_it() -> None:
+    link = Link()
+    stats = {"type": "stats", "in_flight": 2, "by_rank": {}, "refused": 1, "gaps": []}
+    first = link.connect()
+    assert link.refusing is None
+    link.hear(first, {**stats, "refusing": "2 requests wait already"})
+    assert link.refusing == "2 requests wait already"
+    link.hear(first, {**stats, "refusing": None})
+    assert link.refusing is None
+    link.hear(first, {**stats, "refusing": "3 requests wait already"})
+    link.gone()
+    assert link.refusing is None
+    second = link.connect()
+    link.hear(first, {**stats, "refusing": "of a predecessor"})
+    assert link.refusing is None
+    link.hear(second, {**stats, "refusing": "4 requests wait already"})
+    link.connect()
+    assert link.refusing is None
 
 
 async def test_one_that_says_nothing_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from datetime import datetime
+from typing import Any
 
 import pytest
 
@@ -64,12 +65,33 @@ def test_http_status(status: Status) -> None:
 @pytest.mark.parametrize("frontend_ready", [True, False])
 def test_ready_is_who_would_serve_or_hold_a_request(status: Status, frontend_ready: bool) -> None:
     shown = view(dataclasses.replace(SNAPSHOT, status=status, frontend_ready=frontend_ready))
-    assert shown.ready is (frontend_ready and shown.http_status == 200)
+    assert (shown.unready is None) is (frontend_ready and shown.http_status == 200)
+
+
+@pytest.mark.parametrize("status", Status)
+@pytest.mark.parametrize("frontend_ready", [True, False])
+def test_nobody_is_ready_who_would_refuse_a_request(status: Status, frontend_ready: bool) -> None:
+    snapshot = dataclasses.replace(SNAPSHOT, status=status, frontend_ready=frontend_ready)
+    shown = dataclasses.replace(view(snapshot), refusing="9 requests wait already")
+    assert shown.unready is not None
+    assert shown.http_status == view(snapshot).http_status, "that is for /readyz only"
+
+
+def test_why_it_is_not_ready() -> None:
+    def why(refusing: str | None = None, **changes: Any) -> str | None:
+        return dataclasses.replace(view(dataclasses.replace(SNAPSHOT, **changes)), refusing=refusing).unready
+
+    assert why() is None
+    assert why(refusing="9 requests wait already") == "9 requests wait already"
+    assert why(frontend_ready=False) == "the front end is starting"
+    assert why(status=Status.STOPPING, reason="stop requested") == "stop requested"
+    assert why(status=Status.STOPPING, reason="") == "stopping"
+    assert view(None).unready == "importing the engine"
 
 
 def test_before_the_engine_is_known() -> None:
     starting = view(None)
-    assert (starting.status, starting.http_status, starting.ready) == (Status.STARTING, 503, False)
+    assert (starting.status, starting.http_status) == (Status.STARTING, 503)
     body = starting.to_json()
     assert (body["status"], body["epoch"], body["model"]) == ("starting", 0, "tiny-moe")
     assert body["reason"]

@@ -94,7 +94,8 @@ def test_gaps_come_from_the_front_end(tmp_path: Any) -> None:
     peer: Any = object()
     supervisor._frontend._peer = peer
     supervisor._frontend.hear(
-        peer, {"type": "stats", "in_flight": 2, "by_rank": {"0": 2}, "refused": 1, "gaps": [0.12, 3.0]}
+        peer,
+        {"type": "stats", "in_flight": 2, "by_rank": {"0": 2}, "refused": 1, "refusing": None, "gaps": [0.12, 3.0]},
     )
     samples = _rendered(supervisor.metrics)
     assert samples["elastic_client_gap_seconds_count", ""] == 2
