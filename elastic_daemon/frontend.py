@@ -46,6 +46,9 @@ log = structlog.get_logger(__name__)
 
 STATS_INTERVAL_S = 0.5
 
+LAST_WORDS_S = 0.5
+"""So long before a drain is over, requests that have not ended are ended with an error: after it, they are cut."""
+
 
 class ControlProxy:
     """ASGI application that sends control paths to the supervisor and everything else to vLLM's application."""
@@ -169,7 +172,7 @@ class Frontend:
             self._say("ready")
             await serving
             self._say_stats()  # what was in flight half a second ago is not lost
-            self._say("drained")
+            self._say("drained", lost=self._lost)
             instructions.cancel()
             stats.cancel()
         self._llm.shutdown()
@@ -199,9 +202,23 @@ class Frontend:
                 self._adopt(message)
                 self._say("adopted")
             elif message["type"] == "drain":
-                self._server.config.timeout_graceful_shutdown = max(1, int(message["timeout_s"]))
-                self._stop()
+                self._drain(message["timeout_s"])
         self._stop()
+
+    def _drain(self, timeout_s: float) -> None:
+        if not self._server.should_exit:
+            last_words = max(timeout_s - LAST_WORDS_S, timeout_s / 2)
+            asyncio.get_running_loop().call_later(
+                last_words, self._fail_all, "the daemon stops, and cannot wait longer"
+            )
+        self._server.config.timeout_graceful_shutdown = max(1, int(timeout_s))
+        self._stop()
+
+    def _fail_all(self, reason: str) -> None:
+        failed = fail_in_flight(self._llm, self._client, NotServed(reason))
+        self._lost += failed
+        if failed:
+            log.warning("requests_failed", count=failed, reason=reason)
 
     def _adopt(self, settings: Message) -> None:
         """What has changed in a reload."""
@@ -227,10 +244,7 @@ class Frontend:
         if membership.serving:
             self._answer(membership, applied)
         elif not membership.hold:
-            failed = fail_in_flight(self._llm, self._client, NotServed(membership.reason))
-            self._lost += failed
-            if failed:
-                log.warning("requests_failed", count=failed, reason=membership.reason)
+            self._fail_all(membership.reason)
 
     def _answer(self, membership: Membership, applied: Applied) -> None:
         if (handover := applied.handover) is not None:

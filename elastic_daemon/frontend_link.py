@@ -76,9 +76,7 @@ class FrontendLink:
     def gone(self) -> None:
         """It has ended, and its requests with it: as many as it last told of."""
         self._peer = None
-        if self.in_flight:
-            self._metrics.lost(self.in_flight)
-            self._events.record("requests_lost", {"count": self.in_flight})
+        self._note_lost(self.in_flight)
         self.in_flight, self.in_flight_by_rank = 0, {}
         self.refusing = None
         self._unadopted = 0
@@ -121,7 +119,13 @@ class FrontendLink:
                 if not self._unadopted:
                     self._all_adopted()
             case "drained":
+                self._note_lost(message["lost"])
                 self._tell(p.DrainComplete())
+
+    def _note_lost(self, requests: int) -> None:
+        if requests:
+            self._metrics.lost(requests)
+            self._events.record("requests_lost", {"count": requests})
 
     def _note_moves(self, requests: list[Message]) -> None:
         for moved in requests:

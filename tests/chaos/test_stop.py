@@ -1,11 +1,15 @@
-"""A stop under load: what was asked is answered first, whole, and nothing counts as lost."""
+"""A stop under load: what was asked is answered first, whole; what takes too long ends with an error, and counts."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.e2e.cluster import PROMPTS, Cluster, assert_same, run_streams
@@ -25,3 +29,29 @@ def test_running_requests_end_before_the_daemon_does(tmp_path: Path) -> None:
         assert_same(run_streams(cluster, PROMPTS[:STREAMS], TOKENS, stop, at_tokens=5 * STREAMS), reference)
         assert cluster.process.wait(30) == 0
         assert "requests_lost" not in cluster.log
+
+
+def ask(cluster: Cluster, stream: bool) -> tuple[int, list[str]]:
+    """Status and lines of the answer to what takes longer than the stop may. Raises where it is cut."""
+    body = {"prompt": PROMPTS[0], "max_tokens": 1500, "temperature": 0, "ignore_eos": True, "stream": stream}
+    with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=60) as answer:
+        return answer.status_code, [line for line in answer.iter_lines() if line]
+
+
+def test_requests_that_do_not_end_in_time_end_with_an_error(tmp_path: Path) -> None:
+    arguments = ("--data-parallel-size", "2", "--shutdown-timeout", "1", "--max-model-len", "2048")
+    with Cluster(tmp_path / "run", *arguments) as cluster, ThreadPoolExecutor() as clients:
+        streamed, whole = (clients.submit(ask, cluster, stream) for stream in (True, False))
+        cluster.wait_for(lambda: cluster.health()["in_flight"] == 2)
+        time.sleep(0.5)  # the stream has begun
+        os.kill(cluster.process.pid, signal.SIGTERM)
+        status, lines = streamed.result(30)
+        [error] = [line for line in lines if '"error"' in line]
+        assert status == 200
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == 503
+        assert "the daemon stops" in error
+        status, lines = whole.result(30)
+        assert (status, "the daemon stops" in lines[0]) == (503, True)
+        assert cluster.process.wait(30) == 0
+        [lost] = [line for line in cluster.log.splitlines() if '"requests_lost"' in line]
+        assert json.loads(lost)["count"] == 2

@@ -26,7 +26,8 @@ class FakePeer:
 
 class Link(FrontendLink):
     def __init__(self) -> None:
-        super().__init__(EventLog(), Metrics(), lambda event: None, 5.0)
+        self.log = EventLog()
+        super().__init__(self.log, Metrics(), lambda event: None, 5.0)
         self.over = 0
 
     def connect(self) -> Peer:
@@ -98,6 +99,19 @@ def test_what_it_would_refuse_ends_with_it() -> None:
     link.hear(second, {**stats, "refusing": "4 requests wait already"})
     link.connect()
     assert link.refusing is None
+
+
+@pytest.mark.parametrize("lost", [0, 3])
+def test_what_the_end_of_a_drain_cost_is_counted_once(lost: int) -> None:
+    link = Link()
+    peer = link.connect()
+    stats = {"type": "stats", "by_rank": {}, "refused": 0, "refusing": None, "gaps": []}
+    link.hear(peer, {**stats, "in_flight": 3})
+    link.hear(peer, {**stats, "in_flight": 0})
+    link.hear(peer, {"type": "drained", "lost": lost})
+    link.gone()
+    counts = [event.fields["count"] for event in link.log.after(0) if event.name == "requests_lost"]
+    assert counts == ([lost] if lost else [])
 
 
 async def test_one_that_says_nothing_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
