@@ -63,6 +63,11 @@ def make_control_app(plane: ControlPlane, patience: Patience | None = None) -> F
     async def metrics() -> Response:
         return Response(plane.metrics.render(plane.health()), media_type=METRICS_TYPE)
 
+    @app.get("/totals")
+    async def totals() -> JSONResponse:
+        """What became of requests, and the gaps that clients saw, since the daemon started."""
+        return JSONResponse(plane.metrics.totals())
+
     streams = EventStreams(plane, patience)
 
     @app.get("/events")

@@ -16,6 +16,7 @@ READ_PATHS = frozenset(
         "/operations",
         "/placement",
         "/recoveries",
+        "/totals",
         "/dashboard",
         "/is_scaling_elastic_ep",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -159,6 +160,29 @@ class Metrics:
         """Off a draining rank, while the group served."""
         self._preserved.labels("moved").inc(requests)
 
+    def totals(self) -> dict[str, Any]:
+        """For `/totals`: of the counters that `render` shows, those that the dashboard needs."""
+        kept, replayed, restarted, moved = (
+            int(_value(self._preserved, how=how)) for how in ("kept", "replayed", "restarted", "moved")
+        )
+        (gap,) = self._gap.collect()
+        *buckets, count, total = (sample for sample in gap.samples if not sample.name.endswith("_created"))
+        return {
+            "requests": {
+                "kept": kept,
+                "replayed": replayed,
+                "restarted": restarted,
+                "moved": moved,
+                "lost": int(_value(self._lost)),
+                "refused": int(_value(self._refused)),
+            },
+            "client_gap": {
+                "count": int(count.value),
+                "sum": total.value,
+                "buckets": {bucket.labels["le"]: int(bucket.value) for bucket in buckets},
+            },
+        }
+
     def render(self, view: HealthView) -> str:
         """The text exposition, with gauges as of `view`."""
         self._in_flight.set(view.in_flight)
@@ -176,3 +200,9 @@ class Metrics:
             for state in RankState:
                 self._ranks.labels(state.value).set(sum(rank.state is state for rank in snapshot.ranks))
         return self._text.render()
+
+
+def _value(counter: Counter, **labels: str) -> float:
+    """0 for labels that nothing was counted under: asking makes no sample of them."""
+    samples = (sample for family in counter.collect() for sample in family.samples if sample.name.endswith("_total"))
+    return next((sample.value for sample in samples if sample.labels == labels), 0.0)

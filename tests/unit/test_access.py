@@ -38,6 +38,7 @@ NO_PAGES = (
 OPERATOR_READS = (
     "/placement",
     "/recoveries",
+    "/totals",
     "/operations",
     "/operations/op-1",
     "/automation",
@@ -278,7 +279,7 @@ async def test_the_page_is_open_and_what_it_shows_is_not(rules: AccessRules) -> 
         assert rules.refusal("GET", path, nobody) is rules.refusal("HEAD", path, nobody) is None
     for path in NO_PAGES:
         assert (rules.refusal("GET", path, nobody) is None) is not bool(rules.keys), f"{path}: as for any other path"
-    for path in ("/placement", "/recoveries", "/events"):
+    for path in ("/placement", "/recoveries", "/totals", "/events"):
         assert (rules.refusal("GET", path, nobody) is None) is (rules.loopback and not rules.keys)
     assert await order(rules, "/dashboard/main.js", host="evil.example") in (401, 403)
 

@@ -262,7 +262,7 @@ def test_other_paths_are_none(path: str) -> None:
 
 def test_whatever_may_change_something_is_an_order() -> None:
     read = {"/health", "/livez", "/readyz", "/metrics", "/events", "/experts", "/experts/verify", "/operations"}
-    read |= {"/placement", "/recoveries", "/dashboard"}
+    read |= {"/placement", "/recoveries", "/totals", "/dashboard"}
     for path in CONTROL_PATHS | CONTROL_TEMPLATES:
         for method in ("POST", "PUT", "DELETE", "PATCH", "TRACE", "MADE-UP"):
             assert is_order(method, path.replace("{", "").replace("}", "")) is (

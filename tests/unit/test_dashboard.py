@@ -132,7 +132,7 @@ async def test_the_page_needs_no_key_and_its_data_does() -> None:
     async with client(AccessRules(("api",), loopback=False, admin_key="admin")) as http:
         assert (await http.get("/dashboard")).status_code == 200
         assert (await http.get("/dashboard/main.js")).status_code == 200
-        for path in ("/placement", "/recoveries", "/events"):
+        for path in ("/placement", "/recoveries", "/totals", "/events"):
             assert (await http.get(path)).status_code == 401
             assert (await http.get(path, headers={"Authorization": "Bearer api"})).status_code == 200
         assert (await http.post("/dashboard", json={})).status_code == 405

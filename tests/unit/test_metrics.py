@@ -6,17 +6,22 @@ import asyncio
 import time
 from typing import Any
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from elastic_daemon import exposition
+from elastic_daemon.app import make_control_app
 from elastic_daemon.client_gaps import ClientGaps
 from elastic_daemon.config import Settings
 from elastic_daemon.health import HealthView, WatchdogView
 from elastic_daemon.loop_lag import watch_lag
 from elastic_daemon.membership import Status
 from elastic_daemon.metrics import Metrics
+from elastic_daemon.protocol import RecoveryKind, RecoveryReport, RequestCounts
+from elastic_daemon.recovery_history import KEPT
 from elastic_daemon.supervisor import Supervisor
+from tests.unit.operator_plane import OperatorPlane
 
 EXPORTED = {
     "elastic_client_gap_seconds": ("histogram", ()),
@@ -145,3 +150,47 @@ def test_no_gap_without_a_token_before_it_or_after_it() -> None:
     gaps.forget("gone")
     gaps.delivered("gone", 5.0)  # another request of the same name
     assert gaps.delivered("gone", 6.0) is None
+
+
+async def test_totals_agree_with_the_metrics() -> None:
+    """And go on where `/recoveries` forgets: they never fall."""
+    plane = OperatorPlane()
+    for epoch in range(2 * KEPT):
+        counts = RequestCounts(3, 2, 1, epoch % 2)
+        report = RecoveryReport(epoch, RecoveryKind.SHRINK, (2,), "killed", {"total": 0.05}, counts)
+        plane.metrics.recovery(report)
+        plane.recoveries.record(report, 3, 1e9)
+    plane.metrics.moved(5)
+    plane.metrics.lost(7)  # with a front end
+    plane.metrics.refused(4)
+    for seconds in (0.004, 0.12, 0.12, 700.0):
+        plane.metrics.client_gap(seconds)
+    app = make_control_app(plane)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://daemon") as client:
+        answer = await client.get("/totals")
+        told = answer.json()
+        remembered = (await client.get("/recoveries")).json()
+    assert len(answer.content) < 1000, "it is asked for again and again"
+    samples = _rendered(plane.metrics)
+    requests = told["requests"]
+    assert requests == {
+        **{how: samples["elastic_requests_preserved_total", how] for how in ("kept", "replayed", "restarted", "moved")},
+        "lost": samples["elastic_requests_lost_total", ""],
+        "refused": samples["elastic_requests_refused_total", ""],
+    }
+    assert requests["kept"] == 6 * KEPT > sum(row["requests"]["kept"] for row in remembered)
+    assert requests["lost"] == KEPT + 7
+    gap = told["client_gap"]
+    name = "elastic_client_gap_seconds"
+    assert gap["buckets"] == {le: value for (sample, le), value in samples.items() if sample == f"{name}_bucket"}
+    assert (gap["count"], gap["sum"]) == (samples[f"{name}_count", ""], samples[f"{name}_sum", ""]) == (4, 700.244)
+    assert (gap["buckets"]["0.01"], gap["buckets"]["0.15"], gap["buckets"]["+Inf"]) == (1, 3, 4)
+
+
+def test_totals_of_nothing() -> None:
+    """Asking leaves no trace in the metrics."""
+    metrics = Metrics()
+    before = metrics.render(VIEW)
+    told = metrics.totals()
+    assert set(told["requests"].values()) == {0} and told["client_gap"]["count"] == 0
+    assert metrics.render(VIEW) == before
