@@ -57,7 +57,7 @@ function make(rank, give) {
       {},
       el("div", { class: "load-row" }, el("dt", {}, "Requests"), el("dd", { class: "load" }, el("span", { class: "count" }), el("span", { class: "bar", "aria-hidden": "true" }, el("i")))),
       el("div", {}, el("dt", {}, "Experts"), el("dd", { class: "experts" })),
-      el("div", {}, el("dt", {}, "GPU"), el("dd", { class: "gpu mono" })),
+      el("div", { class: "gpu-row" }, el("dt", {}, "GPU"), el("dd", { class: "gpu mono" })),
       el("div", {}, el("dt", {}, "Process"), el("dd", { class: "pid mono" })),
     ),
     el("div", { class: "deeds" }),
@@ -85,7 +85,8 @@ function update(tile, row, most, placement, at) {
   part(".experts").classList.toggle("alone", Boolean(placement && at !== undefined && placement.sole[at]));
   const gpu = part(".gpu");
   setText(gpu, shortGpu(row.gpu));
-  if (row.gpu) gpu.title = row.gpu;
+  gpu.title = row.gpu ?? "";
+  part(".gpu-row").hidden = !row.gpu; // a small tile has no room to say what is not known
   const since = Math.max(0, (Date.now() - Date.parse(row.since)) / 1000);
   setText(part(".pid"), `${row.pids.length ? row.pids.join(", ") : "none"} · ${ago(since)}`);
   part(".pid").title = `in this state since ${row.since}`;
