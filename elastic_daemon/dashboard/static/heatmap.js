@@ -2,7 +2,7 @@
 
 import { byId, plural, setText } from "./dom.js";
 
-const LEFT = 34;
+const LEFT = 50;
 const FONT = "11px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace";
 
 export class HeatMap {
@@ -141,7 +141,7 @@ export class HeatMap {
 function label(pen, ink, text, middle) {
   pen.fillStyle = ink.quiet;
   pen.textAlign = "right";
-  pen.fillText(text.length > 4 ? "min" : text, LEFT - 6, middle);
+  pen.fillText(text, LEFT - 6, middle);
   pen.textAlign = "left";
 }
 
