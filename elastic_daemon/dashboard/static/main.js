@@ -1,20 +1,21 @@
-// The page: asks, listens, shows. An event from the daemon wakes a refresh; without a stream it asks every second.
+// The page: asks, listens, shows. An event from the daemon wakes a refresh. With a stream of events and while all is
+// well, what no event tells of, such as requests in flight, is asked for every five seconds; else all of it every second.
 
 import { WORDS, advise } from "./advice.js";
-import { ago, byId, clock, duration, el, keyed, list, plural, setIcon, setText } from "./dom.js";
-import { clientGap } from "./gap.js";
+import { ago, byId, clock, el, keyed, list, setIcon, setText } from "./dom.js";
+import { showFigures } from "./figures.js";
 import { HeatMap } from "./heatmap.js";
 import { askDeed, askScale } from "./orders.js";
-import { follow, get, getText, hasKey, setKey } from "./source.js";
+import { follow, get, hasKey, setKey } from "./source.js";
 import { showTiles } from "./tiles.js";
 import { drawStrip, showRecoveries } from "./timeline.js";
 
 const POLL_MS = 1000;
+const CALM_MS = 5000;
 const SLOW_MS = 10000;
 const WAKE_MS = 60;
 const RETRY_MS = 2000;
 const EVENTS = 60;
-const GAP_MS = 3000;
 
 const MOVES = new Set(["regrouping", "recovery_done", "experts_spread", "experts_stored", "rank_left", "rank_excluded", "automation_switched"]);
 
@@ -24,8 +25,9 @@ const world = {
   recoveries: [],
   events: [],
   automation: null,
-  gap: null,
-  heard: 0, // when the daemon last answered, ms
+  totals: null,
+  heard: 0, // when the daemon last answered, or its stream brought something, ms
+  asked: 0, // since when there is a question without an answer, ms; 0: there is none
   statusSince: Date.now(),
   live: false,
   locked: false,
@@ -37,7 +39,9 @@ let stream = null;
 // --- asking ----------------------------------------------------------------------------------------------------------
 
 async function refresh() {
+  world.asked ||= Date.now();
   const health = await get("health", [200, 503]);
+  world.asked = 0;
   if (health.status !== world.health?.status) world.statusSince = Date.now();
   world.health = health;
   world.heard = Date.now();
@@ -73,15 +77,9 @@ async function refreshEvents() {
   for (const event of newest) if (take(event) && known && MOVES.has(event.event)) groupDue = true;
 }
 
-// The metrics are long, vLLM's own being among them: asked for when they may have changed, and not at all where the
-// daemon does not measure the gap.
-async function refreshGap() {
-  if (world.gap === undefined) return;
-  try {
-    world.gap = clientGap(await getText("metrics"));
-  } catch {
-    // next time
-  }
+async function refreshTotals() {
+  if (world.locked) return;
+  world.totals = (await quietly("totals")) ?? world.totals;
 }
 
 async function quietly(path) {
@@ -127,7 +125,7 @@ async function turn() {
     if (group) slowAt = Date.now() + SLOW_MS;
     await refresh();
     if (first) show();
-    await Promise.all([group ? refreshGroup() : null, world.live ? null : refreshEvents()]);
+    await Promise.all([refreshTotals(), group ? refreshGroup() : null, world.live ? null : refreshEvents()]);
   } catch {
     groupDue = true; // no answer: it is shown how long that lasts
   }
@@ -135,13 +133,19 @@ async function turn() {
   show();
   if (world.placement && !performance.getEntriesByName("usable").length) performance.mark("usable");
   if (again) wake(WAKE_MS);
-  else if (!document.hidden) wake(POLL_MS);
+  else if (!document.hidden) wake(isCalm() ? CALM_MS : POLL_MS);
 }
 
+// `doing` counts seconds down, so that it would look stuck.
+const isCalm = () => world.live && !world.asked && world.health?.status === "ok";
+
+// In seconds. Only a question can be left without an answer: who asks seldom hears seldom.
+const silence = () => (world.asked ? (Date.now() - Math.max(world.asked, world.heard)) / 1000 : 0);
+
 function hear(event) {
+  world.heard = Date.now();
   if (!take(event)) return;
   if (MOVES.has(event.event)) groupDue = true;
-  if (event.event === "recovery_done") setTimeout(refreshGap, GAP_MS);
   wake(WAKE_MS);
 }
 
@@ -173,24 +177,24 @@ document.addEventListener("visibilitychange", () => {
 
 function show() {
   const { health } = world;
-  const silence = world.heard ? (Date.now() - world.heard) / 1000 : 0;
-  const said = advise(health, { silence, automation: world.automation, lasted: (Date.now() - world.statusSince) / 1000 });
+  const quiet = silence();
+  const said = advise(health, { silence: quiet, automation: world.automation, lasted: (Date.now() - world.statusSince) / 1000 });
   const [word, shape, tone] = WORDS[said.status] ?? [said.status, "dashed", "quiet"];
   byId("state").dataset.tone = tone;
-  document.body.classList.toggle("stale", silence > 3);
+  document.body.classList.toggle("stale", quiet > 3);
   byId("state").dataset.status = said.status;
   setIcon(byId("state-icon"), shape);
   setText(byId("state-word"), word);
   setText(byId("state-text"), said.text);
   setText(byId("state-advice"), said.advice ?? "");
   setText(byId("doing"), health?.doing && said.status !== "silent" ? `Now: ${health.doing}` : "");
-  showLink(silence);
+  showLink(quiet);
   document.title = `${word}${health?.model ? ` · ${health.model}` : ""} · elastic-daemon`;
   byId("key-button").dataset.set = String(hasKey());
   setText(byId("key-button"), hasKey() ? "Key ✓" : "Key");
   if (!health?.ranks) return;
   setText(byId("model"), `${health.model}, epoch ${health.epoch}`);
-  showFigures(health);
+  showFigures(byId("figures"), world);
   showTiles(byId("tiles"), health, world.placement, (deed, rank) => askDeed(deed, rank, world));
   const size = byId("scale-size");
   if (document.activeElement !== size && !size.dataset.edited) size.value = String(health.data_parallel_size.target);
@@ -199,42 +203,12 @@ function show() {
   showEvents();
 }
 
-function showLink(silence) {
+function showLink(quiet) {
   const [text, shape] =
-    silence > 3 ? [`no answer for ${ago(silence)}`, "cross"] : world.live ? ["live", "full"] : world.heard ? ["asking every second", "half"] : ["connecting", "dashed"];
+    quiet > 3 ? [`no answer for ${ago(quiet)}`, "cross"] : world.live ? ["live", "full"] : world.heard ? ["asking every second", "half"] : ["connecting", "dashed"];
   setText(byId("link-text"), text);
   setIcon(byId("link-icon"), shape);
 }
-
-function showFigures(health) {
-  const { target, active } = health.data_parallel_size;
-  const report = world.recoveries.filter((row) => row.kind !== "start").at(-1);
-  const sum = (name) => world.recoveries.reduce((total, row) => total + (row.requests?.[name] ?? 0), 0);
-  const safety = health.expert_safety;
-  const rows = [
-    ["Ranks serving", `${active} / ${target}`, active < target ? "warn" : "", "of those wanted"],
-    ["May still be lost", health.survivable_losses < 0 ? "too few" : String(health.survivable_losses), health.survivable_losses < 1 ? "warn" : "", safety === null ? "ranks" : safety < 0 ? "ranks; an expert is on disk only" : `ranks; ${safety} without reading the disk`],
-    ["In flight", String(health.in_flight), "", "requests, held ones included"],
-    ["Kept", String(sum("kept")), "", "requests, in all recoveries"],
-    ["Replayed", String(sum("replayed") + sum("restarted")), "", "of lost ranks, elsewhere"],
-    ["Lost", String(sum("lost")), sum("lost") ? "bad" : "", "requests, in all recoveries"],
-    ["Last pause", report ? duration(report.seconds.total) : "none yet", "", report ? `${report.kind}, until all requests were placed` : "no recovery so far"],
-    ["Client gap", gapText(world.gap), "", world.gap ? `99 % of ${plural(world.gap.count, "gap")} between tokens` : world.gap === null ? "none measured yet" : "not measured here"],
-  ];
-  keyed(
-    byId("figures"),
-    rows,
-    ([name]) => name,
-    ([name]) => el("div", {}, el("dt", {}, name), el("dd", { class: "figure" }), el("dd", { class: "note" })),
-    (node, [, value, tone, note]) => {
-      node.dataset.tone = tone;
-      setText(node.querySelector(".figure"), value);
-      setText(node.querySelector(".note"), note);
-    },
-  );
-}
-
-const gapText = (gap) => (gap ? (gap.atMost === Infinity ? "very long" : `≤ ${duration(gap.atMost)}`) : "—");
 
 const words = (value) => (Array.isArray(value) ? list(value.map(words)) : value !== null && typeof value === "object" ? Object.entries(value).map(([name, inner]) => `${name} ${words(inner)}`).join(" ") : String(value));
 
@@ -299,5 +273,4 @@ new ResizeObserver(() => drawStrip(world.recoveries, Date.now())).observe(byId("
 
 turn();
 listen();
-setTimeout(refreshGap, GAP_MS);
 setInterval(() => document.hidden || show(), 1000); // ages and silence grow although nobody answers

@@ -46,12 +46,6 @@ export async function get(path, accept = [200]) {
   return body;
 }
 
-// For a text that is not JSON.
-export async function getText(path) {
-  const response = await fetch(address(path), { headers: headers(), cache: "no-store", credentials: "omit", signal: AbortSignal.timeout(TIMEOUT_MS) });
-  return response.ok ? response.text() : "";
-}
-
 // A JSON body and its content type: what the daemon asks of all orders, and what no foreign page can send. A key that is
 // given with the order is remembered once it has opened the door.
 export async function order(path, body, given = "") {
