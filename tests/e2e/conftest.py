@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.browser import Browser, browser, require_browser
 from tests.e2e.cluster import Cluster
 
 
@@ -18,3 +19,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def _short(factory: pytest.TempPathFactory) -> Path:
     # Paths of Unix sockets are limited to 107 bytes.
     return factory.mktemp("ed", numbered=True) / "run"
+
+
+@pytest.fixture
+def chromium() -> Iterator[Browser]:
+    require_browser()
+    with browser() as window:
+        window.size(1280, 900)
+        yield window

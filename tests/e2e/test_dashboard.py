@@ -7,18 +7,19 @@ writes the pictures that the documents show.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.browser import Browser, browser, require_browser
+from tests.browser import Browser
 from tests.e2e.cluster import PROMPTS, Cluster, run_streams
+from tests.e2e.dashboard_page import figure, status, tile
 
 pytestmark = pytest.mark.e2e
 
@@ -27,6 +28,7 @@ MAX_BYTES = 200_000
 MAX_MS = 1000
 LOADS = 5
 PICTURE_HEIGHT = 1260
+CALM_MS = 4500
 
 USABLE = "return performance.getEntriesByName('usable')[0]?.startTime ?? 0"
 BYTES = """
@@ -34,32 +36,28 @@ const parts = [...performance.getEntriesByType('resource'), ...performance.getEn
 return parts.reduce((sum, part) => sum + part.transferSize, 0)
 """
 
+PAINTED = """
+const [at, canvas] = [arguments[0], document.querySelector('#map')];
+const { experts, ranks } = await (await fetch('placement')).json();
+const [left, top] = [50, 25];
+const cell = (canvas.clientWidth - left - 1) / experts;
+const row = (canvas.clientHeight - top - 1) / ranks.length;
+const copy = new OffscreenCanvas(canvas.width, canvas.height);  // Chromium complains of reading from the shown one
+const pen = copy.getContext('2d', { willReadFrequently: true });
+pen.drawImage(canvas, 0, 0);
+const pixels = (x, y, width, height) => [...pen.getImageData(x, y, width, height).data];
+const empty = getComputedStyle(document.documentElement).getPropertyValue('--empty').trim();
+const hex = (data) => '#' + data.slice(0, 3).map((part) => part.toString(16).padStart(2, '0')).join('');
+return {
+  head: pixels(left, 0, canvas.clientWidth - left, 20).filter((value, place) => place % 4 === 3 && value > 0).length,
+  cells: Array.from({ length: experts }, (_, expert) =>
+    hex(pixels(left + (expert + 0.5) * cell, top + (at + 0.5) * row, 1, 1)) !== empty),
+};
+"""
+"""Of the heat map: pixels that are not blank in the row of copies, and which cells of a row are not empty ones."""
 
-@pytest.fixture
-def chromium() -> Iterator[Browser]:
-    require_browser()
-    with browser() as window:
-        window.size(1280, 900)
-        yield window
-
-
-def tile(window: Browser, rank: int) -> str:
-    state: str = window.run(
-        "return document.querySelector(`#tiles [data-key='${arguments[0]}']`)?.dataset.state ?? ''", rank
-    )
-    return state
-
-
-def status(window: Browser) -> str:
-    shown: str = window.run("return document.querySelector('#state').dataset.status ?? ''")
-    return shown
-
-
-def figure(window: Browser, name: str) -> str:
-    shown: str = window.run(
-        "return document.querySelector(`#figures [data-key='${arguments[0]}'] .figure`)?.innerText ?? ''", name
-    )
-    return shown
+PATHS = "return performance.getEntriesByType('resource').map((part) => new URL(part.name).pathname)"
+ROOM = "performance.setResourceTimingBufferSize(5000)"  # of 250 entries, else
 
 
 def press_deed(window: Browser, rank: int, deed: str) -> None:
@@ -87,6 +85,7 @@ def test_a_drill_and_orders(chromium: Browser, tmp_path: Path) -> None:
         _takes_orders(chromium, cluster)
         _can_be_used_by_keyboard(chromium)
         assert ADMIN_KEY not in cluster.log
+        assert "/metrics" not in chromium.run(PATHS), "most of it is not for the page"
         stored = chromium.run("return [localStorage.length, sessionStorage.length, document.cookie, location.href]")
         assert stored == [0, 0, "", f"{cluster.url}/dashboard"], "the key is in memory only"
         refusals = ("status of 400 (Bad Request)", "status of 401 (Unauthorized)")
@@ -104,6 +103,7 @@ def _loads_fast(window: Browser, cluster: Cluster) -> None:
     print(f"dashboard: usable after {sorted(map(round, took))} ms, {max(sizes)} bytes")
     assert sorted(took)[LOADS // 2] < MAX_MS
     assert max(sizes) < MAX_BYTES
+    window.run(ROOM)
     assert [tile(window, rank) for rank in range(4)] == ["active"] * 4
     assert "All 4 ranks serve." in window.text("#state")
     assert "each in" in window.text("#experts-summary") or "in one rank only" in window.text("#experts-summary")
@@ -128,16 +128,20 @@ def _shows_a_death_and_the_return(window: Browser, cluster: Cluster) -> None:
         assert tile(window, 2) != "active"
         assert "rank 2: process ended" in window.text("#state").lower()
         window.wait(lambda: "shrink" in window.text("#recoveries"), "the recovery is in the list")
-        window.wait(lambda: figure(window, "Kept") not in ("", "0"), "requests were kept")
+        window.wait(lambda: figure(window, "Kept") not in ("—", "", "0"), "requests were kept")
+        window.wait(lambda: figure(window, "Client gap").startswith("≤ "), "how long clients waited")
+        loaded = window.run(BYTES)
+        print(f"dashboard: {loaded} bytes until it shows the gap of a recovery")
+        assert loaded < MAX_BYTES
         _take_pictures(window)
         window.wait(lambda: status(window) == "ok", "the rank is back", 90)
     finally:
         load.join()
     assert [stream.error for stream in streams] == [None] * len(PROMPTS)
     assert tile(window, 2) == "active"
-    told = [row["requests"] for row in cluster.control("/recoveries").json() if row["requests"]]
-    counted = [str(sum(row["kept"] for row in told)), str(sum(row["replayed"] + row["restarted"] for row in told))]
-    # The page has the status from one answer and recoveries from another.
+    told = cluster.control("/totals").json()["requests"]
+    counted = [str(told["kept"]), str(told["replayed"] + told["restarted"])]
+    # The page has the status from one answer and totals from another.
     window.wait(lambda: [figure(window, "Kept"), figure(window, "Replayed")] == counted, "all recoveries are counted")
     assert int(figure(window, "Kept")) > 0 and int(figure(window, "Replayed")) > 0
     assert figure(window, "Lost") == "0"
@@ -147,6 +151,11 @@ def _shows_a_death_and_the_return(window: Browser, cluster: Cluster) -> None:
     assert "shrink" in latest[1] and "rank 2 lost, 3 ranks serve" in latest[1]
     numbers = window.text("#recoveries li:nth-child(2) .numbers")
     assert all(phase in numbers for phase in ("fence", "regroup", "resume"))
+    recoveries = cluster.control("/recoveries").json()
+    marks = "return [...document.querySelectorAll('#strip use.mark')].map((node) => node.classList[1])"
+    window.wait(lambda: window.run(marks) == [row["kind"] for row in recoveries], "a mark for each recovery")
+    line = window.run("return document.querySelector('#strip path.steps').getAttribute('d')")
+    assert line.startswith("M") and line.count("V") == len(recoveries) - 1, "a step for each after the start"
     assert "recovery_done" in window.text("#events")
     assert "degraded" in window.run("return [...seen]")
 
@@ -247,9 +256,9 @@ def _can_be_used_by_keyboard(window: Browser) -> None:
     assert [name for name, outline in order if outline == "none"] == [], "the focus can be seen"
     window.run("document.querySelector('#map').focus()")
     window.press("right", "down")
-    assert window.text("#map-readout").startswith("Expert 0, rank 0: holds it in ")
+    _map_shows(window, 0)
     window.press("end")
-    assert window.text("#map-readout").startswith("Expert 15, rank 0: holds it in ")
+    _map_shows(window, 15)
     window.run("document.querySelector('#layer').focus()")
     window.press("right")
     window.wait(lambda: "in layer 0" in window.text("#experts-summary"), "one layer")
@@ -257,78 +266,60 @@ def _can_be_used_by_keyboard(window: Browser) -> None:
     assert window.run("return getComputedStyle(document.querySelector('.bar i')).transitionProperty") == "none"
 
 
-# --- without an accident ----------------------------------------------------------------------------------------------
+def _map_shows(window: Browser, expert: int) -> None:
+    """The cell of rank 0 is read as the daemon tells it, and its row is painted like that."""
+
+    def as_told() -> bool:
+        placement = window.run("return (await fetch('placement')).json()")
+        at, layers, copies = placement["ranks"].index(0), placement["layers"], placement["fewest"][expert]
+        held = placement["held"][at]
+        painted = window.run(PAINTED, at)
+        assert painted["head"] > 0, "copies are written above"
+        assert painted["cells"] == [bool(count) for count in held]
+        words = f"{copies} {'copy' if copies == 1 else 'copies'} in the layer with the fewest"
+        wanted = f"Expert {expert}, rank 0: holds it in {held[expert]} of {layers} layers; {words}"
+        return window.text("#map-readout") == wanted
+
+    # Experts may still move: the page has a placement, and this the next.
+    window.wait(lambda: _holds(as_told), "the map is as the daemon tells")
 
 
-def test_advice_for_each_state(chromium: Browser, cluster: Cluster) -> None:
-    """What the page says in states that a test cannot well bring about: the functions themselves, in the browser."""
-    chromium.open(f"{cluster.url}/dashboard")
-    chromium.wait(lambda: status(chromium) == "ok", "it has loaded")
-    health = cluster.health()
-
-    def said(changes: dict[str, Any], **circumstances: Any) -> tuple[str, str, str]:
-        found = chromium.run(
-            "const { advise } = await import('./dashboard/advice.js'); return advise(arguments[0], arguments[1])",
-            {**health, **changes},
-            circumstances,
-        )
-        return found["status"], found["text"], found["advice"]
-
-    def rows(**states: str) -> list[dict[str, Any]]:
-        return [{**row, "state": states.get(f"r{row['rank']}", "active")} for row in health["ranks"]]
-
-    assert said({})[2] == "Nothing to do."
-    assert "Automation is off" in said({}, automation=False)[2]
-    assert "next loss stops" in said({"survivable_losses": 0})[2]
-    short = {"status": "degraded", "reason": "rank 2: process ended", "data_parallel_size": {"target": 4, "active": 3}}
-    assert said({**short, "ranks": rows(r2="excluded")})[1:] == (
-        "3 of 4 ranks serve, and no request is refused. Rank 2: process ended.",
-        "Release rank 2 to start it again, or scale to 3 to do without.",
-    )
-    assert said({**short, "ranks": rows(r2="starting")})[2] == "Rank 2 is on the way back: nothing to do."
-    waits = {**short, "ranks": rows(r2="excluded"), "reason": "rank 2: xid 79; waits for a usable GPU"}
-    assert "release one from quarantine" in said(waits)[2]
-    restarts = {**short, "ranks": rows(r2="excluded"), "doing": "…; waiting for the pause before restarting ranks: 2"}
-    assert "Rank 2 comes back by itself" in said(restarts)[2]
-    assert "being drained" in said({**short, "ranks": rows(r2="draining")})[2]
-    pause = {"status": "recovering", "reason": "rank 2: process ended"}
-    assert "none fails" in said(pause)[1] and said(pause)[2].startswith("Wait")
-    assert "too long" in said(pause, lasted=12)[2]
-    gone = {"status": "unavailable", "reason": "16 experts need 16 slots", "ranks": rows(r1="excluded", r2="excluded")}
-    assert said(gone)[1] == "Nothing is served. 16 experts need 16 slots."
-    assert "release those that are excluded" in said(gone)[2]
-    assert said({**gone, "ranks": rows(r1="starting")})[2] == "Rank 1 is starting: wait."
-    assert said({"status": "starting", "reason": "ranks are starting"})[1] == "Ranks are starting."
-    assert said({"status": "stopping", "reason": ""})[0] == "stopping"
-    assert said({}, silence=5)[0] == "silent"
-    assert "Key button" in said({"ranks": None})[2]
+def _holds(condition: Callable[[], bool]) -> bool:
+    try:
+        return condition()
+    except AssertionError:
+        return False
 
 
-def test_client_gap_from_the_metrics(chromium: Browser, cluster: Cluster) -> None:
-    chromium.open(f"{cluster.url}/dashboard")
-
-    def gap(*counts: tuple[str, float]) -> Any:
-        text = "".join(f'elastic_client_gap_seconds_bucket{{le="{le}"}} {count}\n' for le, count in counts)
-        script = (
-            "const { clientGap } = await import('./dashboard/gap.js'); return JSON.stringify(clientGap(arguments[0]))"
-        )
-        told = chromium.run(script, f"# TYPE x histogram\nelastic_epoch 3.0\n{text}")
-        return json.loads(told) if told is not None else "no such metric"
-
-    assert gap() == "no such metric"
-    assert gap(("0.1", 0.0), ("+Inf", 0.0)) is None
-    assert gap(("0.1", 98.0), ("0.2", 99.0), ("+Inf", 100.0)) == {"atMost": 0.2, "count": 100}
+# --- with keys, and by the stream -------------------------------------------------------------------------------------
 
 
-def test_it_asks_where_there_is_no_stream(chromium: Browser, cluster: Cluster) -> None:
-    chromium.cdp("Network.enable")
-    chromium.cdp("Network.setBlockedURLs", urls=["*/events?since=*"])
-    chromium.open(f"{cluster.url}/dashboard")
-    chromium.wait(lambda: chromium.text("#link-text") == "asking every second", "it says how it knows")
-    asked = "return performance.getEntriesByType('resource').filter((part) => part.name.endsWith('/health')).length"
-    before = chromium.run(asked)
-    chromium.wait(lambda: chromium.run(asked) >= before + 3, "and asks")
-    assert status(chromium) == "ok" and "recovery_done" in chromium.text("#events")
+def test_events_come_by_the_stream(chromium: Browser, tmp_path: Path) -> None:
+    """While nothing else can bring them: the page's own questions are cut off once the stream stands."""
+    flags = ("--data-parallel-size", "2", "--survive-losses", "1", "--watchdog", "off")
+    with Cluster(tmp_path / "run", *flags) as cluster:
+        chromium.open(f"{cluster.url}/dashboard")
+        chromium.wait(lambda: chromium.text("#link-text") == "live", "the stream stands")
+        chromium.run(ROOM)
+        # All is well and there is a stream: the page asks seldom.
+        asked = "return performance.getEntriesByName(new URL('health', location)).map((part) => part.startTime)"
+
+        def pauses() -> list[float]:
+            at = chromium.run(asked)
+            return [after - before for before, after in pairwise(at)]
+
+        chromium.wait(lambda: max(pauses(), default=0) > CALM_MS, "it asks every five seconds", 30)
+        chromium.cdp("Network.enable")
+        chromium.cdp("Network.setBlockedURLs", urls=["*/health", "*/totals", "*/events?last=*", "*/recoveries"])
+        lists = [path for path in chromium.run(PATHS) if path == "/events"]
+        assert "rank_excluded" not in chromium.text("#events")
+        cluster.kill(1)
+        chromium.wait(lambda: "rank_excluded" in chromium.text("#events"), "the stream brings it")
+        assert status(chromium) in ("ok", "silent"), "it has not been told otherwise"
+        # A stream that is read appears among these when it ends, and its successor begins with a list.
+        assert [path for path in chromium.run(PATHS) if path == "/events"] == lists
+        chromium.cdp("Network.setBlockedURLs", urls=[])
+        chromium.wait(lambda: status(chromium) == "degraded", "an answer brings the rest")
 
 
 def test_what_a_stranger_sees(chromium: Browser, tmp_path: Path) -> None:
