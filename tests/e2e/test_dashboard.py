@@ -126,8 +126,9 @@ def _shows_a_death_and_the_return(window: Browser, cluster: Cluster) -> None:
     try:
         window.wait(lambda: status(window) == "degraded", "it says that a rank is gone", 60)
         assert tile(window, 2) != "active"
-        assert "rank 2: process ended" in window.text("#state").lower()
+        assert "rank 2: " in window.text("#state").lower(), "process ended, or soon after: starting"
         window.wait(lambda: "shrink" in window.text("#recoveries"), "the recovery is in the list")
+        assert "rank 2: process ended" in window.text("#recoveries")
         window.wait(lambda: figure(window, "Kept") not in ("—", "", "0"), "requests were kept")
         window.wait(lambda: figure(window, "Client gap").startswith("≤ "), "how long clients waited")
         loaded = window.run(BYTES)
