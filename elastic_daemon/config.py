@@ -165,6 +165,7 @@ class Settings(BaseModel):
         0, ge=0, le=2, description="clients' certificates: 0 not asked for, 1 checked, 2 required"
     )
     ssl_ciphers: str | None = Field(None, description="TLS ciphers, as OpenSSL names them")
+    enable_ssl_refresh: bool = Field(False, description="read certificate, key and authorities anew when they change")
     log_level: str = Field("info", description="debug, info, warning, error or critical", json_schema_extra=LIVE)
     log_format: LogFormat | None = Field(None, description="without it: text on a terminal, else JSON lines")
     engine_flags: tuple[str, ...] = Field((), description="further flags for vLLM, as on a command line")

@@ -20,6 +20,7 @@ class Level(IntEnum):
 LEVELS: Final[Mapping[str, Level]] = {
     **dict.fromkeys(
         (
+            "certificate_unreadable",
             "frontend_not_in_step",
             "gpu_barred",
             "gpu_not_ours",

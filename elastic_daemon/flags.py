@@ -20,6 +20,7 @@ OURS = frozenset(
         "ssl_ca_certs",
         "ssl_cert_reqs",
         "ssl_ciphers",
+        "enable_ssl_refresh",
     }
 )
 """vLLM flags that the daemon reads itself and hands on where they matter."""
@@ -74,7 +75,6 @@ REFUSED = (
     Refusal("enable_mm_embeds", "only text reaches a replayed request"),
     Refusal("middleware", "it would run outside the daemon's access rules", ([],)),
     Refusal("uds", "the supervisor owns the listening socket", (None,)),
-    Refusal("enable_ssl_refresh", "certificate and key are read anew on SIGHUP"),
     Refusal("grpc", "only the OpenAI HTTP front end is supported"),
 )
 

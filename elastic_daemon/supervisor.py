@@ -24,7 +24,7 @@ from elastic_daemon.app import make_control_app
 from elastic_daemon.config import Settings
 from elastic_daemon.control_server import ControlServer, Peer
 from elastic_daemon.controller import Controller
-from elastic_daemon.errors import ElasticError
+from elastic_daemon.errors import ConfigError, ElasticError
 from elastic_daemon.events import EventLog
 from elastic_daemon.fork_specs import frontend_spec, rank_spec
 from elastic_daemon.frontend_link import FrontendLink, frontend_settings
@@ -45,10 +45,12 @@ from elastic_daemon.runtime_dir import RuntimeDir
 from elastic_daemon.service_control import EXIT_START
 from elastic_daemon.service_manager import ServiceManager
 from elastic_daemon.sources import Sources
+from elastic_daemon.ssl_refresh import watch_files
 from elastic_daemon.start_policy import Configured, configure, with_settings
 from elastic_daemon.state_writer import StateWriter
 from elastic_daemon.store import RendezvousStore
 from elastic_daemon.tasks import Tasks
+from elastic_daemon.tls import Tls
 from elastic_daemon.watch.side import WatchdogSide
 
 log = structlog.get_logger(__name__)
@@ -165,11 +167,14 @@ class Supervisor:
         # What is here by now stays. A look for garbage in it would stop the loop for a tenth of a second.
         gc.collect()
         gc.freeze()
-        lag = asyncio.create_task(watch_lag(self.metrics.loop_lag))
+        beside = [asyncio.create_task(watch_lag(self.metrics.loop_lag))]
+        if (tls := self.settings.tls) is not None and self.settings.enable_ssl_refresh:
+            beside.append(asyncio.create_task(watch_files(tls.files, partial(self._renew_certificate, tls))))
         try:
             await self._turn()
         finally:
-            lag.cancel()
+            for task in beside:
+                task.cancel()
         ended = self._exit.result()
         self.events.record("stopped", {"code": ended.code, "reason": ended.reason})
         return ended
@@ -234,6 +239,15 @@ class Supervisor:
             self._policy = with_settings(self._policy, settings)
             self._carry_out(self._controller.adopt(self._policy, time.monotonic()))
             self._wake.set()
+
+    def _renew_certificate(self, tls: Tls) -> None:
+        try:
+            tls.check()
+            self._adopt(self.settings, ())
+        except ConfigError as error:  # it goes on with the certificate that it has
+            self.events.record("certificate_unreadable", {"reason": str(error)})
+        else:
+            self.events.record("certificate_renewed", {})
 
     def set_automation(self, enabled: bool) -> None:
         self.automation = enabled

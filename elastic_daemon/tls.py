@@ -36,6 +36,10 @@ class Tls:
     def uvicorn_options(self) -> dict[str, Any]:
         return {f"ssl_{name}": value for name, value in asdict(self).items() if value is not None}
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(path for path in (self.certfile, self.keyfile, self.ca_certs) if path is not None)
+
     def load_into(self, context: ssl.SSLContext) -> None:
         """Serve new connections with what the files have now. Raises TlsError.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import socket
 import ssl
 import stat
 import subprocess
@@ -83,7 +84,7 @@ def test_a_daemon_from_a_file(tmp_path: Path) -> None:
     admin.write_text("secret-admin\n")
     (file := tmp_path / "daemon.toml").write_text(
         f"data-parallel-size = 2\nsurvive-losses = 1\napi-key-file = '{keys}'\nadmin-key-file = '{admin}'\n"
-        f"{desk.settings}max-body-size = 2048\n[vllm]\nmax-model-len = 128\n"
+        f"{desk.settings}enable-ssl-refresh = true\nmax-body-size = 2048\n[vllm]\nmax-model-len = 128\n"
     )
     with Cluster(tmp_path / "run", "--config", str(file), env={"ELASTIC_RESTORE": "auto"}) as cluster:
         assert cluster.health()["url"].startswith("https://")
@@ -96,6 +97,7 @@ def test_a_daemon_from_a_file(tmp_path: Path) -> None:
             _assert_limits(http)
             _assert_private(cluster)
             _reload(cluster, http, file, keys)
+            _renew(cluster, desk)
             (front_end,) = cluster.titled("front end")
             os.kill(front_end, signal.SIGKILL)
             cluster.wait_for(lambda: cluster.health()["status"] == "recovering")
@@ -149,6 +151,35 @@ def _reload(cluster: Cluster, http: httpx.Client, file: Path, keys: Path) -> Non
     assert _status(http, "secret-two") == 200
     assert {rank: cluster.pid(rank) for rank in cluster.active()} == before
     file.write_text(text)
+
+
+def _renew(cluster: Cluster, desk: Desk) -> None:
+    """Another certificate in the same files is served by itself, and one that cannot be used is not."""
+    pair = (desk.daemon.cert, desk.daemon.key)
+    old = [path.read_bytes() for path in pair]
+    (folder := desk.folder / "renewed").mkdir()
+    renewed = issued(folder)
+    for path, new in zip(pair, (renewed.cert, renewed.key), strict=True):
+        path.write_bytes(new.read_bytes())
+    cluster.wait_for(lambda: cluster.events("certificate_renewed"))
+    expected = ssl.PEM_cert_to_DER_cert(renewed.cert.read_text())
+    cluster.wait_for(lambda: _served(cluster, desk) == expected)
+    desk.daemon.key.write_text("half of a key")
+    (event,) = cluster.wait_for(lambda: cluster.events("certificate_unreadable"))
+    assert str(desk.daemon.key.parent) in event["reason"]
+    assert _served(cluster, desk) == expected
+    for path, content in zip(pair, old, strict=True):
+        path.write_bytes(content)
+    cluster.wait_for(lambda: _served(cluster, desk) == ssl.PEM_cert_to_DER_cert(old[0].decode()))
+
+
+def _served(cluster: Cluster, desk: Desk) -> bytes | None:
+    """The certificate that a new connection gets."""
+    context = desk.context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    port = httpx.URL(cluster.url).port
+    with socket.create_connection(("127.0.0.1", port), 10) as plain, context.wrap_socket(plain) as secured:
+        return secured.getpeercert(binary_form=True)
 
 
 def _assert_nobody_is_served_without_a_certificate(url: str, desk: Desk) -> None:
