@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,7 @@ def test_it_goes_on_until_ctrl_c(line: str, deployment: Cluster, desk: Desk) -> 
         cwd=desk.home,
         env=desk.environment(),
         start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # who runs the tests may ignore it
     )
     os.close(theirs)
     shown = bytearray()
