@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import signal
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+INTERRUPTED = 130
 
 
 def positive(text: str) -> int:
@@ -19,6 +26,22 @@ def positive(text: str) -> int:
 def say(text: str) -> None:
     """Progress, beside the report."""
     print(text, file=sys.stderr, flush=True)
+
+
+def to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """Run it. Ctrl-C and SIGTERM end it, whatever it started first, and then this program: exit status 130."""
+    try:
+        return asyncio.run(_stoppable(work))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        say("stopped before the end")
+        raise SystemExit(INTERRUPTED) from None
+
+
+async def _stoppable(work: Coroutine[Any, Any, T]) -> T:
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await work
 
 
 def check_json_path(parser: argparse.ArgumentParser, path: Path | None) -> None:

@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import itertools
 import math
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.asker import ROUTES, Answer, asking
-from bench.command import check_json_path, say, write_json
+from bench.command import check_json_path, say, to_the_end, write_json
 from bench.machine import Machine, load_average
 from bench.tables import figures_table
 from elastic_daemon.drill_daemon import Daemon, Display, own_daemon, victims_of
@@ -50,7 +49,6 @@ RUN_S = 180.0
 ANSWER_BAR_S, LAG_BAR_S = 0.02, 0.05
 LAG = "elastic_control_loop_lag_seconds_bucket"
 OPTIONS = ("--restore", "off")
-INTERRUPTED = 130
 
 
 @dataclass
@@ -104,9 +102,6 @@ def parser() -> argparse.ArgumentParser:
 
 async def measure(measured: Measured, lives: int) -> None:
     """Into `measured`."""
-    task = asyncio.current_task()
-    assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     started = time.monotonic()
     with Display(make_console(stderr=True)) as display:
         for life in range(lives):
@@ -214,11 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     check_json_path(parser(), options.json)
     measured, load = Measured(), load_average()
-    try:
-        asyncio.run(measure(measured, options.lives))
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        say("stopped before the end")
-        return INTERRUPTED
+    to_the_end(measure(measured, options.lives))
     make_console().print(render(measured, load))
     write_json(options.json, as_json(measured))
     return 1 if measured.problems else 0

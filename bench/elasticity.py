@@ -10,14 +10,12 @@ alone: an idle neighbour, so that clients wait a little longer in all changes.
 from __future__ import annotations
 
 import argparse
-import asyncio
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.command import check_json_path, positive, say, write_json
+from bench.command import check_json_path, positive, say, to_the_end, write_json
 from bench.elastic_report import Report, render
 from bench.elastic_run import Plan, Run
 from bench.machine import Machine, load_average
@@ -36,7 +34,6 @@ argument. Bars that are not met are printed, and do not count."""
 CYCLES, QUICK_CYCLES = 10, 2
 STREAMS = 16
 TOKENS = 120
-INTERRUPTED = 130
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,10 +58,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 async def measure(cycles: int, streams: int, tokens: int, quick: bool, wear: bool) -> Report:
-    """Everything, one after the other. SIGTERM ends it as Ctrl-C does: all that was started is stopped first."""
-    task = asyncio.current_task()
-    assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    """Everything, one after the other. What it starts is stopped when it is cancelled."""
     started, load = time.monotonic(), load_average()
     with Display(make_console(stderr=True)) as display:
         run = Run(Plan.of(cycles, quick, wear), streams, tokens, say, display)
@@ -84,11 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     cycles = options.cycles or (QUICK_CYCLES if options.quick else CYCLES)
     check_json_path(parser(), options.json)
-    try:
-        report = asyncio.run(measure(cycles, options.streams, options.tokens, options.quick, options.wear))
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        say("stopped before the end")
-        return INTERRUPTED
+    report = to_the_end(measure(cycles, options.streams, options.tokens, options.quick, options.wear))
     make_console().print(render(report))
     write_json(options.json, report.to_json())
     return 1 if report.problems else 0

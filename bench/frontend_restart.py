@@ -22,7 +22,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from bench.command import check_json_path, positive, say, write_json
+from bench.command import check_json_path, positive, say, to_the_end, write_json
 from bench.control_plane import quantile
 from bench.footprint import descendants, role_of
 from bench.machine import Machine, load_average
@@ -43,7 +43,6 @@ RANKS, KILLS = 4, 10
 STREAMS, TOKENS, KILL_AT = 8, 150, 0.3
 BAR_S = 5.0
 ASK_S, ANSWER_S, GIVE_UP_S = 0.02, 10.0, 60.0
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,6 @@ def parser() -> argparse.ArgumentParser:
 
 async def measure(measured: Measured, kills: int) -> None:
     """Into `measured`."""
-    task = asyncio.current_task()
-    assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     started = time.monotonic()
     with Display(make_console(stderr=True)) as display:
         for kill in range(kills):
@@ -182,11 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     check_json_path(parser(), options.json)
     measured, load = Measured(), load_average()
-    try:
-        asyncio.run(measure(measured, options.kills))
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        say("stopped before the end")
-        return INTERRUPTED
+    to_the_end(measure(measured, options.kills))
     make_console().print(render(measured, load))
     write_json(options.json, asdict(measured))
     return 1 if measured.problems else 0

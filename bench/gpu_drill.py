@@ -7,15 +7,13 @@ one that has a result is not run again, so a drill that was cut off goes on wher
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.command import positive, say
+from bench.command import positive, to_the_end
 from bench.gpu.budget import Budget
 from bench.gpu.life import Setting
 from bench.gpu.parts import PARTS, listing
@@ -35,7 +33,6 @@ exit status: 0 if all parts that were run met their bars, or were refused with a
 argument; 130 if it was stopped."""
 
 DEFAULT_OUT = Path("gpu-drill")
-INTERRUPTED = 130
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -108,14 +105,6 @@ def setting_of(chosen: argparse.Namespace) -> Setting:
     )
 
 
-async def drill(running: Running, names: list[str]) -> None:
-    """SIGTERM ends it as Ctrl-C does: the daemon is stopped first, and what was found is kept."""
-    task = asyncio.current_task()
-    assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    await running.run(names)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     chosen = parser.parse_args(arguments)
@@ -134,11 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not names:
         parser.error("one of --part, --list and --report is needed")
     running = Running(setting, chosen.out, chosen.variant, Budget(chosen.budget), chosen.again)
-    try:
-        asyncio.run(drill(running, names))
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        say("stopped before the end")
-        return INTERRUPTED
+    to_the_end(running.run(names))
     return 0 if running.good else 1
 
 

@@ -10,14 +10,12 @@ process that had imported vLLM beforehand.
 from __future__ import annotations
 
 import argparse
-import asyncio
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.command import check_json_path, positive, say, write_json
+from bench.command import check_json_path, positive, say, to_the_end, write_json
 from bench.machine import Machine, load_average
 from bench.ours import run_ours
 from bench.plan import plan
@@ -36,7 +34,6 @@ most 0.2 s, 1 if not, 2 for a wrong argument."""
 KILLS, QUICK_KILLS = 20, 4
 STREAMS = 16
 TOKENS, QUICK_TOKENS = 120, 60
-INTERRUPTED = 130
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,10 +60,7 @@ def _tokens(text: str) -> int:
 
 
 async def measure(kills: int, streams: int, tokens: int, with_stock: bool) -> Report:
-    """Everything, one after the other. SIGTERM ends it as Ctrl-C does: all that was started is stopped first."""
-    task = asyncio.current_task()
-    assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    """Everything, one after the other. What it starts is stopped when it is cancelled."""
     started, load = time.monotonic(), load_average()
     ours = await run_ours(plan(kills), streams, tokens, say)
     stock: Stock | None = await run_stock(streams, tokens, say) if with_stock else None
@@ -87,11 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kills = options.kills or (QUICK_KILLS if options.quick else KILLS)
     tokens = options.tokens or (QUICK_TOKENS if options.quick else TOKENS)
     check_json_path(parser(), options.json)
-    try:
-        report = asyncio.run(measure(kills, options.streams, tokens, not (options.no_stock or options.quick)))
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        say("stopped before the end")
-        return INTERRUPTED
+    report = to_the_end(measure(kills, options.streams, tokens, not (options.no_stock or options.quick)))
     make_console().print(render(report))
     write_json(options.json, report.to_json())
     return 1 if report.problems else 0
