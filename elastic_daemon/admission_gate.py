@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from elastic_daemon.admission import Limits, Queue, requests_in
+from elastic_daemon.http_errors import bad_request, unavailable
 
 
 class AdmissionGate:
@@ -29,7 +29,7 @@ class AdmissionGate:
         seconds = self._queue.retry_after(self.limits, time.monotonic())
         if seconds is not None:
             message = f"{self._queue.waiting} requests wait already: come again in {seconds} s"
-            return await _full(message, seconds)(scope, receive, send)
+            return await unavailable(message, seconds)(scope, receive, send)
         over = self._queue.arrive()
         try:
             await self._app(scope, receive, send)
@@ -56,13 +56,12 @@ class BatchGate:
         requests = requests_in(b"".join(message.get("body", b"") for message in messages))
         if requests > (most := self.limits.max_waiting):
             message = f"this makes {requests} requests, one for each choice of each prompt: at most {most} can wait"
-            body = {"error": {"message": message, "type": "BadRequestError", "code": 400}}
-            return await JSONResponse(body, 400)(scope, receive, send)
+            return await bad_request(message)(scope, receive, send)
         seconds = self._queue.widen(requests, self.limits, time.monotonic())
         if seconds is not None:
             others = self._queue.waiting - 1
             message = f"{others} requests wait already, and this makes {requests}: come again in {seconds} s"
-            return await _full(message, seconds)(scope, receive, send)
+            return await unavailable(message, seconds)(scope, receive, send)
         messages.reverse()
 
         async def again() -> Message:
@@ -77,8 +76,3 @@ async def _messages_of_body(receive: Receive) -> list[Message]:
     while messages[-1]["type"] == "http.request" and messages[-1].get("more_body"):
         messages.append(await receive())
     return messages
-
-
-def _full(message: str, seconds: int) -> JSONResponse:
-    body = {"error": {"message": message, "type": "ServiceUnavailableError", "code": 503}}
-    return JSONResponse(body, 503, {"Retry-After": str(seconds)})

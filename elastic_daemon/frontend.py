@@ -35,6 +35,7 @@ from elastic_daemon.engine.group_view import Applied, Membership, membership_fro
 from elastic_daemon.engine.openai_app import fail_in_flight, fail_requests, make_app, make_llm
 from elastic_daemon.errors import ConfigError
 from elastic_daemon.exposition import Exposition
+from elastic_daemon.http_errors import unavailable
 from elastic_daemon.limits import KEEP_ALIVE_S, BoundedHttp, SizeLimits
 from elastic_daemon.logs import configure_logging
 from elastic_daemon.messages import MAX_LINE_BYTES, Message, decode, encode
@@ -108,8 +109,7 @@ class HoldGate:
             try:
                 await self._client.until_serving()
             except NotServed as error:
-                body = {"error": {"message": str(error), "type": "ServiceUnavailableError", "code": 503}}
-                return await JSONResponse(body, 503, {"Retry-After": "5"})(scope, receive, send)
+                return await unavailable(str(error))(scope, receive, send)
         await self._app(scope, receive, send)
 
 

@@ -13,5 +13,5 @@ def bad_request(message: str) -> JSONResponse:
     return error_response(400, "BadRequestError", message)
 
 
-def unavailable(message: str) -> JSONResponse:
-    return error_response(503, "ServiceUnavailableError", message, **{"Retry-After": "5"})
+def unavailable(message: str, retry_after_s: int = 5) -> JSONResponse:
+    return error_response(503, "ServiceUnavailableError", message, **{"Retry-After": str(retry_after_s)})

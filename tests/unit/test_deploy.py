@@ -13,13 +13,12 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from elastic_daemon.health import HealthView
 from elastic_daemon.membership import RankState, Status
 from elastic_daemon.metrics import PRESERVED, Metrics
 from elastic_daemon.placement import Source
 from elastic_daemon.protocol import RecoveryKind
 from elastic_daemon.recovery import Timer
-from tests.unit.test_metrics import EXPORTED
+from tests.unit.test_metrics import EXPORTED, VIEW
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -119,7 +118,7 @@ def test_an_alert_says_what_it_means_and_where_to_read_on(alert: dict[str, Any])
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
 def test_the_first_of_a_kind_raises_an_alert_too(alert: dict[str, Any]) -> None:
     """A series that begins at 1 has not increased: it has to be there at 0, or the alert has to ask what is new."""
-    fresh = Metrics().render(HealthView(None, "m", 4, 0, {}, {}, 0.0))
+    fresh = Metrics().render(VIEW)
     there = [sample for family in text_string_to_metric_families(fresh) for sample in family.samples]
     for name, matchers in re.findall(r"\b(?:increase|rate)\((elastic_\w+)(?:\{([^}]*)\})?\[", alert["expr"]):
         if f"unless {name}{{{matchers}}} offset" in " ".join(alert["expr"].split()):
