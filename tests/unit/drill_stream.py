@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from elastic_daemon.drill_report import (
-    StreamResult,
-)
+from elastic_daemon.drill_report import StreamResult
 
 
 def stream(prompt: str = "p", tokens: tuple[int, ...] = (5, 6, 7), **changes: Any) -> StreamResult:
@@ -24,3 +22,19 @@ def stream(prompt: str = "p", tokens: tuple[int, ...] = (5, 6, 7), **changes: An
         arrivals=tuple(float(second) for second in range(1, len(tokens) + 1)),
     )
     return dataclasses.replace(whole, **changes)
+
+
+def stream_of(*token_ids: int, **fields: Any) -> StreamResult:
+    """One of these tokens, over within a second."""
+    result = StreamResult(
+        prompt="a",
+        token_ids=token_ids,
+        text="x" * len(token_ids),
+        finish_reason="length",
+        completion_tokens=len(token_ids),
+        error=None,
+        started=0.0,
+        ended=1.0,
+        arrivals=tuple(0.1 * n for n in range(len(token_ids))),
+    )
+    return dataclasses.replace(result, **fields)

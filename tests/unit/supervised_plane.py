@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
+
+from elastic_daemon.app import make_control_app
 from elastic_daemon.health import HealthView
 from elastic_daemon.membership import RankState, Status
 from elastic_daemon.protocol import HealthSnapshot, RankHealth
@@ -43,3 +48,11 @@ class Plane(OperatorPlane):
         if isinstance(answer := self.answers[question], Exception):
             raise answer
         return answer
+
+
+@contextlib.asynccontextmanager
+async def asking(plane: Plane) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of its control routes."""
+    transport = httpx.ASGITransport(make_control_app(plane))
+    async with httpx.AsyncClient(transport=transport, base_url="http://daemon") as client:
+        yield client

@@ -17,7 +17,7 @@ from elastic_daemon.errors import ControlClosed
 from elastic_daemon.events import KEPT
 from elastic_daemon.membership import RankState, Status
 from elastic_daemon.protocol import RecoveryKind, RecoveryReport, RequestCounts
-from tests.unit.supervised_plane import SNAPSHOT, Plane
+from tests.unit.supervised_plane import SNAPSHOT, Plane, asking
 
 
 @pytest.fixture
@@ -27,8 +27,7 @@ def plane() -> Plane:
 
 @pytest.fixture
 async def client(plane: Plane) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(make_control_app(plane))
-    async with httpx.AsyncClient(transport=transport, base_url="http://daemon") as client:
+    async with asking(plane) as client:
         yield client
 
 

@@ -19,7 +19,8 @@ from bench.elastic_run import Plan, Results, Windows
 from bench.footprint import RANKS, Footprint, Process, descendants, lasting_growth, memory_growth, rank_growth, role_of
 from bench.load import Outcome, Traffic, Window
 from bench.machine import Machine
-from elastic_daemon.drill_report import Delay, StreamResult
+from elastic_daemon.drill_report import Delay
+from tests.unit.drill_stream import stream_of as stream
 
 
 def traffic(*waits: tuple[float, float, int]) -> Traffic:
@@ -27,21 +28,6 @@ def traffic(*waits: tuple[float, float, int]) -> Traffic:
     for begin, end, count in waits:
         found.add(begin, end, count)
     return found
-
-
-def stream(*token_ids: int, **fields: Any) -> StreamResult:
-    result = StreamResult(
-        prompt="a",
-        token_ids=token_ids,
-        text="x" * len(token_ids),
-        finish_reason="length",
-        completion_tokens=len(token_ids),
-        error=None,
-        started=0.0,
-        ended=1.0,
-        arrivals=tuple(0.1 * n for n in range(len(token_ids))),
-    )
-    return replace(result, **fields)
 
 
 def event(name: str, time: float, **fields: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -11,21 +10,7 @@ from bench.gpu.repeats import compared
 from bench.gpu.tokens import Judged, token_change
 from elastic_daemon.drill_report import StreamResult
 from elastic_daemon.drill_sampling import PENALISED, Sampling, constrained, seeded
-
-
-def stream(*token_ids: int, **fields: Any) -> StreamResult:
-    result = StreamResult(
-        prompt="count 2 to 9 by 1 =",
-        token_ids=token_ids,
-        text="x" * len(token_ids),
-        finish_reason="length",
-        completion_tokens=len(token_ids),
-        error=None,
-        started=0.0,
-        ended=1.0,
-        arrivals=tuple(0.1 * n for n in range(len(token_ids))),
-    )
-    return replace(result, **fields)
+from tests.unit.drill_stream import stream_of as stream
 
 
 def test_same_tokens_are_no_change() -> None:

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from elastic_daemon.app import make_control_app
 from elastic_daemon.event_stream import MAX_STREAMS, Patience
 from elastic_daemon.events import KEPT
-from tests.unit.supervised_plane import Plane
+from tests.unit.supervised_plane import Plane, asking
 
 
 @pytest.fixture
@@ -24,8 +24,7 @@ def plane() -> Plane:
 
 @pytest.fixture
 async def client(plane: Plane) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(make_control_app(plane))
-    async with httpx.AsyncClient(transport=transport, base_url="http://daemon") as client:
+    async with asking(plane) as client:
         yield client
 
 
