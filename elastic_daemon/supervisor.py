@@ -164,9 +164,8 @@ class Supervisor:
 
     async def _supervise(self) -> p.Exit:
         """The control loop: sends Tick when something is due, and proves with each turn that it lives."""
-        # What is here by now stays. A look for garbage in it would stop the loop for a tenth of a second.
         gc.collect()
-        gc.freeze()
+        gc.freeze()  # what is here stays: to look for garbage in it would stop the loop for a tenth of a second
         beside = [asyncio.create_task(watch_lag(self.metrics.loop_lag))]
         if (tls := self.settings.tls) is not None and self.settings.enable_ssl_refresh:
             beside.append(asyncio.create_task(watch_files(tls.files, partial(self._renew_certificate, tls))))
@@ -244,10 +243,9 @@ class Supervisor:
         try:
             tls.check()
             self._adopt(self.settings, ())
+            self.events.record("certificate_renewed", {})
         except ConfigError as error:  # it goes on with the certificate that it has
             self.events.record("certificate_unreadable", {"reason": str(error)})
-        else:
-            self.events.record("certificate_renewed", {})
 
     def set_automation(self, enabled: bool) -> None:
         self.automation = enabled

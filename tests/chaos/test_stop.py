@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import httpx
 import pytest
@@ -31,19 +31,27 @@ def test_running_requests_end_before_the_daemon_does(tmp_path: Path) -> None:
         assert "requests_lost" not in cluster.log
 
 
-def ask(cluster: Cluster, stream: bool) -> tuple[int, list[str]]:
-    """Status and lines of the answer to what takes longer than the stop may. Raises where it is cut."""
+def ask(cluster: Cluster, stream: bool, begun: Event) -> tuple[int, list[str]]:
+    """Status and lines of the answer to what takes longer than the stop may. Raises where it is cut.
+
+    `begun`: set with the first line.
+    """
     body = {"prompt": PROMPTS[0], "max_tokens": 1500, "temperature": 0, "ignore_eos": True, "stream": stream}
     with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=60) as answer:
-        return answer.status_code, [line for line in answer.iter_lines() if line]
+        lines = []
+        for line in filter(None, answer.iter_lines()):
+            lines.append(line)
+            begun.set()
+        return answer.status_code, lines
 
 
 def test_requests_that_do_not_end_in_time_end_with_an_error(tmp_path: Path) -> None:
     arguments = ("--data-parallel-size", "2", "--shutdown-timeout", "1", "--max-model-len", "2048")
     with Cluster(tmp_path / "run", *arguments) as cluster, ThreadPoolExecutor() as clients:
-        streamed, whole = (clients.submit(ask, cluster, stream) for stream in (True, False))
+        begun = Event()
+        streamed, whole = clients.submit(ask, cluster, True, begun), clients.submit(ask, cluster, False, Event())
         cluster.wait_for(lambda: cluster.health()["in_flight"] == 2)
-        time.sleep(0.5)  # the stream has begun
+        assert begun.wait(20)
         os.kill(cluster.process.pid, signal.SIGTERM)
         status, lines = streamed.result(30)
         [error] = [line for line in lines if '"error"' in line]
