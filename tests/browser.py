@@ -106,6 +106,11 @@ class Browser:
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=ratio, mobile=mobile
         )
 
+    def width(self) -> int:
+        """Of all there is to see, in CSS pixels. What the page draws for a new size comes a frame after it: wait."""
+        width: int = self.run("return document.documentElement.scrollWidth")
+        return width
+
     def prefer(self, **features: str) -> None:
         """Media features: `prefer(prefers_color_scheme="dark")`."""
         given = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]

@@ -173,7 +173,7 @@ def _take_pictures(window: Browser) -> None:
         window.screenshot(Path(folder) / "dashboard-dark.png", PICTURE_HEIGHT)
         window.prefer(prefers_color_scheme="light")
     window.size(360, 780, mobile=True)
-    assert window.run("return document.documentElement.scrollWidth") == 360, "nothing sticks out of a phone"
+    window.wait(lambda: window.width() == 360, "nothing sticks out of a phone")
     small = window.run(
         """
         return [...document.querySelectorAll('button, input[type=number]')].filter((node) => node.offsetParent)

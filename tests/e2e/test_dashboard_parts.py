@@ -115,7 +115,7 @@ def test_small_tiles(chromium: Browser, cluster: Cluster) -> None:
     assert [tile[1:3] for tile in tiles] == [[f"GPU-…{row['gpu'][-4:]}", row["gpu"]] for row in rows]
     assert {(tile[0], tile[3]) for tile in tiles} == {("tiles dense", "")}
     assert min(tile[4] for tile in tiles) > 39.9
-    assert chromium.run("return document.documentElement.scrollWidth") == 360, "nothing sticks out"
+    chromium.wait(lambda: chromium.width() == 360, "nothing sticks out")
 
 
 def test_totals_are_asked_for_again(chromium: Browser, cluster: Cluster) -> None:
