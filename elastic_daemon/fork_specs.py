@@ -20,6 +20,7 @@ def rank_spec(action: p.StartRank, settings: Settings, runtime: RuntimeDir, stor
         "slots": action.slots,
         "gpu": action.gpu if settings.device is Device.CUDA else None,
         "scratch_dir": str(runtime.scratch),
+        "fence_word": str(runtime.fence_word),
         "host_copies_dir": str(runtime.experts) if copies else None,
         "heartbeat_dir": str(runtime.path),
         "control": runtime.control_socket,

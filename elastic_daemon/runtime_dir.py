@@ -58,6 +58,10 @@ class RuntimeDir:
         return self.path / "scratch"
 
     @property
+    def fence_word(self) -> Path:
+        return self.scratch / "fence"
+
+    @property
     def experts(self) -> Path:
         """Copies of experts that outlive the ranks, not the daemon."""
         return self.path / "experts"

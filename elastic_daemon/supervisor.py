@@ -26,6 +26,7 @@ from elastic_daemon.control_server import ControlServer, Peer
 from elastic_daemon.controller import Controller
 from elastic_daemon.errors import ConfigError, ElasticError
 from elastic_daemon.events import EventLog
+from elastic_daemon.fence_word import FenceWord
 from elastic_daemon.fork_specs import frontend_spec, rank_spec
 from elastic_daemon.frontend_link import FrontendLink, frontend_settings
 from elastic_daemon.gpu_pool import GpuPool
@@ -38,7 +39,8 @@ from elastic_daemon.metrics import Metrics
 from elastic_daemon.operations import OperationDesk
 from elastic_daemon.placement_view import PlacementView
 from elastic_daemon.processes import Processes
-from elastic_daemon.rank_messages import RankAction, rank_event, rank_message
+from elastic_daemon.rank_messages import RankAction, rank_event
+from elastic_daemon.rank_peers import RankPeers
 from elastic_daemon.recovery_history import RecoveryHistory
 from elastic_daemon.reload import Reloader, has_terminal
 from elastic_daemon.runtime_dir import RuntimeDir
@@ -76,7 +78,7 @@ class Supervisor:
         self._started = time.monotonic()
         self.service = ServiceManager(settings)
         self._controller: Controller | None = None
-        self._peers: dict[p.Identity, Peer] = {}
+        self._ranks = RankPeers()
         self._frontend = FrontendLink(self.events, self.metrics, self.tell, settings.shutdown_timeout)
         self._exit: asyncio.Future[p.Exit]
         self._tasks = Tasks(lambda error: self._finish(p.Exit(1, error)))
@@ -93,6 +95,7 @@ class Supervisor:
         self._exit = loop.create_future()
         self._runtime = RuntimeDir(self.settings.runtime_dir)
         try:
+            self._ranks.fence = FenceWord(self._runtime.fence_word, writer=True)
             self._listener = bind(self.settings.host, self.settings.port)
             self.port = int(self._listener.getsockname()[1])
             with self._listener:
@@ -230,8 +233,7 @@ class Supervisor:
         self.settings = settings
         if "log_level" in names:
             configure_logging(settings.log_level)
-            for peer in self._peers.values():
-                peer.send("log_level", level=settings.log_level)
+            self._ranks.set_log_level(settings.log_level)
         self._frontend.adopt(frontend_settings(self.settings), settings.shutdown_timeout)
         if self._controller is not None and not self._exit.done():
             self._gpus.try_out(settings.gpu_probation)
@@ -256,7 +258,7 @@ class Supervisor:
 
     def _on_hello(self, peer: Peer) -> None:
         if peer.role == "rank":
-            self._peers[peer.rank, peer.incarnation] = peer
+            self._ranks.add(peer)
             peer.send("log_level", level=self.settings.log_level)  # a reload may have changed it since the fork
             if peer.lifeline is not None:
                 self._processes.follow_rank((peer.rank, peer.incarnation), peer.lifeline)
@@ -292,7 +294,7 @@ class Supervisor:
 
     def _rank_exited(self, identity: p.Identity) -> None:
         self.tell(p.RankExited(*identity, "process ended"))
-        self._peers.pop(identity, None)
+        self._ranks.forget(identity)
         self._frontend.forget(identity[1])
         self._watch.remove_page(identity[1])
 
@@ -300,10 +302,7 @@ class Supervisor:
         self._processes.kill_rank((action.rank, action.incarnation), action.doubtful)
 
     def _tell_rank(self, action: RankAction) -> None:
-        newest = max((identity for identity in self._peers if identity[0] == action.rank), default=None)
-        if newest is not None:
-            type_, fields = rank_message(action)
-            self._peers[newest].send(type_, **fields)
+        self._ranks.tell(action)
 
     def _publish(self, action: p.Publish) -> None:
         self._frontend.publish(action.membership)
@@ -394,7 +393,4 @@ class Supervisor:
         """The answer of each active rank to one of the engine core's calls."""
         if self._frontend.published is None:
             return {}
-        active = self._frontend.published.active
-        members = [self._peers[identity] for identity in active if identity in self._peers]
-        answers = await asyncio.gather(*(peer.call(question) for peer in members))
-        return {peer.rank: answer for peer, answer in zip(members, answers, strict=True)}
+        return await self._ranks.ask(self._frontend.published.active, question)

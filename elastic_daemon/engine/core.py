@@ -32,7 +32,7 @@ from elastic_daemon.engine.background import Background, open_copies
 from elastic_daemon.engine.devices import uuid_of
 from elastic_daemon.engine.experts import SlotContent
 from elastic_daemon.engine.faults import break_links
-from elastic_daemon.engine.gloo import AbortableProcessGroup
+from elastic_daemon.engine.gloo import AbortableProcessGroup, peer_fault
 from elastic_daemon.engine.heartbeat import BeatingQueue, Page, Steps, get_beating
 from elastic_daemon.engine.plan import LocalExecutor, rank_plan
 from elastic_daemon.engine.resume import restore_output
@@ -41,6 +41,7 @@ from elastic_daemon.engine.stream_counters import StreamCounters
 from elastic_daemon.engine.tiers import Loaded, load_slots
 from elastic_daemon.engine.worker import executor_worker
 from elastic_daemon.errors import Fenced, PeerLost
+from elastic_daemon.fence_word import FenceWord
 from elastic_daemon.logs import configure_logging
 from elastic_daemon.messages import ControlClient, Message
 from elastic_daemon.placement import Placement
@@ -50,22 +51,6 @@ log = structlog.get_logger(__name__)
 
 WAVES_PER_EPOCH = 1_000_000
 """Waves of an epoch start here times its number, so that a late START_DP_WAVE of an old epoch starts nothing."""
-
-
-def peer_fault(error: BaseException | None) -> BaseException | None:
-    """What in the chain of `error` says that a member of the group is gone. None: it is a defect of our own.
-
-    gloo raises plain RuntimeErrors, with the path of its source in the message; and torch's logging of a failed
-    collective raises another error on top, since it does not know groups that were built without its global state. So
-    the innermost says what happened.
-    """
-    chain = []
-    while error is not None:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    ours = [link for link in chain if isinstance(link, PeerLost)]
-    theirs = [link for link in chain if isinstance(link, RuntimeError) and "gloo" in str(link)]
-    return (ours or theirs or [None])[-1]
 
 
 class ElasticEngineCore(DPEngineCoreProc):
@@ -80,6 +65,7 @@ class ElasticEngineCore(DPEngineCoreProc):
         incarnation: int,
         addresses: EngineZmqAddresses,
         control: ControlClient,
+        fence: FenceWord,
         store: Store,
         page: Page,
         steps: Steps,
@@ -88,11 +74,12 @@ class ElasticEngineCore(DPEngineCoreProc):
     ) -> None:
         self._addresses = addresses
         self._control = control
+        self._fence = fence
         self._store = store
         self._instructions: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._page = page
         self._steps = steps
-        self._fence_epoch = 0
+        self._told_fence = 0
         self._quiescing = False
         self.epoch = 0
         self.plan = rank_plan(config)
@@ -215,11 +202,12 @@ class ElasticEngineCore(DPEngineCoreProc):
 
     @property
     def is_fenced(self) -> bool:
-        return self._fence_epoch > self.epoch
+        """Whether steps of this epoch are void. The message that says so may still be under way."""
+        return self._fence.epoch > self.epoch
 
     def _raise_if_fenced(self) -> None:
         if self.is_fenced:
-            raise Fenced(self._fence_epoch)
+            raise Fenced(self._fence.epoch)
 
     # --- control thread ---------------------------------------------------------------------------------------------
 
@@ -231,7 +219,7 @@ class ElasticEngineCore(DPEngineCoreProc):
                 continue
             if message["type"] == "fence":
                 # Before the message itself: its answer allows the next group, which this must not break.
-                self._fence(int(message["epoch"]))
+                self._break_free(int(message["epoch"]))
             self._instructions.put(message)
             self._wake()
         log.warning("supervisor_gone", rank=self.plan.rank)
@@ -241,10 +229,10 @@ class ElasticEngineCore(DPEngineCoreProc):
         """Have the main thread look at its instructions, from any thread."""
         self.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
-    def _fence(self, epoch: int) -> None:
-        if epoch <= self._fence_epoch:
+    def _break_free(self, epoch: int) -> None:
+        if epoch <= self._told_fence:
             return
-        self._fence_epoch = epoch
+        self._told_fence = epoch
         broken = self.worker.groups.abort()
         log.info("fenced", rank=self.plan.rank, epoch=epoch, connections_broken=broken)
 
@@ -283,7 +271,7 @@ class ElasticEngineCore(DPEngineCoreProc):
             kind, epoch = message["type"], int(message.get("epoch", 0))
             if kind == "call":
                 self._answer_call(message, Phase.IDLE if joined else Phase.PARKED)
-            elif epoch < self._fence_epoch:
+            elif epoch < self._fence.epoch:
                 log.info("instruction_dropped", rank=self.plan.rank, kind=kind, epoch=epoch)
             elif kind == "fence":
                 joined = 0
@@ -305,7 +293,7 @@ class ElasticEngineCore(DPEngineCoreProc):
             self._page.set_phase(Phase.REGROUPING)
             position, members = placement.ranks.index(self.plan.rank), len(placement.ranks)
             connections = self.worker.connect(
-                self._store, f"epoch/{epoch}", position, members, lambda: self._fence_epoch > epoch, self._page
+                self._store, f"epoch/{epoch}", position, members, lambda: self._fence.epoch > epoch, self._page
             )
             self.worker.join_group(connections, placement)
             self.dp_group = connections.host

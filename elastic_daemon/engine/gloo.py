@@ -12,11 +12,10 @@ import contextlib
 import os
 import socket
 import stat
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import structlog
@@ -25,6 +24,7 @@ from torch.distributed import PrefixStore, ProcessGroup, Store
 from vllm.distributed.utils import init_gloo_process_group
 
 from elastic_daemon.engine.heartbeat import NoPage, Page
+from elastic_daemon.engine.leavable import never, run_leavable
 from elastic_daemon.errors import PeerLost
 from watchdog.heartbeat.layout import Collective
 
@@ -54,6 +54,22 @@ KINDS = {
 _ABANDONED: list[tuple[ProcessGroup, Any]] = []
 """Groups with the work that is stuck in them: destroying one would block on its thread. Each costs a few threads until
 gloo's own timeout ends the work."""
+
+
+def peer_fault(error: BaseException | None) -> BaseException | None:
+    """What in the chain of `error` says that a member of the group is gone. None: it is a defect of our own.
+
+    gloo raises plain RuntimeErrors, with the path of its source in the message; and torch's logging of a failed
+    collective raises another error on top, since it does not know groups that were built without its global state. So
+    the innermost says what happened.
+    """
+    chain = []
+    while error is not None:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    ours = [link for link in chain if isinstance(link, PeerLost)]
+    theirs = [link for link in chain if isinstance(link, RuntimeError) and "gloo" in str(link)]
+    return (ours or theirs or [None])[-1]
 
 
 def drop_abandoned() -> None:
@@ -201,38 +217,10 @@ class AbortableProcessGroup:
         return AbortableWork(work, self, kind)
 
 
-def _build(store: Store, prefix: str, position: int, members: int, is_void: Callable[[], bool]) -> ProcessGroup:
-    """gloo's constructor, in a thread of its own, so that it can be left: it waits ten seconds for a connection that
-    was broken before it was complete, and cannot be interrupted. The thread ends then, and leaves nothing."""
-
-    def build(outcome: Future[ProcessGroup]) -> None:
-        try:
-            group = init_gloo_process_group(
-                prefix_store=PrefixStore(prefix, store),
-                group_rank=position,
-                group_size=members,
-                timeout=CONNECT_TIMEOUT,
-            )
-        except BaseException as error:
-            outcome.set_exception(error.with_traceback(None))
-        else:
-            outcome.set_result(group)
-
-    built: Future[ProcessGroup] = Future()
-    threading.Thread(target=build, args=(built,), name="gloo-connect", daemon=True).start()
-    try:
-        while True:
-            try:
-                return built.result(LOOK_UP.total_seconds())
-            except TimeoutError:
-                if is_void():
-                    raise PeerLost("left before it was complete") from None
-    finally:
-        del built  # it holds the error whose traceback holds this frame: a cycle would keep sockets open
-
-
-def never() -> bool:
-    return False
+def _build(store: Store, prefix: str, position: int, members: int) -> ProcessGroup:
+    return init_gloo_process_group(
+        prefix_store=PrefixStore(prefix, store), group_rank=position, group_size=members, timeout=CONNECT_TIMEOUT
+    )
 
 
 class GlooGroup:
@@ -257,7 +245,10 @@ class GlooGroup:
         try:
             own = store.clone()  # one that a thread waits at is locked for all others
             before = established_tcp_sockets()
-            group = _build(own, prefix, position, members, is_void)
+            # It can be left, since gloo waits ten seconds for a connection that was broken before it was complete. The
+            # thread ends then, and leaves nothing.
+            build = partial(_build, own, prefix, position, members)
+            group = run_leavable(build, is_void, "gloo-connect")
             group._get_backend(torch.device("cpu"))._set_default_timeout(COLLECTIVE_TIMEOUT)
         except (RuntimeError, PeerLost) as error:
             raise PeerLost(f"group {prefix} of {members} was not complete: {error}") from error

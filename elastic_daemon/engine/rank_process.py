@@ -19,6 +19,7 @@ from elastic_daemon.engine.plan import rank_plan
 from elastic_daemon.engine.probe import probe
 from elastic_daemon.engine.stream_counters import StreamCounters
 from elastic_daemon.errors import ControlClosed
+from elastic_daemon.fence_word import FenceWord
 from elastic_daemon.lifeline import hold
 from elastic_daemon.logs import configure_logging
 from elastic_daemon.messages import ControlClient, Message
@@ -72,6 +73,7 @@ def run_rank(config: VllmConfig, spec: Message) -> None:
             spec["incarnation"],
             EngineZmqAddresses(inputs=[spec["input_address"]], outputs=[spec["output_address"]]),
             control,
+            FenceWord(Path(spec["fence_word"])),
             store,
             page,
             Steps(page, counters),

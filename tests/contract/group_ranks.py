@@ -23,8 +23,7 @@ import torch
 from torch.distributed import TCPStore
 from vllm import forward_context
 
-from elastic_daemon.engine.core import peer_fault
-from elastic_daemon.engine.gloo import GlooGroup
+from elastic_daemon.engine.gloo import GlooGroup, peer_fault
 from elastic_daemon.engine.groups import EpochGroup, EpochGroups
 from elastic_daemon.engine.heartbeat import NoPage, Page, open_page
 from elastic_daemon.errors import PeerLost
