@@ -8,18 +8,23 @@ first: a group is marked as aborted before its kernels are. Nobody waits for the
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import structlog
 import torch
 from torch.distributed import PrefixStore, ProcessGroupNCCL, Store
 
-from elastic_daemon.engine.gloo import COLLECTIVE_TIMEOUT, KINDS, GlooGroup, never
+from elastic_daemon.engine.gloo import COLLECTIVE_TIMEOUT, KINDS, GlooGroup
 from elastic_daemon.engine.heartbeat import Page
+from elastic_daemon.engine.leavable import never
 from elastic_daemon.engine.nccl_abort import NcclAbort
 from elastic_daemon.engine.nccl_errors import ErrorPoll, async_error_of
+from elastic_daemon.engine.nccl_meeting import meet
 from elastic_daemon.engine.stream_counters import CollectiveCount
 from elastic_daemon.errors import PeerLost
 from watchdog.heartbeat.layout import Collective
@@ -34,6 +39,10 @@ RANK_ENVIRONMENT = {
     "TORCH_NCCL_PROPAGATE_ERROR": "0",
 }
 """What a rank on a GPU needs in its environment before its first NCCL communicator is made."""
+
+MEETING_TIMEOUT = timedelta(seconds=30)
+"""How long NCCL's id is waited for at the store. Who gives it has met the others over gloo just before; so this bounds
+the life of a thread that was left there."""
 
 ROOM_FOR_A_GROUP = 2 << 30
 """Bytes that have to be free for a communicator to be made while another still holds its memory."""
@@ -64,6 +73,25 @@ class NcclWork:
         return waited
 
 
+def _connect(store: Store, position: int, members: int, device: torch.device) -> tuple[Any, torch.cuda.Event]:
+    """A group, and the event of its first collective. Waits for members, for ever if one is gone. Raises RuntimeError.
+
+    NCCL connects in the first collective. Host memory would have to be pinned: this sum stays on the device.
+    """
+    torch.cuda.set_device(device)  # which is current differs from thread to thread
+    options = ProcessGroupNCCL.Options()
+    options._timeout = COLLECTIVE_TIMEOUT
+    group = ProcessGroupNCCL(store, position, members, options)
+    try:
+        group.allreduce([torch.ones(1, device=device)]).wait()
+        first = torch.cuda.Event()
+        first.record()
+    except RuntimeError:
+        NcclAbort(group.abort).begin()  # or the end of this object would do it, and be waited for
+        raise
+    return group, first
+
+
 class NcclProcessGroup:
     """An NCCL process group that another thread may abort. Passes for a torch ProcessGroup where vLLM wants one."""
 
@@ -73,30 +101,24 @@ class NcclProcessGroup:
         position: int,
         members: int,
         device: torch.device,
+        is_void: Callable[[], bool] = never,
         count: CollectiveCount | None = None,
     ) -> None:
         """Meet the others and make the communicator, first collective included, which does not count.
 
         Raises:
-            PeerLost: NCCL could not connect all members.
+            PeerLost: NCCL could not connect all members; or `is_void()` said meanwhile that nobody waits for it.
         """
         self._device = device
         self._position, self._members = position, members
+        self._is_void = is_void
         self._count = count
-        options = ProcessGroupNCCL.Options()
-        options._timeout = COLLECTIVE_TIMEOUT
-        self._group: Any = None
+        own = store.clone()  # one that a thread waits at is locked for all others
+        own.set_timeout(MEETING_TIMEOUT)
         try:
-            self._group = ProcessGroupNCCL(store, position, members, options)
-            # NCCL connects in the first collective. Host memory would have to be pinned: this sum stays on the device.
-            self._group.allreduce([torch.ones(1, device=device)]).wait()
-            torch.cuda.current_stream(device).synchronize()
-        except RuntimeError as error:
-            if self._group is not None:
-                NcclAbort(self._group.abort).begin()  # or the end of this object would do it, in the main thread
-                self._group = None
+            self._group, self._abort = meet(partial(_connect, own, position, members, device), is_void)
+        except (RuntimeError, PeerLost) as error:
             raise PeerLost(f"NCCL group of {members} was not complete: {error}") from error
-        self._abort = NcclAbort(self._group.abort)
         self._async_error = async_error_of(self._group)
 
     def size(self) -> int:
@@ -116,15 +138,21 @@ class NcclProcessGroup:
     def async_error(self) -> int | None:
         """What NCCL has found by itself, 0 for nothing; None when the group is over, or NCCL cannot be asked.
 
-        From any thread. An abort frees the communicator: it waits until this call is through, which takes microseconds,
-        and this call never waits for an abort.
+        From any thread. This call never waits for an abort.
         """
-        return None if self._async_error is None else self._abort.unless_void(self._async_error.read)
+        if self._async_error is None:
+            return None
+        with contextlib.suppress(PeerLost), self._abort.in_use():
+            return self._async_error.read()
+        return None
 
     def synchronize(self) -> None:
-        """Wait until all that was started is complete. Raises PeerLost if it was not completed but aborted."""
+        """Wait until all that was started is complete.
+
+        Raises PeerLost if it may not have been completed but aborted, here or by a peer: that is after the fence.
+        """
         torch.cuda.current_stream(self._device).synchronize()
-        if self._abort.is_void:
+        if self._abort.is_void or self._is_void():
             raise PeerLost("the group was aborted")
 
     def close(self) -> None:
@@ -153,15 +181,14 @@ class NcclProcessGroup:
         return self._start("alltoall_base", output, tensor, output_splits, input_splits)
 
     def _start(self, name: str, *arguments: Any) -> NcclWork:
-        if self._abort.is_void:
-            raise PeerLost("the group was aborted")
         kind = KINDS[name]
-        if self._count is not None:
-            self._count.enter(kind)
-        try:
-            work = getattr(self._group, name)(*arguments)
-        except RuntimeError as error:
-            raise PeerLost(str(error)) from error
+        with self._abort.in_use():
+            if self._count is not None:
+                self._count.enter(kind)
+            try:
+                work = getattr(self._group, name)(*arguments)
+            except RuntimeError as error:
+                raise PeerLost(str(error)) from error
         return NcclWork(work, lambda: self._complete(kind))
 
     def _complete(self, kind: Collective) -> None:
@@ -195,7 +222,8 @@ class NcclGroup:
         self.host = self._gloo.host
         started, free = time.monotonic(), _free_bytes(device)
         try:
-            self.device = NcclProcessGroup(PrefixStore(f"{prefix}/nccl", store), position, members, device, count)
+            meeting = PrefixStore(f"{prefix}/nccl", store)
+            self.device = NcclProcessGroup(meeting, position, members, device, is_void, count)
         except PeerLost:
             self._gloo.close()
             raise

@@ -7,13 +7,19 @@ meanwhile: the next communicator is made beside the one that is being taken down
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import structlog
 
+from elastic_daemon.errors import PeerLost
+
 log = structlog.get_logger(__name__)
+
+USE_PATIENCE_S = 0.02
+"""How long an abort waits for who is calling NCCL, which takes microseconds: who is stuck there needs the abort."""
 
 
 class NcclAbort:
@@ -51,23 +57,23 @@ class NcclAbort:
             self._thread.join(timeout_s)
         return self._thread is not None and not self._thread.is_alive()
 
-    def unless_void(self, ask: Callable[[], int]) -> int | None:
-        """What `ask` says about the communicator, None once it is void. An abort waits for `ask`, which never waits."""
-        if not self._in_use.acquire(blocking=False):
-            return None
-        try:
-            return None if self._void else ask()
-        finally:
-            self._in_use.release()
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """While NCCL is called with the communicator: it is not freed meanwhile. Raises PeerLost once it is void."""
+        with self._in_use:
+            if self._void:
+                raise PeerLost("the group was aborted")
+            yield
 
     def _run(self) -> None:
         started = time.monotonic()
-        with self._in_use:
-            abort, self._abort = self._abort, None
-            assert abort is not None, "the only thread of this abort"
-            try:
-                abort()
-            except RuntimeError as error:
-                log.error("nccl_abort_failed", error=str(error))  # if its kernels run on, this rank misses the fence
-            else:
-                log.info("nccl_aborted", seconds=round(time.monotonic() - started, 3))
+        abort, self._abort = self._abort, None
+        assert abort is not None, "the only thread of this abort"
+        if self._in_use.acquire(timeout=USE_PATIENCE_S):  # from here on nobody begins to use it: it is void
+            self._in_use.release()
+        try:
+            abort()
+        except RuntimeError as error:
+            log.error("nccl_abort_failed", error=str(error))  # if its kernels run on, this rank misses the fence
+        else:
+            log.info("nccl_aborted", seconds=round(time.monotonic() - started, 3))

@@ -1,4 +1,4 @@
-"""An abort that nobody waits for: once, in the background, and never while somebody asks the communicator."""
+"""An abort that nobody waits for: once, in the background, and never while somebody calls NCCL, unless stuck there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import pytest
 from structlog.testing import capture_logs
 
+from elastic_daemon.engine import nccl_abort
 from elastic_daemon.engine.nccl_abort import NcclAbort
+from elastic_daemon.errors import PeerLost
 
 
 class Communicator:
@@ -63,35 +65,34 @@ def test_what_was_never_begun_is_not_over() -> None:
     assert not abort.wait(0.0)
 
 
-def test_nobody_asks_a_communicator_that_is_void(communicator: Communicator) -> None:
+def test_nobody_uses_a_communicator_that_is_void(communicator: Communicator) -> None:
     abort = NcclAbort(communicator.abort)
-    assert abort.unless_void(lambda: 6) == 6
+    with abort.in_use():
+        pass
     abort.void()
-    assert abort.unless_void(lambda: 6) is None
+    with pytest.raises(PeerLost), abort.in_use():
+        pytest.fail("it was used")
     abort.begin()
     assert communicator.aborting.wait(5)
-    assert abort.unless_void(lambda: 6) is None, "and the question does not wait for the abort"
+    with pytest.raises(PeerLost), abort.in_use():  # it does not wait for the abort, which is still going on
+        pytest.fail("it was used")
+    assert not abort.wait(0.0)
 
 
-def test_an_abort_waits_for_who_asks(communicator: Communicator) -> None:
+def test_an_abort_waits_for_who_uses_it(communicator: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nccl_abort, "USE_PATIENCE_S", 10.0)
     abort = NcclAbort(communicator.abort)
-    asking, answer = threading.Event(), threading.Event()
-    said: list[int | None] = []
-
-    def ask() -> int:
-        asking.set()
-        answer.wait(10)
-        return 0
-
-    asker = threading.Thread(target=lambda: said.append(abort.unless_void(ask)))
-    asker.start()
-    assert asking.wait(5)
-    abort.begin()
-    assert not communicator.aborting.wait(0.05), "freed under the thread that asks it"
-    answer.set()
+    with abort.in_use():
+        abort.begin()
+        assert not communicator.aborting.wait(0.05), "freed under the thread that uses it"
     assert communicator.aborting.wait(5)
-    asker.join(5)
-    assert said == [0]
+
+
+def test_an_abort_does_not_wait_for_who_is_stuck_there(communicator: Communicator) -> None:
+    abort = NcclAbort(communicator.abort)
+    with abort.in_use():
+        abort.begin()
+        assert communicator.aborting.wait(5), "who is stuck in NCCL gets out by the abort alone"
 
 
 def test_an_abort_that_fails_is_over_and_told() -> None:
