@@ -65,7 +65,10 @@ class Answering:
         self._limits.max_body_bytes = settings.max_body_size
 
     def close_public(self) -> None:
+        """Accept nothing more at once, and end when what was accepted is answered."""
         if self._public is not None:
+            for server in getattr(self._public, "servers", ()):  # there are none before it has started
+                server.close()  # it would go on accepting for a tenth of a second
             self._public.should_exit = True
             self._public = None
 

@@ -47,7 +47,7 @@ log = structlog.get_logger(__name__)
 
 STATS_INTERVAL_S = 0.5
 
-LAST_WORDS_S = 0.5
+LAST_WORDS_S = 1.0
 """So long before a drain is over, requests that have not ended are ended with an error: after it, they are cut."""
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -132,21 +132,18 @@ class Browser:
 def browser() -> Iterator[Browser]:
     """Chromium, and its driver, for as long as the context lasts."""
     require_browser()
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    base = f"http://127.0.0.1:{port}"
     with (
         tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as profile,
         httpx.Client(timeout=60, trust_env=False) as client,
     ):
         driver = subprocess.Popen(
-            ["chromedriver", f"--port={port}", "--log-level=SEVERE"],
-            stdout=subprocess.DEVNULL,
+            ["chromedriver", "--port=0", "--log-level=SEVERE"],
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
         try:
-            _until_up(client, base)
+            base = f"http://127.0.0.1:{_port_of(driver)}"
             options = {"args": [*FLAGS, f"--user-data-dir={profile}"], "binary": shutil.which("chromium")}
             wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
             answer = client.post(f"{base}/session", json={"capabilities": {"alwaysMatch": wanted}}).json()["value"]
@@ -159,11 +156,10 @@ def browser() -> Iterator[Browser]:
             driver.wait()
 
 
-def _until_up(client: httpx.Client, base: str) -> None:
-    deadline = time.monotonic() + 30
-    while True:
-        with contextlib.suppress(httpx.TransportError):
-            if client.get(f"{base}/status").json()["value"]["ready"]:
-                return
-        assert time.monotonic() < deadline, "chromedriver does not answer"
-        time.sleep(0.05)
+def _port_of(driver: subprocess.Popen[bytes]) -> int:
+    """Where it listens, which it says once it does."""
+    assert driver.stdout is not None
+    for line in driver.stdout:
+        if found := re.search(rb"started successfully on port (\d+)", line):
+            return int(found[1])
+    raise AssertionError("chromedriver has ended without a word of its port")

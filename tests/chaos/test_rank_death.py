@@ -110,7 +110,8 @@ def test_kill_in_prefill(start_cluster: StartCluster) -> None:
 
 def test_missing_experts_come_from_the_checkpoint(start_cluster: StartCluster) -> None:
     """Five ranks with five slots: most experts have one copy only, and go with the rank that holds them."""
-    cluster = start_cluster("--data-parallel-size", "5", "--eplb-config", '{"num_redundant_experts": 9}')
+    options = ("--data-parallel-size", "5", "--eplb-config", '{"num_redundant_experts": 9}')
+    cluster = start_cluster(*options, "--host-expert-copies", "off")
     assert cluster.health()["expert_safety"] == 0
     reference = run_streams(cluster)
     disturbed = run_streams(cluster, during=lambda: cluster.kill(4))

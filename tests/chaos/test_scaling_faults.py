@@ -228,19 +228,22 @@ def holdings(cluster: Cluster) -> dict[str, int]:
 def test_losses_and_orders_again_and_again(service: Service) -> None:
     cluster = service.cluster
 
+    def as_safe_as_before() -> bool:
+        return bool(cluster.health()["expert_safety"] >= service.safety)
+
     def lose_and_restore(victim: int) -> None:
         before, pid = service.last_event, cluster.pid(victim)
         os.kill(pid, signal.SIGKILL)
         cluster.wait_for(lambda: service.events_since(before, "rank_excluded", victim), 30)
         service.settle(RANKS)
         assert cluster.pid(victim) != pid
-        assert cluster.health()["expert_safety"] >= service.safety
+        cluster.wait_for(as_safe_as_before, 30)
 
     def shrink_and_grow() -> None:
         service.scale(2)
         for size in (MOST, RANKS):  # copies in host memory count too, so it may be safer than after the start
             service.scale(size)
-            assert cluster.health()["expert_safety"] >= service.safety
+            cluster.wait_for(as_safe_as_before, 30)
 
     with under_load(service):
         lose_and_restore(1)

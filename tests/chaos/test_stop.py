@@ -46,7 +46,7 @@ def ask(cluster: Cluster, stream: bool, begun: Event) -> tuple[int, list[str]]:
 
 
 def test_requests_that_do_not_end_in_time_end_with_an_error(tmp_path: Path) -> None:
-    arguments = ("--data-parallel-size", "2", "--shutdown-timeout", "1", "--max-model-len", "2048")
+    arguments = ("--data-parallel-size", "2", "--shutdown-timeout", "3", "--max-model-len", "2048")
     with Cluster(tmp_path / "run", *arguments) as cluster, ThreadPoolExecutor() as clients:
         begun = Event()
         streamed, whole = clients.submit(ask, cluster, True, begun), clients.submit(ask, cluster, False, Event())
@@ -61,5 +61,5 @@ def test_requests_that_do_not_end_in_time_end_with_an_error(tmp_path: Path) -> N
         status, lines = whole.result(30)
         assert (status, "the daemon stops" in lines[0]) == (503, True)
         assert cluster.process.wait(30) == 0
-        [lost] = [line for line in cluster.log.splitlines() if '"requests_lost"' in line]
-        assert json.loads(lost)["count"] == 2
+        [lost] = cluster.logged("requests_lost")
+        assert lost["count"] == 2

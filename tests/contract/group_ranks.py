@@ -216,6 +216,8 @@ class Ranks:
 
     def spawn(self, count: int, body: type[GroupRank] = GroupRank) -> list[RankProcess]:
         self._all += (new := [RankProcess(self.store, body) for _ in range(count)])
+        for rank in new:
+            checked(rank.ask_meanwhile("resources"))  # gloo waits two seconds for a member, however long it boots
         return new
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 import time
@@ -23,8 +24,8 @@ from tests.timing import SLACK_S
 
 pytestmark = pytest.mark.contract
 
-FREED_WITHIN_S = 0.5
-"""A survivor whose connections are broken must be back within this time, on a busy machine too."""
+FREED_WITHIN_S = 0.5 + SLACK_S
+"""A survivor whose connections are broken must be back within this time: a collective's own timeout is ten minutes."""
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_a_member_that_never_comes_is_lost_after_the_timeout(ranks: Ranks) -> No
     assert answer.peer_fault
     timeout = CONNECT_TIMEOUT.total_seconds()
     assert timeout == 2.0
-    assert timeout <= answer.seconds < timeout + 1.5
+    assert timeout <= answer.seconds < timeout + SLACK_S
     build([alone], "epoch/2")
     assert all_do([alone], "gather") == [[0.0]]
 
@@ -181,9 +182,13 @@ def test_a_connection_with_the_number_of_an_old_one_is_broken_too(monkeypatch: p
 
         def connect(**_: object) -> mock.MagicMock:
             old.close()
-            new = stack.enter_context(socket.create_connection(listener.getsockname()))
+            new = socket.create_connection(listener.getsockname())
+            if new.fileno() != number:  # a lower one came free
+                os.dup2(new.fileno(), number)
+                new.close()
+                new = socket.socket(fileno=number)
+            stack.enter_context(new)
             stack.enter_context(listener.accept()[0])
-            assert new.fileno() == number
             return mock.MagicMock()
 
         monkeypatch.setattr(gloo, "init_gloo_process_group", connect)

@@ -88,7 +88,7 @@ def watch(seconds):
         time.sleep(0.005)
     return changes
 """)
-    period = 0.4
+    period = 2.0
     simulator.flap(1, timedelta(seconds=period))
     started = time.monotonic()
     changes = child(f"watch({2.6 * period})")

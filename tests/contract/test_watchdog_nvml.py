@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -95,7 +96,7 @@ def test_wedged_driver_excludes_within_two_seconds_and_others_are_still_read(wat
     at, _ = watchdog.verdict(gpu=other, verdict="exclude")
     assert at - started <= 1.0 + SLACK_S
     watchdog.sim.heal(other)
-    until(lambda: watchdog.status()["driver"]["isolated"] == [gpu], "a child of its own", 2)
+    until(lambda: watchdog.status()["driver"]["isolated"] == [gpu], "a child of its own", 15)
     assert watchdog.status()["driver"]["stuck"] == {}
     watchdog.sim.heal(gpu)
     until(lambda: gpu not in watchdog.status()["driver"]["isolated"], "the GPU among the others again", 60)
@@ -104,7 +105,7 @@ def test_wedged_driver_excludes_within_two_seconds_and_others_are_still_read(wat
 def test_slow_driver_is_suspect_only(watchdog: Watchdog, gpu: str) -> None:
     watchdog.sim.latency(gpu, timedelta(seconds=0.2))
     watchdog.verdict(gpu=gpu, verdict="suspect", signal="driver_slow")
-    until(lambda: gpu in watchdog.status()["driver"]["isolated"], "a child of its own", 2)
+    until(lambda: gpu in watchdog.status()["driver"]["isolated"], "a child of its own", 15)
     time.sleep(1.0)
     assert not watchdog.daemon.of(act=True)
     watchdog.sim.heal(gpu)
@@ -129,13 +130,16 @@ def test_a_gpu_whose_events_are_not_heard_is_shown(tmp_path: Path) -> None:
     daemon = DaemonRoutes(tmp_path / "http.sock")
     with serving(daemon), watching(tmp_path, sim, daemon) as watchdog:
         assert render({**watchdog.status(), "age_s": 0.0}).count("heard") == 2
-        os.kill(watchdog.status()["driver"]["children"]["events"], signal.SIGKILL)
 
         def deaf() -> dict[str, Any] | None:
             status = watchdog.status()
-            return None if status["driver"]["listening"] else status
+            if not status["driver"]["listening"]:
+                return status
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(status["driver"]["children"]["events"], signal.SIGKILL)
+            return None
 
-        status = until(deaf, "notice that nobody listens", 5)
+        status = until(deaf, "notice that nobody listens", 15)
         assert status is not None
         assert [(gpu["present"], gpu["listening"]) for gpu in status["gpus"]] == [(True, False)] * 2
         assert render({**status, "age_s": 0.0}).count("NOT YET") == 2
@@ -154,7 +158,7 @@ def test_flapping_gpu_stays_out(watchdog: Watchdog, gpu: str) -> None:
 def test_status_prints_each_gpu(watchdog: Watchdog, gpu: str) -> None:
     watchdog.sim.remap_failure(gpu)  # a fault that lasts: a program takes its time to start
     watchdog.verdict(gpu=gpu, verdict="exclude")
-    until(lambda: watchdog.gpu(gpu)["verdict"] == "exclude", "the status", 3)
+    until(lambda: watchdog.gpu(gpu)["verdict"] == "exclude", "the status", 15)
     command = [sys.executable, "-m", "watchdog.cli", "status", "--runtime-dir", str(watchdog.runtime_dir)]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     line = next(line for line in shown.splitlines() if gpu in line)
@@ -236,6 +240,11 @@ def test_limits_of_the_breaker_and_observe_mode(tmp_path: Path, simulated: tuple
 def test_waits_for_the_daemon_and_outlives_it(tmp_path: Path, simulated: tuple[Simulator, DaemonRoutes]) -> None:
     sim, daemon = simulated
     process, log = start(tmp_path)
+
+    def reachable() -> bool:
+        status: bool = json.loads((tmp_path / "watchdog.json").read_bytes())["daemon"]["reachable"]
+        return status
+
     try:
         until((tmp_path / "watchdog.json").exists, "a status file", 10, log.read_text)
         sim.lose(1)
@@ -246,7 +255,7 @@ def test_waits_for_the_daemon_and_outlives_it(tmp_path: Path, simulated: tuple[S
             daemon.instance = "second"  # a daemon that was restarted between two questions and knows nothing
             until(lambda: daemon.of(verdict="exclude"), "the verdict said again", 5, log.read_text)
         daemon.verdicts.clear()
-        time.sleep(1.2)
+        until(lambda: not reachable(), "notice that the daemon is gone", 10, log.read_text)
         with serving(daemon):
             until(lambda: daemon.of(verdict="exclude"), "the verdict said again", 5, log.read_text)
         lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -286,7 +295,7 @@ def test_stale_epoch_is_judged_again(tmp_path: Path, simulated: tuple[Simulator,
     sim, daemon = simulated
     with serving(daemon), watching(tmp_path, sim, daemon) as watchdog:
         asked = daemon.asked
-        until(lambda: daemon.asked > asked, "fresh bindings", 3)
+        until(lambda: daemon.asked > asked, "fresh bindings", 15)
         daemon.epoch = 2  # the watchdog learns of it by the refusal
         sim.xid(0, 79)
         _, verdict = watchdog.verdict(gpu=watchdog.gpus[0], verdict="exclude")
@@ -322,7 +331,7 @@ def test_killed_and_stopped_children_accuse_nobody(tmp_path: Path, simulated: tu
         watchdog.until_listening()
         sim.xid(1, 79)
         watchdog.verdict(gpu=watchdog.gpus[1], verdict="exclude")
-        assert {body.get("gpu") for _, body in daemon.verdicts} == {watchdog.gpus[1]}
+        assert {body.get("gpu") for _, body in daemon.verdicts if body["act"]} == {watchdog.gpus[1]}
 
 
 def test_quarantine_outlives_a_restart_until_released(
@@ -333,8 +342,8 @@ def test_quarantine_outlives_a_restart_until_released(
     with serving(daemon), watching(tmp_path, sim, daemon, *options) as watchdog:
         sim.xid(0, 79)
         watchdog.verdict(gpu=watchdog.gpus[0], verdict="exclude")
-        until(lambda: watchdog.gpu(watchdog.gpus[0])["quarantined"], "quarantine", 3)
-        until((tmp_path / "state" / "watchdog-state.json").exists, "the state file", 3)
+        until(lambda: watchdog.gpu(watchdog.gpus[0])["quarantined"], "quarantine", 15)
+        until((tmp_path / "state" / "watchdog-state.json").exists, "the state file", 15)
     daemon.verdicts.clear()
     with serving(daemon), watching(tmp_path, sim, daemon, *options) as watchdog:
         _, verdict = watchdog.verdict(gpu=watchdog.gpus[0], verdict="exclude")

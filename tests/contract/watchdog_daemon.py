@@ -34,7 +34,7 @@ pcie_replay_rate = { hold_s = 0.6, threshold = 50 }
 nvlink_error_rate = { hold_s = 0.6, threshold = 50 }
 ecc_corrected_rate = { threshold = 50 }
 driver_error = { hold_s = 0.2 }
-driver_late = { window_s = 1 }
+driver_late = { window_s = 5 }
 [recovery_action]
 3 = { hold_s = 0.4 }
 4 = { hold_s = 0.4 }
@@ -164,7 +164,7 @@ class Watchdog:
     def gpu(self, uuid: str) -> dict[str, Any]:
         return next((gpu for gpu in self.status()["gpus"] if gpu["uuid"] == uuid), {})
 
-    def verdict(self, timeout_s: float = 5.0, **wanted: Any) -> tuple[float, dict[str, Any]]:
+    def verdict(self, timeout_s: float = 15.0, **wanted: Any) -> tuple[float, dict[str, Any]]:
         """The first verdict with these fields."""
         return until(lambda: self.daemon.of(**wanted), f"a verdict with {wanted}", timeout_s, self.explain)[0]
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.e2e.cluster import Cluster, assert_same, run_streams
+from tests.e2e.cluster import START_TIMEOUT_S, Cluster, assert_same, run_streams
 from watchdog.simulator import Simulator
 from watchdog.status import read_status
 
@@ -31,6 +30,8 @@ def until_heard(cluster: Cluster, gpus: int) -> None:
     """The watchdog knows the ranks and waits for events of so many GPUs."""
 
     def heard() -> bool:
+        if cluster.health()["watchdog"]["state"] != "alive":
+            return False
         status = read_status(cluster.runtime_dir)
         return status["epoch"] == cluster.health()["epoch"] and len(status["driver"]["listening"]) == gpus
 
@@ -92,17 +93,18 @@ def test_a_spare_gpu_that_somebody_else_uses_is_left_alone(tmp_path: Path) -> No
         spare = sim.list()[RANKS].uuid
         sim.occupy(RANKS, 4711)
         until_heard(cluster, RANKS + 1)
-        cluster.wait_for(lambda: spare_reading(cluster, spare) == [4711])
-        time.sleep(3.0)  # it counts, and the daemon has been told
+        cluster.wait_for(lambda: spare_gpu(cluster, spare)["used_by"] == [4711], 20)
+        written = read_status(cluster.runtime_dir)["written"]
+        cluster.wait_for(lambda: read_status(cluster.runtime_dir)["written"] > written)  # the daemon has been told
         sim.lose(1)
         cluster.wait_for(lambda: "waits for a usable GPU" in cluster.health()["reason"], 20)
         sim.heal(RANKS)
         until_serving_on(cluster, 1, spare)
 
 
-def spare_reading(cluster: Cluster, spare: str) -> Any:
-    [gpu] = [gpu for gpu in read_status(cluster.runtime_dir)["gpus"] if gpu["uuid"] == spare]
-    return gpu["reading"].get("processes")
+def spare_gpu(cluster: Cluster, spare: str) -> dict[str, Any]:
+    gpus: list[dict[str, Any]] = read_status(cluster.runtime_dir)["gpus"]
+    return next(gpu for gpu in gpus if gpu["uuid"] == spare)
 
 
 def test_a_gpu_on_which_no_rank_starts_stays_barred_over_a_restart(tmp_path: Path) -> None:
@@ -122,7 +124,7 @@ def test_a_gpu_on_which_no_rank_starts_stays_barred_over_a_restart(tmp_path: Pat
 
     restarted = Cluster(tmp_path / "run", *options)
     try:
-        restarted.wait_for(lambda: restarted.health()["status"] == "degraded", RESTORED_S)
+        restarted.wait_for(lambda: restarted.health()["status"] == "degraded", START_TIMEOUT_S)
         assert f"waits for a usable GPU; {gpu}: rank 2 did not start on it" in restarted.health()["reason"]
         assert [event["gpus"].keys() for event in restarted.events("gpus_still_barred")] == [{gpu}]
         assert release(restarted, gpu).status_code == 200

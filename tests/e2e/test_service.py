@@ -18,6 +18,7 @@ import pytest
 
 from tests.e2e.cluster import PROMPTS, Cluster, assert_same, run_streams
 from tests.e2e.service_manager import ServiceManager, alive, environment_of, wait_until
+from tests.timing import SLACK_S
 
 pytestmark = pytest.mark.e2e
 
@@ -63,7 +64,7 @@ def test_ready_is_said_when_requests_are_served_and_not_before(services: Service
     cluster, manager = services.cluster, services.manager
     wait_until(lambda: is_ready(services), 10, "READY")
     [ready] = manager.said("READY")
-    [frontend], [group] = cluster.events("frontend_ready"), cluster.events("recovery_done")
+    [frontend], [group] = cluster.events("frontend_ready"), cluster.events("regrouping")
     arrived = time.time() - (time.monotonic() - ready.at)
     assert arrived >= max(frontend["time"], group["time"]) - 0.05, "what serves are front end and ranks"
     extensions = [one for one in manager.said("EXTEND_TIMEOUT_USEC") if one.at < ready.at]
@@ -91,7 +92,7 @@ def test_pings_come_from_a_loop_that_turns(services: Services) -> None:
     since = time.monotonic()
     run_streams(cluster, max_tokens=60)
     wait_until(lambda: time.monotonic() - since > WATCHDOG_S, 2 * WATCHDOG_S, "the end of a period")
-    assert manager.longest_silence("WATCHDOG", since, time.monotonic()) < WATCHDOG_S / 2
+    assert manager.longest_silence("WATCHDOG", since, time.monotonic()) < WATCHDOG_S
 
     cluster.process.send_signal(signal.SIGSTOP)
     try:
@@ -116,7 +117,7 @@ def test_a_front_end_that_crashes_keeps_ranks_and_serves_again_soon(services: Se
     cluster.wait_for(lambda: len(cluster.events("frontend_ready")) == 2 and cluster.health()["status"] == "ok")
     assert cluster.control("/readyz").status_code == 200
     assert_same(run_streams(cluster, PROMPTS[:4], max_tokens=10), reference)
-    assert time.monotonic() - killed <= 5.0, "bench.frontend_restart has 2.4 s at worst"
+    assert time.monotonic() - killed <= 2.4 + SLACK_S, "bench.frontend_restart has 2.4 s at worst"
     assert [cluster.pid(rank) for rank in range(2)] == ranks
     assert len(services.manager.said("READY")) == 1, "systemd is told once"
 
@@ -166,7 +167,7 @@ def test_the_watchdog_is_a_service_too(services: Services) -> None:
             assert ready.pid == process.pid
             wait_until(lambda: manager.status().startswith("watching 2 GPUs and 0 ranks"), 5, "a sentence")
             wait_until(lambda: time.monotonic() - ready.at > WATCHDOG_S, 2 * WATCHDOG_S, "the end of a period")
-            assert manager.longest_silence("WATCHDOG", ready.at, time.monotonic()) < WATCHDOG_S / 2
+            assert manager.longest_silence("WATCHDOG", ready.at, time.monotonic()) < WATCHDOG_S
             process.send_signal(signal.SIGSTOP)
             stopped = time.monotonic() + 0.2
             time.sleep(WATCHDOG_S / 2)
@@ -175,7 +176,7 @@ def test_the_watchdog_is_a_service_too(services: Services) -> None:
             children = children_of(process.pid)
             process.terminate()
             assert process.wait(10) == 0
-            assert manager.said("STOPPING", stopped)
+            wait_until(lambda: manager.said("STOPPING", stopped), 5, "STOPPING")
             wait_until(lambda: not alive(children), 5, "an end of the children that ask the driver")
         finally:
             process.kill()

@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -150,14 +149,10 @@ def test_supervisor_is_free_of_vllm(cluster: Cluster) -> None:
 
 
 def test_load_spreads_over_ranks(cluster: Cluster) -> None:
-    seen: dict[int, int] = {}
-
     def look() -> None:
-        time.sleep(0.6)  # the front end reports twice a second
-        seen.update({row["rank"]: row["in_flight"] for row in cluster.health()["ranks"]})
+        cluster.wait_for(lambda: [row["in_flight"] for row in cluster.health()["ranks"]] == [4, 4, 4, 4], 5)
 
-    run_streams(cluster, max_tokens=150, during=look, at_tokens=16)
-    assert list(seen.values()) == [4, 4, 4, 4]
+    run_streams(cluster, max_tokens=300, during=look, at_tokens=16)
 
 
 def test_repeated_runs_give_the_same_tokens(cluster: Cluster) -> None:
@@ -206,8 +201,7 @@ def test_front_end_crash_keeps_the_ranks(cluster: Cluster) -> None:
     with pytest.raises(httpx.TransportError):
         kill = functools.partial(os.kill, front_end, signal.SIGKILL)
         run_streams(cluster, max_tokens=1800, during=kill, at_tokens=3200)
-    cluster.wait_for(lambda: cluster.health()["status"] != "ok")
-    assert httpx.get(f"{cluster.url}/health").json()["status"] == "recovering"
+    cluster.wait_for(lambda: httpx.get(f"{cluster.url}/health").json()["status"] == "recovering")
     cluster.wait_for(lambda: cluster.health()["status"] == "ok", 30)
     assert [row["pids"] for row in cluster.health()["ranks"]] == [row["pids"] for row in ranks]
     (lost,) = cluster.events("requests_lost")
@@ -226,6 +220,7 @@ def running(cluster: Cluster) -> float:
 
 
 def test_memory_of_the_whole_deployment(cluster: Cluster) -> None:
+    cluster.wait_for(lambda: len(cluster.descendants()) == 9, 30)  # a GPU that was slow has a child of its own a while
     pids = [cluster.process.pid, *cluster.descendants()]
     rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
     shares = [int(line.split()[1]) for text in rollups for line in text.splitlines() if line.startswith("Pss:")]

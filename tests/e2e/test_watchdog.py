@@ -59,10 +59,12 @@ class Watched:
 
     def watchdog(self, state: str, timeout_s: float = 15.0) -> dict[str, Any]:
         """What `/health` says of the watchdog once it is in this state."""
-        found: dict[str, Any] = self.cluster.wait_for(
-            lambda: (self.cluster.health()["watchdog"]["state"] == state) and self.cluster.health()["watchdog"],
-            timeout_s,
-        )
+
+        def said() -> dict[str, Any] | None:
+            watchdog: dict[str, Any] = self.cluster.health()["watchdog"]
+            return watchdog if watchdog["state"] == state else None
+
+        found: dict[str, Any] = self.cluster.wait_for(said, timeout_s)
         return found
 
     def until_watching(self) -> None:
@@ -153,9 +155,14 @@ def test_the_watchdog_dies_and_hangs_and_a_rank_dies_meanwhile(watched: Watched)
     cluster = watched.cluster
     first = watched.watchdog("alive")["pid"]
     os.kill(first, signal.SIGKILL)
-    assert "SIGKILL" in watched.watchdog("down")["reason"]
-    assert "SIGKILL" in cluster.health()["reason"]
-    assert cluster.health()["status"] == "degraded"
+
+    def down() -> dict[str, Any] | None:
+        health = cluster.health()
+        return health if health["watchdog"]["state"] == "down" else None
+
+    health = cluster.wait_for(down, 15)
+    assert "SIGKILL" in health["watchdog"]["reason"] and "SIGKILL" in health["reason"]
+    assert health["status"] == "degraded"
     watched.until_watching()
     second = watched.watchdog("alive")["pid"]
     assert second != first

@@ -128,5 +128,5 @@ def test_stall_stop_and_death_of_idle_ranks(start: Start, tmp_path: Path) -> Non
     assert (hung.kind, hung.rank, hung.evidence["process"]) == (FindingKind.HUNG, 2, "stopped")
 
     processes[0].kill()
-    found = watch(tmp_path, judge, 1.0, lambda findings: len(findings) == 2)
+    found = watch(tmp_path, judge, 8.0, lambda findings: len(findings) == 2)
     assert [(finding.kind, finding.rank) for finding in found] == [(FindingKind.DEAD, 0), (FindingKind.HUNG, 2)]

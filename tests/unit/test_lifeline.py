@@ -57,16 +57,21 @@ def followed(tmp_path: Path) -> threading.Event:
 
 
 def test_a_kill_is_told_before_the_process_is_gone(tmp_path: Path, holder: Holder) -> None:
-    process = holder(mebibytes=1500)
-    dead = followed(tmp_path)
-    pidfd = os.pidfd_open(process.pid)
-    time.sleep(0.1)
-    assert not dead.is_set()
-    process.send_signal(signal.SIGKILL)
-    assert dead.wait(10)
-    gone, _, _ = select.select([pidfd], [], [], 0)
-    os.close(pidfd)
-    assert not gone, "a pidfd would have been as fast"
+    """By tens of milliseconds: this process may be off its processor for as long, so it tries again."""
+    for _ in range(5):
+        process = holder(mebibytes=1500)
+        dead = followed(tmp_path)
+        pidfd = os.pidfd_open(process.pid)
+        time.sleep(0.1)
+        assert not dead.is_set()
+        process.send_signal(signal.SIGKILL)
+        assert dead.wait(10)
+        gone, _, _ = select.select([pidfd], [], [], 0)
+        os.close(pidfd)
+        process.wait(10)
+        if not gone:
+            return
+    pytest.fail("a pidfd would have been as fast, each time")
 
 
 def test_an_end_without_a_signal_is_told(tmp_path: Path, holder: Holder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import threading
@@ -104,10 +105,11 @@ def test_lines_of_several_threads_do_not_mix(pair: tuple[ControlClient, socket.s
 
 def test_no_supervisor(socket_dir: Path) -> None:
     path = str(socket_dir / "nobody.sock")
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ControlClosed, match=r"nobody\.sock") as _error:  # keeps the frames alive
         ControlClient(path)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_sending_to_a_supervisor_that_is_gone(pair: tuple[ControlClient, socket.socket]) -> None:

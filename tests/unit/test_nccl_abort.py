@@ -103,4 +103,4 @@ def test_an_abort_that_fails_is_over_and_told() -> None:
     with capture_logs() as said:
         assert abort.begin()
         assert abort.wait(5)
-    assert [(one["event"], one.get("error")) for one in said][:1] == [("nccl_abort_failed", "communicator is gone")]
+    assert ("nccl_abort_failed", "communicator is gone") in [(one["event"], one.get("error")) for one in said]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import threading
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -203,16 +204,20 @@ def test_follow_goes_on_after_a_break_without_repeating(
         server.record("two")
         assert next(followed)["event"] == "two"
     plane.events.record("three", {})
-    later = threading.Timer(0.3, lambda: None)
     restarted: list[Server] = []
-    later.function = lambda: restarted.append(Server(plane, socket_dir))
+
+    def restart_once_it_is_missed() -> None:
+        while "waiting for it" not in capsys.readouterr().err:
+            time.sleep(0.01)
+        restarted.append(Server(plane, socket_dir))
+
+    later = threading.Thread(target=restart_once_it_is_missed, daemon=True)
     later.start()
     try:
         assert next(followed)["event"] == "three"
     finally:
-        later.join()
+        later.join(20)
         restarted[0].stop()
-    assert "waiting for it" in capsys.readouterr().err
 
 
 def test_follow_starts_anew_with_another_daemon(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,14 @@ def test_progress_on_a_terminal(
     console = Console(force_terminal=True, width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     monkeypatch.setattr(order_commands, "make_console", lambda **_: console)
     plane.play = False
-    thread = later(lambda: plane.operations.busy, lambda: threading.Timer(0.2, server.call, [plane.resume]).start())
+    shown, line = threading.Event(), order_commands._line
+
+    def told(report: Any) -> Any:
+        shown.set()
+        return line(report)
+
+    monkeypatch.setattr(order_commands, "_line", told)
+    thread = later(shown.is_set, lambda: server.call(plane.resume))
     assert order(socket_dir, "scale", "3") == 0
     thread.join()
     assert "moving requests, ranks 3" in console.export_text()

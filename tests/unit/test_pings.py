@@ -28,7 +28,7 @@ PERIOD_S = 0.4
 """Of the service manager. Pings are due four times in it."""
 
 BLOCKED_S = 3 * PERIOD_S
-IN_FLIGHT_S = 0.1
+IN_FLIGHT_S = 0.6
 """A ping that was sent just before the loop was blocked may be noted so much later."""
 
 

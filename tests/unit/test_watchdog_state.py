@@ -81,6 +81,8 @@ def test_survives_kills_in_the_middle_of_writing(tmp_path: Path) -> None:
         process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
         assert process.stdout is not None
         process.stdout.readline()
+        while not (tmp_path / FILE_NAME).exists():
+            time.sleep(0.001)  # the first save of all
         time.sleep(0.02 + 0.013 * round_)
         process.kill()
         process.wait()
