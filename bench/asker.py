@@ -23,7 +23,7 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from elastic_daemon.drill_daemon import Daemon
+from elastic_daemon.drill.daemon import Daemon
 from elastic_daemon.errors import ElasticError
 
 INTERVAL_S = 0.05

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.load import Traffic, Window
 from elastic_daemon.config import Settings
-from elastic_daemon.drill_report import Delay
+from elastic_daemon.drill.report import Delay
 
 BEFORE_S, AFTER_S = 0.05, 0.25
 """Around a regroup: clients' longest waits begin a step before it and end a step after it."""

@@ -28,10 +28,10 @@ from bench.asker import ROUTES, Answer, asking
 from bench.command import check_json_path, say, to_the_end, write_json
 from bench.machine import Machine, load_average
 from bench.tables import figures_table
-from elastic_daemon.drill_daemon import Daemon, Display, own_daemon, victims_of
-from elastic_daemon.drill_load import prompts_for, run_streams, scheduling_probe
+from elastic_daemon.commands.operator_commands import make_console
+from elastic_daemon.drill.daemon import Daemon, Display, own_daemon, victims_of
+from elastic_daemon.drill.load import prompts_for, run_streams, scheduling_probe
 from elastic_daemon.errors import ElasticError
-from elastic_daemon.operator_commands import make_console
 
 EXAMPLES = """examples:
   python -m bench.control_plane                      three lives of two losses each; about two minutes on two cores

@@ -12,10 +12,10 @@ from typing import Any
 import httpx
 
 from bench.changes import QUIET_S, SETTLED_S, Change, Kind, change_of
-from elastic_daemon.drill_daemon import Daemon, victims_of
-from elastic_daemon.drill_load import scheduling_probe
+from elastic_daemon.commands.operator_commands import TIMEOUT_S
+from elastic_daemon.drill.daemon import Daemon, victims_of
+from elastic_daemon.drill.load import scheduling_probe
 from elastic_daemon.errors import DaemonUnreachable, ElasticError
-from elastic_daemon.operator_commands import TIMEOUT_S
 from watchdog.simulator import Simulator
 from watchdog.status import read_status
 

@@ -23,10 +23,10 @@ from rich.text import Text
 from bench.command import check_json_path, positive, say, write_json
 from bench.detection_trials import OPTIONS, RANKS, SURVIVE, Bench, Kind, Trial
 from bench.machine import Machine, load_average
-from elastic_daemon.drill_daemon import Display, own_daemon
-from elastic_daemon.drill_report import Spread
+from elastic_daemon.commands.operator_commands import make_console
+from elastic_daemon.drill.daemon import Display, own_daemon
+from elastic_daemon.drill.report import Spread
 from elastic_daemon.errors import ElasticError
-from elastic_daemon.operator_commands import make_console
 
 EXAMPLES = """examples:
   python -m bench.detection                        20 trials of each fault; about half an hour on two cores

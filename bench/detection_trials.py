@@ -12,9 +12,9 @@ from enum import StrEnum
 from typing import Any
 
 from bench.watched import until_watched
-from elastic_daemon.drill_daemon import Daemon
-from elastic_daemon.drill_load import prompts_for, run_streams, scheduling_probe
-from elastic_daemon.drill_report import StreamResult, compare
+from elastic_daemon.drill.daemon import Daemon
+from elastic_daemon.drill.load import prompts_for, run_streams, scheduling_probe
+from elastic_daemon.drill.report import StreamResult, compare
 from watchdog.simulator import Simulator
 
 RANKS, SURVIVE = 6, 4

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from bench.changes import Kind
 from bench.elastic_run import RANKS, Results, Windows
 from bench.footprint import COUNTS, LASTING, lasting_growth, memory_growth, rank_growth
-from elastic_daemon.drill_report import Spread
+from elastic_daemon.drill.report import Spread
 
 GAP_S, GAP_P99_S = 0.2, 0.5
 FULL_S = 5.0

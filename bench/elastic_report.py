@@ -17,7 +17,7 @@ from bench.footprint import COUNTS, LASTING
 from bench.footprint import RANKS as RANK_ROLE
 from bench.machine import Machine
 from bench.tables import figures_table
-from elastic_daemon.drill_report import Spread
+from elastic_daemon.drill.report import Spread
 
 
 @dataclass(frozen=True)

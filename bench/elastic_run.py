@@ -13,9 +13,9 @@ from bench.changes import AFTER_S, BEFORE_S, QUIET_S, Change, Kind, Seen, seen, 
 from bench.deployment import Deployment, Feed
 from bench.footprint import Footprint
 from bench.load import Load, Outcome, Window
-from elastic_daemon.drill_daemon import Daemon, Display, own_daemon
-from elastic_daemon.drill_load import prompts_for, run_streams, scheduling_probe
-from elastic_daemon.drill_report import StreamResult
+from elastic_daemon.drill.daemon import Daemon, Display, own_daemon
+from elastic_daemon.drill.load import prompts_for, run_streams, scheduling_probe
+from elastic_daemon.drill.report import StreamResult
 from elastic_daemon.errors import DaemonUnreachable, ElasticError
 from watchdog.simulator import SimulatorError
 

@@ -19,8 +19,8 @@ from bench.command import check_json_path, positive, say, to_the_end, write_json
 from bench.elastic_report import Report, render
 from bench.elastic_run import Plan, Run
 from bench.machine import Machine, load_average
-from elastic_daemon.drill_daemon import Display
-from elastic_daemon.operator_commands import make_console
+from elastic_daemon.commands.operator_commands import make_console
+from elastic_daemon.drill.daemon import Display
 
 EXAMPLES = """examples:
   python -m bench.elasticity                       ten cycles of each kind; about 12 minutes on two cores

@@ -27,10 +27,10 @@ from bench.control_plane import quantile
 from bench.footprint import descendants, role_of
 from bench.machine import Machine, load_average
 from bench.tables import figures_table
-from elastic_daemon.drill_daemon import Daemon, Display, own_daemon
-from elastic_daemon.drill_load import prompts_for, run_streams, stream_client
+from elastic_daemon.commands.operator_commands import make_console
+from elastic_daemon.drill.daemon import Daemon, Display, own_daemon
+from elastic_daemon.drill.load import prompts_for, run_streams, stream_client
 from elastic_daemon.errors import ElasticError
-from elastic_daemon.operator_commands import make_console
 
 EXAMPLES = """examples:
   python -m bench.frontend_restart                   ten kills; about three minutes on two cores

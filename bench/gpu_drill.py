@@ -19,7 +19,7 @@ from bench.gpu.life import Setting
 from bench.gpu.parts import PARTS, listing
 from bench.gpu.results import read_all, table
 from bench.gpu.running import Running
-from elastic_daemon.drill_sampling import MODES
+from elastic_daemon.drill.sampling import MODES
 
 EXAMPLES = """examples:
   python -m bench.gpu_drill --part kill --part hang --budget 560 --out results

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from elastic_daemon.drill_load import run_stream, stream_client
-from elastic_daemon.drill_report import StreamResult, compare
+from elastic_daemon.drill.load import run_stream, stream_client
+from elastic_daemon.drill.report import StreamResult, compare
 
 STAGGER_S = 0.2
 """Between the first requests of the clients, so that their streams do not all end and begin together."""

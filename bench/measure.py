@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bench.plan import Fault, Phase
-from elastic_daemon.drill_report import Delay, Spread, StreamResult, compare
+from elastic_daemon.drill.report import Delay, Spread, StreamResult, compare
 
 FIRST_TOKENS = (Phase.PREFILL, Phase.IDLE)
 """Phases in which clients wait for their first token after the kill."""

@@ -14,11 +14,11 @@ import httpx
 
 from bench.measure import FaultResult, Kill, Undisturbed, judge
 from bench.plan import RANKS, Fault, Phase
-from elastic_daemon.drill_daemon import Daemon, Display, Victim, own_daemon, victims_of
-from elastic_daemon.drill_load import prompts_for, run_streams, scheduling_probe
-from elastic_daemon.drill_report import StreamResult
+from elastic_daemon.commands.operator_commands import make_console
+from elastic_daemon.drill.daemon import Daemon, Display, Victim, own_daemon, victims_of
+from elastic_daemon.drill.load import prompts_for, run_streams, scheduling_probe
+from elastic_daemon.drill.report import StreamResult
 from elastic_daemon.errors import DaemonUnreachable, ElasticError
-from elastic_daemon.operator_commands import make_console
 
 EARLY, MIDDLE, LATE = 0.1, 0.4, 0.75
 """Share of all tokens that have arrived at the kill."""

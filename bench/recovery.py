@@ -21,7 +21,7 @@ from bench.ours import run_ours
 from bench.plan import plan
 from bench.report import Report, render
 from bench.stock import Stock, run_stock
-from elastic_daemon.operator_commands import make_console
+from elastic_daemon.commands.operator_commands import make_console
 
 EXAMPLES = """examples:
   python -m bench.recovery                            20 kills, and stock vLLM; 8 minutes on two cores

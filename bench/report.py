@@ -16,7 +16,7 @@ from bench.ours import Ours
 from bench.plan import RANKS
 from bench.stock import COLD, PREIMPORTED, Failure, Start, Stock
 from bench.tables import figures_table
-from elastic_daemon.drill_report import Spread, compare
+from elastic_daemon.drill.report import Spread, compare
 
 
 @dataclass(frozen=True)

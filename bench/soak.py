@@ -27,11 +27,11 @@ from bench.command import check_json_path, write_json
 from bench.machine import Machine, load_average
 from bench.soak_noise import Disturber, Made, Noise
 from bench.watched import until_watched
-from elastic_daemon.drill_daemon import Daemon, Display, own_daemon
-from elastic_daemon.drill_load import prompts_for, run_streams, scheduling_probe
-from elastic_daemon.drill_report import StreamResult, compare
+from elastic_daemon.commands.operator_commands import make_console
+from elastic_daemon.drill.daemon import Daemon, Display, own_daemon
+from elastic_daemon.drill.load import prompts_for, run_streams, scheduling_probe
+from elastic_daemon.drill.report import StreamResult, compare
 from elastic_daemon.errors import ElasticError
-from elastic_daemon.operator_commands import make_console
 from watchdog.errors import WatchdogError
 from watchdog.status import read_status
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from elastic_daemon.drill_daemon import Daemon
+from elastic_daemon.drill.daemon import Daemon
 from elastic_daemon.engine.zygote import die_with_parent
 from watchdog.simulator import Simulator, Throttle
 

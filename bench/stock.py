@@ -22,11 +22,11 @@ import httpx
 
 from bench import stock_shim
 from elastic_daemon.config import BUNDLED_FLAGS, BUNDLED_MODEL, BUNDLED_NAME
-from elastic_daemon.drill_load import prompts_for, run_streams
-from elastic_daemon.drill_report import StreamResult
+from elastic_daemon.drill.load import prompts_for, run_streams
+from elastic_daemon.drill.report import StreamResult
 from elastic_daemon.engine.zygote import die_with_parent
 from elastic_daemon.errors import ElasticError, StartError
-from elastic_daemon.launcher import child_environment
+from elastic_daemon.processes.launcher import child_environment
 
 REPOSITORY = Path(__file__).parents[1]
 

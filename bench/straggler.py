@@ -27,11 +27,11 @@ from bench.command import check_json_path, positive, say, write_json
 from bench.load import Load, Outcome
 from bench.machine import Machine, load_average
 from bench.watched import until_watched
-from elastic_daemon.drill_daemon import Daemon, Display, own_daemon
-from elastic_daemon.drill_load import prompts_for, run_streams
-from elastic_daemon.drill_report import Spread
+from elastic_daemon.commands.operator_commands import make_console
+from elastic_daemon.drill.daemon import Daemon, Display, own_daemon
+from elastic_daemon.drill.load import prompts_for, run_streams
+from elastic_daemon.drill.report import Spread
 from elastic_daemon.errors import ElasticError
-from elastic_daemon.operator_commands import make_console
 
 EXAMPLES = """examples:
   python -m bench.straggler                    20 slow ranks; about seven minutes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from elastic_daemon.drill_daemon import Daemon
+from elastic_daemon.drill.daemon import Daemon
 from watchdog.status import read_status
 
 POLL_S = 0.1

@@ -10,15 +10,15 @@ from fastapi.responses import JSONResponse
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import Scope
 
-from elastic_daemon.control_routes import is_control_path
 from elastic_daemon.dashboard import make_dashboard_router
 from elastic_daemon.errors import ControlClosed
-from elastic_daemon.event_stream import MAX_STREAMS, EventStreams, Patience
-from elastic_daemon.events import KEPT, EventLog
-from elastic_daemon.http_errors import error_response, unavailable
-from elastic_daemon.metrics import METRICS_TYPE, Metrics
-from elastic_daemon.operator_routes import OperatorPlane, make_operator_router
-from elastic_daemon.placement_routes import GroupPlane, make_group_router
+from elastic_daemon.routes.control_routes import is_control_path
+from elastic_daemon.routes.event_stream import MAX_STREAMS, EventStreams, Patience
+from elastic_daemon.routes.http_errors import error_response, unavailable
+from elastic_daemon.routes.operator_routes import OperatorPlane, make_operator_router
+from elastic_daemon.routes.placement_routes import GroupPlane, make_group_router
+from elastic_daemon.telemetry.events import KEPT, EventLog
+from elastic_daemon.telemetry.metrics import METRICS_TYPE, Metrics
 
 PROBE = ["GET", "HEAD"]
 """Methods of the routes that load balancers probe."""

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 import structlog
 
 from elastic_daemon import __version__
+from elastic_daemon.commands.order_arguments import Commands, add_command, add_order_commands, add_target, add_watch
+from elastic_daemon.commands.plan_arguments import add_plan_command
+from elastic_daemon.commands.serve_arguments import add_serve_arguments
 from elastic_daemon.config import Settings
 from elastic_daemon.errors import ConfigError, ElasticError, wrong_watchdog
-from elastic_daemon.logs import configure_logging
-from elastic_daemon.order_arguments import Commands, add_command, add_order_commands, add_target, add_watch
-from elastic_daemon.plan_arguments import add_plan_command
-from elastic_daemon.resolve import with_places
-from elastic_daemon.serve_arguments import add_serve_arguments
-from elastic_daemon.sources import Sources
+from elastic_daemon.settings.resolve import with_places
+from elastic_daemon.settings.sources import Sources
+from elastic_daemon.telemetry.logs import configure_logging
 
 SERVE_EXAMPLES = """\
 examples:
@@ -181,7 +181,7 @@ def export_logging(settings: Settings) -> None:
 
 
 def show_config(sources: Sources, as_json: bool) -> int:
-    from elastic_daemon.settings_table import shown, to_json, to_toml
+    from elastic_daemon.settings.settings_table import shown, to_json, to_toml
 
     rows = shown(sources.load())
     sys.stdout.write(to_json(rows) + "\n" if as_json else to_toml(rows))
@@ -212,8 +212,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             shows = arguments.command == "config" or "print_config" in arguments
             code = show_config(sources, "json" in arguments) if shows else serve(sources)
         else:
-            from elastic_daemon.operator_commands import COMMANDS
-            from elastic_daemon.order_commands import ORDER_COMMANDS
+            from elastic_daemon.commands.operator_commands import COMMANDS
+            from elastic_daemon.commands.order_commands import ORDER_COMMANDS
 
             code = {**COMMANDS, **ORDER_COMMANDS}[arguments.command](arguments)
             sys.stdout.flush()

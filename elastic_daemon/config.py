@@ -11,11 +11,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 
-from elastic_daemon.access import AccessRules, is_loopback
-from elastic_daemon.resolve import (
+from elastic_daemon.gates.access import AccessRules, is_loopback
+from elastic_daemon.gates.tls import Tls
+from elastic_daemon.settings.resolve import (
     as_flags,
 )
-from elastic_daemon.tls import Tls
 from elastic_daemon.watch.upkeep import WatchMode
 
 BUNDLED_MODEL = Path(__file__).parent / "models" / "tiny_moe"

@@ -17,13 +17,13 @@ from __future__ import annotations
 from typing import assert_never
 
 from elastic_daemon import protocol as p
-from elastic_daemon.control_state import STEPPING, Frontend, Phase
-from elastic_daemon.deadlines import Wait
+from elastic_daemon.control.control_state import STEPPING, Frontend, Phase
+from elastic_daemon.control.deadlines import Wait
+from elastic_daemon.control.policy import Policy
+from elastic_daemon.control.recovery import Fault, Remedy
+from elastic_daemon.control.scaling_control import ScalingControl
+from elastic_daemon.control.service_control import EXIT_STOPPED
 from elastic_daemon.membership import Rank, RankState
-from elastic_daemon.policy import Policy
-from elastic_daemon.recovery import Fault, Remedy
-from elastic_daemon.scaling_control import ScalingControl
-from elastic_daemon.service_control import EXIT_STOPPED
 
 
 class Controller(ScalingControl):

@@ -25,23 +25,23 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from elastic_daemon.access import AccessGuard, AccessRules
-from elastic_daemon.admission import Limits
-from elastic_daemon.admission_gate import AdmissionGate, BatchGate
-from elastic_daemon.control_routes import is_control_path
 from elastic_daemon.engine.client import ElasticClient, NotServed
 from elastic_daemon.engine.configure import Deployment
 from elastic_daemon.engine.group_view import Applied, Membership, membership_from_message
 from elastic_daemon.engine.openai_app import fail_in_flight, fail_requests, make_app, make_llm
 from elastic_daemon.errors import ConfigError
-from elastic_daemon.exposition import Exposition
-from elastic_daemon.http_errors import unavailable
-from elastic_daemon.limits import KEEP_ALIVE_S, BoundedHttp, SizeLimits
-from elastic_daemon.logs import configure_logging
-from elastic_daemon.messages import MAX_LINE_BYTES, Message, decode, encode
-from elastic_daemon.metrics import METRICS_TYPE
+from elastic_daemon.gates.access import AccessGuard, AccessRules
+from elastic_daemon.gates.admission import Limits
+from elastic_daemon.gates.admission_gate import AdmissionGate, BatchGate
+from elastic_daemon.gates.limits import KEEP_ALIVE_S, BoundedHttp, SizeLimits
+from elastic_daemon.gates.tls import tls_from_message
+from elastic_daemon.processes.messages import MAX_LINE_BYTES, Message, decode, encode
 from elastic_daemon.requests import MAX_DEATHS
-from elastic_daemon.tls import tls_from_message
+from elastic_daemon.routes.control_routes import is_control_path
+from elastic_daemon.routes.http_errors import unavailable
+from elastic_daemon.telemetry.exposition import Exposition
+from elastic_daemon.telemetry.logs import configure_logging
+from elastic_daemon.telemetry.metrics import METRICS_TYPE
 
 log = structlog.get_logger(__name__)
 
@@ -182,7 +182,7 @@ class Frontend:
     def _traced(self, app: ASGIApp) -> ASGIApp:
         if self._deployment.config.observability_config.otlp_traces_endpoint is None:
             return app
-        from elastic_daemon.tracing import AttemptTraces, RequestSpans
+        from elastic_daemon.telemetry.tracing import AttemptTraces, RequestSpans
 
         self._client.watch.traces = AttemptTraces()
         return RequestSpans(app)

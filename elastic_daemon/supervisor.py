@@ -1,8 +1,8 @@
 """The supervisor: the impure shell around the controller.
 
-It owns the listening socket, the runtime directory, the rendezvous store, all processes (`processes.py`) and its HTTP
-servers (`answering.py`). It turns what happens into events for the controller and carries out the actions that come
-back, in order.
+It owns the listening socket, the runtime directory, the rendezvous store, all processes (`processes/`) and its HTTP
+servers (`gates/answering.py`). It turns what happens into events for the controller and carries out the actions that
+come back, in order.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ from typing import Any, ClassVar, get_args
 import structlog
 
 from elastic_daemon import protocol as p
-from elastic_daemon.answering import Answering, bind
 from elastic_daemon.app import make_control_app
 from elastic_daemon.config import Settings
-from elastic_daemon.control_server import ControlServer, Peer
+from elastic_daemon.control.gpu_pool import GpuPool
+from elastic_daemon.control.service_control import EXIT_START
 from elastic_daemon.controller import Controller
 from elastic_daemon.errors import ConfigError, ElasticError
-from elastic_daemon.events import EventLog
-from elastic_daemon.fence_word import FenceWord
-from elastic_daemon.fork_specs import frontend_spec, rank_spec
-from elastic_daemon.frontend_link import FrontendLink, frontend_settings
-from elastic_daemon.gpu_pool import GpuPool
-from elastic_daemon.health import HealthView, url_of
-from elastic_daemon.launcher import Zygote, adopt_orphans, reap_orphans
-from elastic_daemon.logs import configure_logging
-from elastic_daemon.loop_lag import watch_lag
-from elastic_daemon.messages import Message
-from elastic_daemon.metrics import Metrics
-from elastic_daemon.operations import OperationDesk
-from elastic_daemon.placement_view import PlacementView
-from elastic_daemon.processes import Processes
-from elastic_daemon.rank_messages import RankAction, rank_event
-from elastic_daemon.rank_peers import RankPeers
-from elastic_daemon.recovery_history import RecoveryHistory
-from elastic_daemon.reload import Reloader, has_terminal
-from elastic_daemon.runtime_dir import RuntimeDir
-from elastic_daemon.service_control import EXIT_START
-from elastic_daemon.service_manager import ServiceManager
-from elastic_daemon.sources import Sources
-from elastic_daemon.ssl_refresh import watch_files
-from elastic_daemon.start_policy import Configured, configure, with_settings
-from elastic_daemon.state_writer import StateWriter
-from elastic_daemon.store import RendezvousStore
+from elastic_daemon.gates.answering import Answering, bind
+from elastic_daemon.gates.ssl_refresh import watch_files
+from elastic_daemon.gates.tls import Tls
+from elastic_daemon.processes.children import Processes
+from elastic_daemon.processes.control_server import ControlServer, Peer
+from elastic_daemon.processes.fence_word import FenceWord
+from elastic_daemon.processes.fork_specs import frontend_spec, rank_spec
+from elastic_daemon.processes.frontend_link import FrontendLink, frontend_settings
+from elastic_daemon.processes.launcher import Zygote, adopt_orphans, reap_orphans
+from elastic_daemon.processes.messages import Message
+from elastic_daemon.processes.rank_messages import RankAction, rank_event
+from elastic_daemon.processes.rank_peers import RankPeers
+from elastic_daemon.processes.runtime_dir import RuntimeDir
+from elastic_daemon.processes.service_manager import ServiceManager
+from elastic_daemon.processes.store import RendezvousStore
+from elastic_daemon.routes.health import HealthView, url_of
+from elastic_daemon.routes.operations import OperationDesk
+from elastic_daemon.routes.placement_view import PlacementView
+from elastic_daemon.routes.recovery_history import RecoveryHistory
+from elastic_daemon.settings.reload import Reloader, has_terminal
+from elastic_daemon.settings.sources import Sources
+from elastic_daemon.settings.start_policy import Configured, configure, with_settings
+from elastic_daemon.state.state_writer import StateWriter
 from elastic_daemon.tasks import Tasks
-from elastic_daemon.tls import Tls
+from elastic_daemon.telemetry.events import EventLog
+from elastic_daemon.telemetry.logs import configure_logging
+from elastic_daemon.telemetry.loop_lag import watch_lag
+from elastic_daemon.telemetry.metrics import Metrics
 from elastic_daemon.watch.side import WatchdogSide
 
 log = structlog.get_logger(__name__)

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from elastic_daemon.settings_table import all_settings  # noqa: E402
+from elastic_daemon.settings.settings_table import all_settings  # noqa: E402
 from scripts.generated_page import write_or_check  # noqa: E402
 
 TARGET = ROOT / "docs" / "configuration.md"

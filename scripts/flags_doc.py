@@ -1,4 +1,4 @@
-"""Writes docs/flags.md from the tables in elastic_daemon/flags.py and from what the tests run.
+"""Writes docs/flags.md from the tables in elastic_daemon/settings/flags.py and from what the tests run.
 
 python scripts/flags_doc.py            write docs/flags.md
 python scripts/flags_doc.py --check    exit status 1 if it is not up to date
@@ -22,7 +22,7 @@ from bench.gpu_drill import make_parser as gpu_drill_parser  # noqa: E402
 from bench.recovery import parser as bench_parser  # noqa: E402
 from elastic_daemon.cli import make_parser  # noqa: E402
 from elastic_daemon.config import BUNDLED_FLAGS  # noqa: E402
-from elastic_daemon.flags import OURS, REFUSED, REFUSED_LOAD_FORMATS, REFUSED_ON, Refusal  # noqa: E402
+from elastic_daemon.settings.flags import OURS, REFUSED, REFUSED_LOAD_FORMATS, REFUSED_ON, Refusal  # noqa: E402
 from scripts.generated_page import write_or_check  # noqa: E402
 from watchdog.cli import make_parser as watchdog_parser  # noqa: E402
 
@@ -35,7 +35,7 @@ MEANT_TO_FAIL = {"tests/e2e/test_bad_input.py"}
 HEAD = """\
 # vLLM flags
 
-<!-- Written by scripts/flags_doc.py from elastic_daemon/flags.py: change that table, then run the script. -->
+<!-- Written by scripts/flags_doc.py from elastic_daemon/settings/flags.py: change that table, then run the script. -->
 
 `elastic-daemon serve` hands every flag that is not its own to vLLM's parser. A flag that cannot work under the daemon
 is refused at start-up: one line on standard error that names flag, value and reason, and exit status 2. Anything else

@@ -23,10 +23,10 @@ from bench.gpu.broken_gpu import page_fault
 from bench.gpu.tokens import Judged, token_change
 from bench.load import Load, Traffic, Window
 from elastic_daemon.config import admin_header
-from elastic_daemon.drill_daemon import Daemon, Display, own_daemon, victims_of
-from elastic_daemon.drill_load import prompts_of, run_streams
-from elastic_daemon.drill_report import StreamResult
-from elastic_daemon.drill_sampling import samplings_for
+from elastic_daemon.drill.daemon import Daemon, Display, own_daemon, victims_of
+from elastic_daemon.drill.load import prompts_of, run_streams
+from elastic_daemon.drill.report import StreamResult
+from elastic_daemon.drill.sampling import samplings_for
 from elastic_daemon.errors import ElasticError, StartError
 from watchdog.errors import NotRunning
 from watchdog.status import read_status

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from bench.gpu.life import Life
 from bench.gpu.tokens import TokenChange
-from elastic_daemon.drill_load import run_streams
-from elastic_daemon.drill_report import StreamResult
+from elastic_daemon.drill.load import run_streams
+from elastic_daemon.drill.report import StreamResult
 
 PER_RANK = (1, 2, 3, 4, 6)
 """Copies of the request for each rank, all at once; before these, one alone."""

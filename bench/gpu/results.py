@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elastic_daemon.drill_report import percentile
+from elastic_daemon.drill.report import percentile
 
 PASSED, FAILED, REFUSED, CUT = "passed", "FAILED", "refused", "cut off"
 """Verdicts. A part that the daemon refuses at its start says why; one that is cut off has not come to its end."""

@@ -23,9 +23,9 @@ from bench.gpu.life import Life, Refused, Setting, lived, tail
 from bench.gpu.parts import PARTS, START_S
 from bench.gpu.results import CUT, PASSED, REFUSED, Findings, file_of, ms, write
 from bench.machine import Machine
-from elastic_daemon.drill_daemon import Display
+from elastic_daemon.commands.operator_commands import make_console
+from elastic_daemon.drill.daemon import Display
 from elastic_daemon.errors import DaemonUnreachable, ElasticError
-from elastic_daemon.operator_commands import make_console
 
 RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 RECORDED = (RUNNER_VARIABLE, "VLLM_BATCH_INVARIANT", "NCCL_MULTI_RANK_GPU_ENABLE", "VLLM_NCCL_SO_PATH")

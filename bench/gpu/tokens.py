@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bench.load import Outcome
-from elastic_daemon.drill_report import StreamResult, first_difference
+from elastic_daemon.drill.report import StreamResult, first_difference
 
 NEAR_TIE = 0.125
 """Nats. Logits between 16 and 32 are this far apart in bfloat16: two tokens nearer than that are in no sure order."""

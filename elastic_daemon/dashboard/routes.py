@@ -8,7 +8,7 @@ from importlib import resources
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from elastic_daemon.http_errors import error_response
+from elastic_daemon.routes.http_errors import error_response
 
 PAGE = "index.html"
 

@@ -15,7 +15,7 @@ from elastic_daemon.engine.plan import rank_plan
 from elastic_daemon.engine.respread import Plan, Respreading, Sync, sync
 from elastic_daemon.engine.storing import Storing
 from elastic_daemon.engine.worker import ElasticWorker
-from elastic_daemon.messages import Message
+from elastic_daemon.processes.messages import Message
 from watchdog.heartbeat.layout import Phase
 
 log = structlog.get_logger(__name__)

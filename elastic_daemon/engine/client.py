@@ -34,7 +34,7 @@ from elastic_daemon.engine.group_view import Applied, Membership
 from elastic_daemon.engine.request_watch import RequestWatch
 from elastic_daemon.engine.resume import disown_output, resuming_params
 from elastic_daemon.requests import Entry, Handover, Ledger
-from elastic_daemon.trace_settings import ABORTED, GIVEN_UP, MOVED, RANK_LOST
+from elastic_daemon.telemetry.trace_settings import ABORTED, GIVEN_UP, MOVED, RANK_LOST
 
 log = structlog.get_logger(__name__)
 

@@ -20,9 +20,9 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from elastic_daemon.engine.plan import LocalExecutor, RankPlan
 from elastic_daemon.errors import ConfigError
-from elastic_daemon.flags import refusals
 from elastic_daemon.placement import PlacementError, slots_per_rank
-from elastic_daemon.trace_settings import traces_endpoint
+from elastic_daemon.settings.flags import refusals
+from elastic_daemon.telemetry.trace_settings import traces_endpoint
 
 CPU_KV_CACHE_BYTES = 256 << 20
 """Default KV cache of a CPU rank. vLLM's own default takes most of the machine's memory, for each rank."""

@@ -41,10 +41,10 @@ from elastic_daemon.engine.stream_counters import StreamCounters
 from elastic_daemon.engine.tiers import Loaded, load_slots
 from elastic_daemon.engine.worker import executor_worker
 from elastic_daemon.errors import Fenced, PeerLost
-from elastic_daemon.fence_word import FenceWord
-from elastic_daemon.logs import configure_logging
-from elastic_daemon.messages import ControlClient, Message
 from elastic_daemon.placement import Placement
+from elastic_daemon.processes.fence_word import FenceWord
+from elastic_daemon.processes.messages import ControlClient, Message
+from elastic_daemon.telemetry.logs import configure_logging
 from watchdog.heartbeat.layout import Phase
 
 log = structlog.get_logger(__name__)

@@ -17,7 +17,7 @@ import structlog
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from elastic_daemon.engine.stream_counters import StreamCounters
-from elastic_daemon.messages import Message
+from elastic_daemon.processes.messages import Message
 from watchdog.heartbeat.errors import PageNotCreated
 from watchdog.heartbeat.layout import Collective, Granularity, Phase
 from watchdog.heartbeat.page import HeartbeatWriter

@@ -24,7 +24,7 @@ from elastic_daemon.app import ControlPlane, make_control_app
 from elastic_daemon.engine.client import ElasticClient
 from elastic_daemon.engine.configure import Deployment
 from elastic_daemon.engine.plan import LocalExecutor
-from elastic_daemon.openapi import control_document, merged
+from elastic_daemon.routes.openapi import control_document, merged
 
 SERVED_ROUTES = frozenset(
     {

@@ -19,10 +19,10 @@ from elastic_daemon.engine.plan import rank_plan
 from elastic_daemon.engine.probe import probe
 from elastic_daemon.engine.stream_counters import StreamCounters
 from elastic_daemon.errors import ControlClosed
-from elastic_daemon.fence_word import FenceWord
-from elastic_daemon.lifeline import hold
-from elastic_daemon.logs import configure_logging
-from elastic_daemon.messages import ControlClient, Message
+from elastic_daemon.processes.fence_word import FenceWord
+from elastic_daemon.processes.lifeline import hold
+from elastic_daemon.processes.messages import ControlClient, Message
+from elastic_daemon.telemetry.logs import configure_logging
 from watchdog.heartbeat.layout import Phase
 
 log = structlog.get_logger(__name__)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 
-from elastic_daemon.admission import Queue
-from elastic_daemon.client_gaps import ClientGaps
+from elastic_daemon.gates.admission import Queue
+from elastic_daemon.telemetry.client_gaps import ClientGaps
 
 if TYPE_CHECKING:
-    from elastic_daemon.tracing import AttemptTraces
+    from elastic_daemon.telemetry.tracing import AttemptTraces
 
 
 class RequestWatch:

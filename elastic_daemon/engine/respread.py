@@ -18,8 +18,8 @@ import structlog
 import torch
 from torch.distributed import ProcessGroup, ReduceOp
 
-from elastic_daemon.messages import Message
 from elastic_daemon.placement import IntArray, Placement
+from elastic_daemon.processes.messages import Message
 
 log = structlog.get_logger(__name__)
 

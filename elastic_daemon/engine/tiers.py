@@ -14,8 +14,8 @@ from elastic_daemon.engine.experts import ExpertSlots, SlotContent
 from elastic_daemon.engine.host_copies import HostCopies
 from elastic_daemon.engine.respread import gb_per_s
 from elastic_daemon.errors import HostCopyUnusable
-from elastic_daemon.messages import Message
 from elastic_daemon.placement import Source
+from elastic_daemon.processes.messages import Message
 
 log = structlog.get_logger(__name__)
 

@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 from elastic_daemon.engine.compat import check_version
 from elastic_daemon.engine.devices import VISIBLE, choose_device
 from elastic_daemon.errors import ConfigError, ElasticError, StartError, engine_missing
-from elastic_daemon.logs import configure_logging
+from elastic_daemon.telemetry.logs import configure_logging
 
 _PR_SET_PDEATHSIG = 1
 
@@ -67,7 +67,7 @@ class Zygote:
         self._deployment: Any = None
 
     def run(self) -> None:
-        from elastic_daemon.messages import decode, encode
+        from elastic_daemon.processes.messages import decode, encode
 
         with self._connection.makefile("rb") as requests:
             for line in requests:

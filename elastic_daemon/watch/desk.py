@@ -12,9 +12,9 @@ from typing import Any, Protocol
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from elastic_daemon import protocol as p
-from elastic_daemon.events import EventLog
 from elastic_daemon.membership import ALIVE
-from elastic_daemon.metrics import Metrics
+from elastic_daemon.telemetry.events import EventLog
+from elastic_daemon.telemetry.metrics import Metrics
 from elastic_daemon.watch.gpus import AllowList, Listed
 from watchdog.heartbeat.page import page_path
 

@@ -12,8 +12,8 @@ import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from elastic_daemon.events import EventLog
-from elastic_daemon.launcher import Child, reap_adopted
+from elastic_daemon.processes.launcher import Child, reap_adopted
+from elastic_daemon.telemetry.events import EventLog
 from elastic_daemon.watch.upkeep import Deed, Upkeep, WatchMode, WatchState
 from watchdog.status import status_path
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from starlette.types import ASGIApp
 
-from elastic_daemon.barred_store import FILE_NAME as BARRED_FILE_NAME
-from elastic_daemon.barred_store import load_barred
 from elastic_daemon.config import Device, Settings
-from elastic_daemon.health import WatchdogView
+from elastic_daemon.routes.health import WatchdogView
+from elastic_daemon.state.barred_store import FILE_NAME as BARRED_FILE_NAME
+from elastic_daemon.state.barred_store import load_barred
 from elastic_daemon.watch.desk import Deployment, WatchdogDesk
 from elastic_daemon.watch.driver import GpusUnknown, ask_driver, known_gpus, simulate
 from elastic_daemon.watch.gpus import AllowList

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from elastic_daemon.drill_load import prompts_for, prompts_of
-from elastic_daemon.drill_sampling import GREEDY, PENALISED, Sampling, constrained, seeded
+from elastic_daemon.drill.load import prompts_for, prompts_of
+from elastic_daemon.drill.sampling import GREEDY, PENALISED, Sampling, constrained, seeded
 from tests.e2e.cluster import Cluster, Stream, assert_same, run_streams
 
 pytestmark = pytest.mark.chaos

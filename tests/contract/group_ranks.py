@@ -27,7 +27,7 @@ from elastic_daemon.engine.gloo import GlooGroup, peer_fault
 from elastic_daemon.engine.groups import EpochGroup, EpochGroups
 from elastic_daemon.engine.heartbeat import NoPage, Page, open_page
 from elastic_daemon.errors import PeerLost
-from elastic_daemon.store import RendezvousStore
+from elastic_daemon.processes.store import RendezvousStore
 
 SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload([__name__])

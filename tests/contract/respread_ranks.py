@@ -17,8 +17,8 @@ from elastic_daemon.engine.groups import EpochTransfers
 from elastic_daemon.engine.heartbeat import NoPage, Steps
 from elastic_daemon.engine.plan import RankPlan
 from elastic_daemon.engine.respread import sync
-from elastic_daemon.messages import Message
 from elastic_daemon.placement import IntArray, Placement
+from elastic_daemon.processes.messages import Message
 from tests.contract.group_ranks import GroupRank
 
 EPOCH = 1

@@ -11,7 +11,7 @@ import pytest
 
 from elastic_daemon.engine.core import ElasticEngineCore
 from elastic_daemon.errors import Fenced
-from elastic_daemon.fence_word import FenceWord
+from elastic_daemon.processes.fence_word import FenceWord
 
 pytestmark = pytest.mark.contract
 

@@ -20,7 +20,7 @@ from elastic_daemon.engine.client import ElasticClient, NotServed
 from elastic_daemon.engine.configure import Deployment
 from elastic_daemon.engine.openai_app import fail_in_flight, fail_requests
 from elastic_daemon.frontend import Frontend
-from elastic_daemon.messages import Message, decode
+from elastic_daemon.processes.messages import Message, decode
 from elastic_daemon.requests import MAX_DEATHS
 from tests.contract.engine_ends import input_address, output_address, request
 

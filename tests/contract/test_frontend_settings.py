@@ -9,12 +9,12 @@ from typing import Any, cast
 
 import pytest
 
-from elastic_daemon.access import AccessRules
 from elastic_daemon.config import Settings
 from elastic_daemon.engine.configure import Deployment
 from elastic_daemon.frontend import Frontend
-from elastic_daemon.frontend_link import frontend_settings
-from elastic_daemon.messages import decode, encode
+from elastic_daemon.gates.access import AccessRules
+from elastic_daemon.processes.frontend_link import frontend_settings
+from elastic_daemon.processes.messages import decode, encode
 
 
 class Front(Frontend):

@@ -18,7 +18,7 @@ from torch.distributed import HashStore, TCPStore
 from elastic_daemon.engine import gloo
 from elastic_daemon.engine.gloo import CONNECT_TIMEOUT
 from elastic_daemon.errors import PeerLost
-from elastic_daemon.store import RendezvousStore
+from elastic_daemon.processes.store import RendezvousStore
 from tests.contract.group_ranks import RankProcess, Ranks, all_do, build, checked, running
 from tests.timing import SLACK_S
 

@@ -11,9 +11,9 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
-from elastic_daemon.access import AccessRules
 from elastic_daemon.engine import openai_app
 from elastic_daemon.engine.configure import parse_flags
+from elastic_daemon.gates.access import AccessRules
 
 DOCUMENTS = {"/openapi.json", "/docs", "/docs/oauth2-redirect"}
 

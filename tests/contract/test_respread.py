@@ -16,8 +16,8 @@ from vllm.distributed.eplb.eplb_state import EplbModelState
 
 from elastic_daemon.engine.eplb import ElasticEplbState
 from elastic_daemon.engine.experts import SlotContent
-from elastic_daemon.messages import Message
 from elastic_daemon.placement import Placement, initial
+from elastic_daemon.processes.messages import Message
 from tests.contract.group_ranks import RankProcess, Ranks, all_do, build, checked, running
 from tests.contract.respread_ranks import EPOCH, ServingRank
 

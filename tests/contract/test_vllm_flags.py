@@ -9,8 +9,8 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from elastic_daemon.engine.configure import DP_SYNC_INTERVAL, parse_flags
-from elastic_daemon.flags import OURS, REFUSED, REFUSED_LOAD_FORMATS, REFUSED_ON, Refusal, refusals
-from elastic_daemon.settings_table import MASK, SECRET_ENGINE_FLAGS, mask_flags
+from elastic_daemon.settings.flags import OURS, REFUSED, REFUSED_LOAD_FORMATS, REFUSED_ON, Refusal, refusals
+from elastic_daemon.settings.settings_table import MASK, SECRET_ENGINE_FLAGS, mask_flags
 
 pytestmark = pytest.mark.contract
 

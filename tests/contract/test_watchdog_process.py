@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_daemon.events import EventLog
+from elastic_daemon.telemetry.events import EventLog
 from elastic_daemon.watch.driver import simulate
 from elastic_daemon.watch.process import WatchdogProcess
 from elastic_daemon.watch.upkeep import WatchMode, WatchState
@@ -27,7 +27,7 @@ TIMEOUT_S = 30.0
 PARENT = """
 import asyncio, sys
 from pathlib import Path
-from elastic_daemon.events import EventLog
+from elastic_daemon.telemetry.events import EventLog
 from elastic_daemon.watch.process import WatchdogProcess
 from elastic_daemon.watch.upkeep import WatchMode
 

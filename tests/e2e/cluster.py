@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 
-from elastic_daemon.drill_load import prompts_for
+from elastic_daemon.drill.load import prompts_for
 
 START_TIMEOUT_S = 180.0
 

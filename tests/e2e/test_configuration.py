@@ -18,7 +18,7 @@ import httpx
 import pytest
 import schemathesis
 
-from elastic_daemon.control_routes import CONTROL_PATHS, CONTROL_TEMPLATES
+from elastic_daemon.routes.control_routes import CONTROL_PATHS, CONTROL_TEMPLATES
 from tests.certificates import Issued, issued
 from tests.documented import OVER_TLS
 from tests.documents import ROOT

@@ -16,7 +16,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from elastic_daemon.control_routes import CONTROL_PATHS, CONTROL_TEMPLATES
+from elastic_daemon.routes.control_routes import CONTROL_PATHS, CONTROL_TEMPLATES
 from tests.e2e.cluster import PROMPTS, Cluster, assert_same, run_streams
 
 pytestmark = pytest.mark.e2e

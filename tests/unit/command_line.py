@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import uvicorn
 
-from elastic_daemon.access import AccessGuard, AccessRules
 from elastic_daemon.app import make_control_app
 from elastic_daemon.cli import main
-from elastic_daemon.runtime_dir import http_socket
+from elastic_daemon.gates.access import AccessGuard, AccessRules
+from elastic_daemon.processes.runtime_dir import http_socket
 from tests.certificates import Issued
 from tests.unit.operator_plane import OperatorPlane
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from elastic_daemon.drill_report import StreamResult
+from elastic_daemon.drill.report import StreamResult
 
 
 def stream(prompt: str = "p", tokens: tuple[int, ...] = (5, 6, 7), **changes: Any) -> StreamResult:

@@ -6,12 +6,12 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 from elastic_daemon import protocol as p
-from elastic_daemon.control_state import Phase
+from elastic_daemon.control.control_state import Phase
+from elastic_daemon.control.gpu_pool import GpuPool
+from elastic_daemon.control.policy import Policy
 from elastic_daemon.controller import Controller
-from elastic_daemon.gpu_pool import GpuPool
 from elastic_daemon.membership import IN_GROUP, MEMBERS, RankState, Status
 from elastic_daemon.placement import Placement, initial
-from elastic_daemon.policy import Policy
 
 A = TypeVar("A")
 

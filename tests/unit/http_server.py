@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import uvicorn
 from starlette.types import ASGIApp
 
-from elastic_daemon.limits import BoundedHttp
+from elastic_daemon.gates.limits import BoundedHttp
 
 
 @contextlib.asynccontextmanager

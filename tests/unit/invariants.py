@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from elastic_daemon import protocol as p
-from elastic_daemon.control_state import Phase
+from elastic_daemon.control.control_state import Phase
+from elastic_daemon.control.deadlines import Wait
+from elastic_daemon.control.gpu_pool import GpuPool
+from elastic_daemon.control.policy import Policy
 from elastic_daemon.controller import Controller
-from elastic_daemon.deadlines import Wait
-from elastic_daemon.gpu_pool import GpuPool
 from elastic_daemon.membership import Status
 from elastic_daemon.placement import Placement, Source
-from elastic_daemon.policy import Policy
 from tests.unit.poison import Poison
 
 SERVING = (Status.OK, Status.DEGRADED)

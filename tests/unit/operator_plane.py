@@ -9,16 +9,16 @@ from collections import deque
 from typing import Any
 
 from elastic_daemon import protocol as p
+from elastic_daemon.control.policy import Policy
 from elastic_daemon.controller import Controller
-from elastic_daemon.events import EventLog
-from elastic_daemon.health import HealthView
 from elastic_daemon.membership import Status
-from elastic_daemon.metrics import Metrics
-from elastic_daemon.operations import OperationDesk
 from elastic_daemon.placement import initial
-from elastic_daemon.placement_view import PlacementView
-from elastic_daemon.policy import Policy
-from elastic_daemon.recovery_history import RecoveryHistory
+from elastic_daemon.routes.health import HealthView
+from elastic_daemon.routes.operations import OperationDesk
+from elastic_daemon.routes.placement_view import PlacementView
+from elastic_daemon.routes.recovery_history import RecoveryHistory
+from elastic_daemon.telemetry.events import EventLog
+from elastic_daemon.telemetry.metrics import Metrics
 
 LAYERS = 2
 POLICY = Policy(target=4, experts=16, slots=8, max_ranks=6, join_delay_s=0.0)

@@ -16,12 +16,12 @@ from functools import cache
 from typing import Any
 
 from elastic_daemon import protocol as p
-from elastic_daemon.control_state import Phase
-from elastic_daemon.gpu_pool import GpuPool
+from elastic_daemon.control.control_state import Phase
+from elastic_daemon.control.gpu_pool import GpuPool
+from elastic_daemon.control.policy import Policy
 from elastic_daemon.membership import Status
 from elastic_daemon.placement import EMPTY, Placement, initial, slots_per_rank
-from elastic_daemon.policy import Policy
-from elastic_daemon.rank_messages import RankAction
+from elastic_daemon.processes.rank_messages import RankAction
 from tests.unit.invariants import SERVING, Books, Process
 from tests.unit.poison import Poison
 

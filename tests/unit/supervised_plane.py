@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 
 from elastic_daemon.app import make_control_app
-from elastic_daemon.health import HealthView
 from elastic_daemon.membership import RankState, Status
 from elastic_daemon.protocol import HealthSnapshot, RankHealth
+from elastic_daemon.routes.health import HealthView
 from tests.unit.operator_plane import OperatorPlane
 
 SNAPSHOT = HealthSnapshot(

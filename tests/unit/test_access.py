@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from elastic_daemon.access import AccessGuard, AccessRules, is_loopback
+from elastic_daemon.gates.access import AccessGuard, AccessRules, is_loopback
 
 PATHS = ("/health", "/livez", "/readyz", "/metrics", "/events", "/experts", "/v1/completions", "/tokenize", "/docs")
 ORDERS = (

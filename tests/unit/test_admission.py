@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_daemon.admission import FEWEST, LONGEST_RETRY_S, WINDOW_S, Departures, Limits, Queue, retry_after
 from elastic_daemon.config import Settings
+from elastic_daemon.gates.admission import FEWEST, LONGEST_RETRY_S, WINDOW_S, Departures, Limits, Queue, retry_after
 
 LIMITS = Limits(max_waiting=100, queue_timeout_s=30.0)
 RATES = st.none() | st.floats(0.01, 1e4)

@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from elastic_daemon.admission import FEWEST, Limits, Queue, requests_in
-from elastic_daemon.admission_gate import AdmissionGate, BatchGate
+from elastic_daemon.gates.admission import FEWEST, Limits, Queue, requests_in
+from elastic_daemon.gates.admission_gate import AdmissionGate, BatchGate
 from tests.unit.http_server import serving
 
 

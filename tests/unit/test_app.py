@@ -12,11 +12,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.routing import Route
 
 from elastic_daemon.app import make_control_app
-from elastic_daemon.control_routes import CONTROL_PATHS, CONTROL_TEMPLATES, is_control_path, is_order
 from elastic_daemon.errors import ControlClosed
-from elastic_daemon.events import KEPT
 from elastic_daemon.membership import RankState, Status
 from elastic_daemon.protocol import RecoveryKind, RecoveryReport, RequestCounts
+from elastic_daemon.routes.control_routes import CONTROL_PATHS, CONTROL_TEMPLATES, is_control_path, is_order
+from elastic_daemon.telemetry.events import KEPT
 from tests.unit.supervised_plane import SNAPSHOT, Plane, asking
 
 

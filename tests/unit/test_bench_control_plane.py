@@ -6,7 +6,7 @@ import math
 
 from bench.asker import ROUTES, Answer
 from bench.control_plane import Measured, as_json, bucket_quantile, parser, quantile, render
-from elastic_daemon.operator_commands import make_console
+from elastic_daemon.commands.operator_commands import make_console
 
 
 def test_quantiles() -> None:

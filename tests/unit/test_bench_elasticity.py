@@ -19,7 +19,7 @@ from bench.elastic_run import Plan, Results, Windows
 from bench.footprint import RANKS, Footprint, Process, descendants, lasting_growth, memory_growth, rank_growth, role_of
 from bench.load import Outcome, Traffic, Window
 from bench.machine import Machine
-from elastic_daemon.drill_report import Delay
+from elastic_daemon.drill.report import Delay
 from tests.unit.drill_stream import stream_of as stream
 
 

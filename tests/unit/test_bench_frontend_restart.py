@@ -9,7 +9,7 @@ import pytest
 
 from bench import frontend_restart
 from bench.frontend_restart import Measured, Restart, parser, render
-from elastic_daemon.operator_commands import make_console
+from elastic_daemon.commands.operator_commands import make_console
 from tests.unit.http_server import serving
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from bench.gpu.repeats import compared
 from bench.gpu.tokens import Judged, token_change
-from elastic_daemon.drill_report import StreamResult
-from elastic_daemon.drill_sampling import PENALISED, Sampling, constrained, seeded
+from elastic_daemon.drill.report import StreamResult
+from elastic_daemon.drill.sampling import PENALISED, Sampling, constrained, seeded
 from tests.unit.drill_stream import stream_of as stream
 
 

@@ -19,7 +19,7 @@ from bench.ours import Ours
 from bench.plan import LOSSES_PER_LIFE, RANKS, Fault, Phase, plan
 from bench.report import Report, render
 from bench.stock import COLD, PREIMPORTED, Failure, Start, Stock, judge_failure
-from elastic_daemon.drill_report import Delay, Spread, StreamResult
+from elastic_daemon.drill.report import Delay, Spread, StreamResult
 
 
 def stream(*arrivals: float, started: float = 0.0, prompt: str = "a", **fields: Any) -> StreamResult:

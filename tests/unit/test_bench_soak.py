@@ -13,7 +13,7 @@ from rich.console import Console
 
 from bench.soak import Load, Seen, Soak, as_json, parser, render, wrong
 from bench.soak_noise import APPLICATION_XIDS, QUIET_XIDS, Made, Noise
-from elastic_daemon.drill_report import StreamResult
+from elastic_daemon.drill.report import StreamResult
 from watchdog.signals import SignalClass, load_table
 
 STREAM = StreamResult("count", (1, 2, 3), "a b c", "length", 3, None, 0.0, 1.0, (0.1, 0.2, 0.9))

@@ -13,15 +13,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_daemon import capacity_plan
-from elastic_daemon.capacity_plan import GIB, Failures, ModelSize, Option, downtime, failed_gpus, options, recommended
 from elastic_daemon.cli import main
+from elastic_daemon.commands.capacity_plan import (
+    GIB,
+    Failures,
+    ModelSize,
+    Option,
+    downtime,
+    failed_gpus,
+    options,
+    recommended,
+)
+from elastic_daemon.commands.model_size import moe_layers, read_model_size
+from elastic_daemon.commands.plan_command import percent
+from elastic_daemon.config import BUNDLED_MODEL
 from elastic_daemon.errors import ConfigError
-from elastic_daemon.model_size import moe_layers, read_model_size
 from elastic_daemon.placement import PlacementError, expert_safety, initial, survivable_losses
-from elastic_daemon.plan_command import percent
 
-TINY_MOE = Path(capacity_plan.__file__).parent / "models" / "tiny_moe"
+TINY_MOE = BUNDLED_MODEL
 DEEPSEEK = ModelSize(experts=256, layers=58, expert_bytes=44e6, other_bytes=17e9)
 
 rates = st.builds(Failures, st.floats(10, 1e6), st.floats(0, 1000), st.floats(0, 100))

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from elastic_daemon.access import AccessRules
-from elastic_daemon.client_tls import client_tls
-from elastic_daemon.drill import run_streams
-from elastic_daemon.operator_commands import Target, follow
-from elastic_daemon.sources import Sources
-from elastic_daemon.tls import Tls
+from elastic_daemon.commands.client_tls import client_tls
+from elastic_daemon.commands.operator_commands import Target, follow
+from elastic_daemon.drill.drill import run_streams
+from elastic_daemon.gates.access import AccessRules
+from elastic_daemon.gates.tls import Tls
+from elastic_daemon.settings.sources import Sources
 from tests.certificates import Issued, certificate, issued
 from tests.unit.command_line import Server, run, serving
 from tests.unit.operator_plane import OperatorPlane

@@ -9,7 +9,7 @@ import pytest
 
 from elastic_daemon.config import BUNDLED_MODEL, BUNDLED_NAME, Device, admin_header, default_runtime_dir
 from elastic_daemon.errors import ConfigError
-from elastic_daemon.sources import CONFIG_VARIABLE, load_settings
+from elastic_daemon.settings.sources import CONFIG_VARIABLE, load_settings
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from elastic_daemon import control_server
-from elastic_daemon.control_server import ControlServer, Peer
 from elastic_daemon.errors import ControlClosed
-from elastic_daemon.messages import MAX_LINE_BYTES, ControlClient, Message, decode, encode
+from elastic_daemon.processes import control_server
+from elastic_daemon.processes.control_server import ControlServer, Peer
+from elastic_daemon.processes.messages import MAX_LINE_BYTES, ControlClient, Message, decode, encode
 
 
 class Child:

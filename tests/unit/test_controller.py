@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from elastic_daemon import protocol as p
-from elastic_daemon.control_state import Phase
+from elastic_daemon.control.control_state import Phase
 from elastic_daemon.membership import RankState, Status
 from tests.unit.driver import LAYERS, POLICY, SYNCED, Shell, of, published, too_few
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from elastic_daemon import protocol as p
-from elastic_daemon.control_state import Phase
+from elastic_daemon.control.control_state import Phase
+from elastic_daemon.control.policy import Policy
 from elastic_daemon.membership import MEMBERS, RankState, Status
 from elastic_daemon.placement import missing
-from elastic_daemon.policy import Policy
 from tests.unit.driver import POLICY, SYNCED, Shell, of, published, too_few
 
 # --- losing ranks ----------------------------------------------------------------------------------------------------

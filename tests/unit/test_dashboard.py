@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from elastic_daemon import dashboard
-from elastic_daemon.access import AccessGuard, AccessRules
 from elastic_daemon.app import make_control_app
+from elastic_daemon.gates.access import AccessGuard, AccessRules
 from tests.unit.operator_plane import OperatorPlane
 
 STATIC = Path(dashboard.__file__).parent / "static"

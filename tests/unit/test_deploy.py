@@ -13,11 +13,11 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from elastic_daemon.control.recovery import Timer
 from elastic_daemon.membership import RankState, Status
-from elastic_daemon.metrics import PRESERVED, Metrics
 from elastic_daemon.placement import Source
 from elastic_daemon.protocol import RecoveryKind
-from elastic_daemon.recovery import Timer
+from elastic_daemon.telemetry.metrics import PRESERVED, Metrics
 from tests.unit.test_metrics import EXPORTED, VIEW
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,18 +19,18 @@ from bench.frontend_restart import parser as frontend_restart_parser
 from bench.gpu_drill import make_parser as gpu_drill_parser
 from bench.recovery import parser as bench_parser
 from bench.soak import parser as soak_parser
-from elastic_daemon import messages
 from elastic_daemon.cli import make_parser
+from elastic_daemon.commands.order_commands import ORDER_COMMANDS
 from elastic_daemon.config import Settings
-from elastic_daemon.control_routes import CONTROL_PATHS
-from elastic_daemon.flags import REFUSED, REFUSED_ON
-from elastic_daemon.health import HealthView
+from elastic_daemon.control.recovery import Timer
 from elastic_daemon.membership import RankState, Status
-from elastic_daemon.order_commands import ORDER_COMMANDS
 from elastic_daemon.placement import expert_safety, initial, slots_per_rank, survivable_losses
+from elastic_daemon.processes import messages
+from elastic_daemon.processes.runtime_dir import SOCKET_NAMES
 from elastic_daemon.protocol import HealthSnapshot, RankHealth, RecoveryKind, RecoveryReport, RequestCounts
-from elastic_daemon.recovery import Timer
-from elastic_daemon.runtime_dir import SOCKET_NAMES
+from elastic_daemon.routes.control_routes import CONTROL_PATHS
+from elastic_daemon.routes.health import HealthView
+from elastic_daemon.settings.flags import REFUSED, REFUSED_ON
 from tests.documents import DOCUMENTS, FENCE, ROOT, prose, spans
 from tests.unit.test_metrics import EXPORTED
 from watchdog.cli import make_parser as watchdog_parser

@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from elastic_daemon.cli import make_parser
-from elastic_daemon.drill import (
+from elastic_daemon.commands.operator_commands import Target
+from elastic_daemon.drill.drill import (
     Daemon,
     Moment,
     Options,
@@ -22,7 +23,7 @@ from elastic_daemon.drill import (
     prompts_for,
     scheduling_probe,
 )
-from elastic_daemon.drill_report import (
+from elastic_daemon.drill.report import (
     Delay,
     DrillResult,
     Run,
@@ -34,7 +35,6 @@ from elastic_daemon.drill_report import (
     render,
 )
 from elastic_daemon.errors import ConfigError
-from elastic_daemon.operator_commands import Target
 from tests.unit.drill_stream import stream
 
 

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from elastic_daemon.drill import (
+from elastic_daemon.drill.drill import (
     Fault,
     Moment,
     Victim,
     victims_of,
 )
-from elastic_daemon.drill_report import (
+from elastic_daemon.drill.report import (
     Delay,
 )
 from elastic_daemon.errors import ConfigError

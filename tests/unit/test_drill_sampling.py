@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from bench.load import Load, Outcome
-from elastic_daemon.drill_load import prompts_for, prompts_of, run_streams
-from elastic_daemon.drill_sampling import GREEDY, PENALISED, constrained, samplings_for, seeded
+from elastic_daemon.drill.load import prompts_for, prompts_of, run_streams
+from elastic_daemon.drill.sampling import GREEDY, PENALISED, constrained, samplings_for, seeded
 
 CHUNK = {"choices": [{"text": "a", "token_ids": [7], "finish_reason": "length"}]}
 USAGE = {"choices": [], "usage": {"completion_tokens": 1}}

@@ -14,18 +14,18 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from elastic_daemon.client_tls import client_tls
-from elastic_daemon.drill import (
+from elastic_daemon.commands.client_tls import client_tls
+from elastic_daemon.commands.operator_commands import Target
+from elastic_daemon.drill.drill import (
     Daemon,
     Display,
     Options,
     _watched_run,
     run_streams,
 )
-from elastic_daemon.drill_report import (
+from elastic_daemon.drill.report import (
     StreamResult,
 )
-from elastic_daemon.operator_commands import Target
 from tests.certificates import issued
 
 

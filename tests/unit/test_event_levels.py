@@ -9,9 +9,9 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from elastic_daemon.event_levels import LEVELS, ORDINARY, level_of
-from elastic_daemon.events import EventLog
-from elastic_daemon.logs import configure_logging
+from elastic_daemon.telemetry.event_levels import LEVELS, ORDINARY, level_of
+from elastic_daemon.telemetry.events import EventLog
+from elastic_daemon.telemetry.logs import configure_logging
 from tests.documents import ROOT
 
 ROW = re.compile(r"^\| (`\w+`(?:, `\w+`)*) \| (\w+)(; .*?)? \|", re.MULTILINE)

@@ -12,8 +12,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from elastic_daemon.app import make_control_app
-from elastic_daemon.event_stream import MAX_STREAMS, Patience
-from elastic_daemon.events import KEPT
+from elastic_daemon.routes.event_stream import MAX_STREAMS, Patience
+from elastic_daemon.telemetry.events import KEPT
 from tests.unit.supervised_plane import Plane, asking
 
 

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Summary, generate_latest
 from prometheus_client.metrics_core import Metric
 
-from elastic_daemon.exposition import Exposition
+from elastic_daemon.telemetry.exposition import Exposition
 
 ODD = str.maketrans("+-.", "___")
 

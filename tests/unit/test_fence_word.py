@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from elastic_daemon import protocol as p
-from elastic_daemon.control_server import Peer
-from elastic_daemon.fence_word import FenceWord
-from elastic_daemon.rank_peers import RankPeers
+from elastic_daemon.processes.control_server import Peer
+from elastic_daemon.processes.fence_word import FenceWord
+from elastic_daemon.processes.rank_peers import RankPeers
 
 READER = """
 import sys
 from pathlib import Path
-from elastic_daemon.fence_word import FenceWord
+from elastic_daemon.processes.fence_word import FenceWord
 
 word = FenceWord(Path(sys.argv[1]))
 for _ in sys.stdin:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from elastic_daemon.flags import OURS, REFUSED, REFUSED_LOAD_FORMATS, REFUSED_ON, Refusal, refusals
+from elastic_daemon.settings.flags import OURS, REFUSED, REFUSED_LOAD_FORMATS, REFUSED_ON, Refusal, refusals
 
 TABLE = (*REFUSED, *REFUSED_ON["cpu"])
 

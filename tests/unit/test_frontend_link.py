@@ -8,12 +8,12 @@ from typing import Any, cast
 import pytest
 from structlog.testing import capture_logs
 
-from elastic_daemon import frontend_link
 from elastic_daemon.config import Settings
-from elastic_daemon.control_server import Peer
-from elastic_daemon.events import EventLog
-from elastic_daemon.frontend_link import FrontendLink, frontend_settings
-from elastic_daemon.metrics import Metrics
+from elastic_daemon.processes import frontend_link
+from elastic_daemon.processes.control_server import Peer
+from elastic_daemon.processes.frontend_link import FrontendLink, frontend_settings
+from elastic_daemon.telemetry.events import EventLog
+from elastic_daemon.telemetry.metrics import Metrics
 
 
 class FakePeer:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_daemon.gpu_pool import NOT_THERE, GpuPool
+from elastic_daemon.control.gpu_pool import NOT_THERE, GpuPool
 from elastic_daemon.protocol import GpuSeen
 
 UUIDS = ("GPU-a", "GPU-b", "GPU-c", "GPU-d")

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from elastic_daemon.health import HealthView, WatchdogView, url_of
 from elastic_daemon.membership import RankState, Status
 from elastic_daemon.protocol import HealthSnapshot, RankHealth, RecoveryKind, RecoveryReport, RequestCounts
+from elastic_daemon.routes.health import HealthView, WatchdogView, url_of
 
 REPORT = RecoveryReport(
     epoch=7,

@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from elastic_daemon import cli, operator_commands
+from elastic_daemon import cli
 from elastic_daemon.cli import make_parser
+from elastic_daemon.commands import operator_commands
+from elastic_daemon.commands.operator_commands import make_console
+from elastic_daemon.control.service_control import EXIT_FRONTEND, EXIT_START, EXIT_STOPPED
 from elastic_daemon.errors import StartError
 from elastic_daemon.membership import Status
-from elastic_daemon.operator_commands import make_console
-from elastic_daemon.service_control import EXIT_FRONTEND, EXIT_START, EXIT_STOPPED
 from tests.unit.command_line import run, serving
 from tests.unit.test_operator_commands import Plane
 from watchdog.cli import main as watchdog_main
@@ -137,7 +138,7 @@ def _drill(ends: int | Exception) -> Callable[[Here], int]:
                 raise ends
             return ends
 
-        here[1].setattr("elastic_daemon.drill.drill", ended)
+        here[1].setattr("elastic_daemon.drill.drill.drill", ended)
         return run("drill", "--runtime-dir", str(here[0]))
 
     return do
@@ -267,7 +268,8 @@ def test_logs_honour_no_color(no_color: str) -> None:
     import pty
 
     code = (
-        "from elastic_daemon import logs; import structlog; logs.configure_logging(); structlog.get_logger().info('x')"
+        "from elastic_daemon.telemetry.logs import configure_logging; configure_logging()\n"
+        "import structlog; structlog.get_logger().info('x')"
     )
     main, terminal = pty.openpty()
     env = {**os.environ, "ELASTIC_LOG_FORMAT": "text", "TERM": "xterm", "NO_COLOR": no_color}

@@ -32,7 +32,7 @@ import watchdog.journal
 watchdog.journal.SOCKET = sys.argv[2]
 if sys.argv[1] == "daemon":
     import structlog
-    from elastic_daemon.logs import configure_logging
+    from elastic_daemon.telemetry.logs import configure_logging
     log = structlog.get_logger()
 else:
     from watchdog.logs import configure_logging, log

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from elastic_daemon.errors import ConfigError, ControlClosed, StartError
-from elastic_daemon.launcher import CHILD_ENVIRONMENT, LOOPBACK_ONLY, Child, Zygote, child_environment
-from elastic_daemon.messages import MAX_LINE_BYTES, Message, decode, encode
+from elastic_daemon.processes.launcher import CHILD_ENVIRONMENT, LOOPBACK_ONLY, Child, Zygote, child_environment
+from elastic_daemon.processes.messages import MAX_LINE_BYTES, Message, decode, encode
 
 
 def test_defaults_reach_children(monkeypatch: pytest.MonkeyPatch) -> None:

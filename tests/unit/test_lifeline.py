@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from elastic_daemon.lifeline import follow
+from elastic_daemon.processes.lifeline import follow
 
 HOLDER = """
 import sys, threading, time
 from pathlib import Path
-from elastic_daemon.lifeline import hold
+from elastic_daemon.processes.lifeline import hold
 
 hold(Path(sys.argv[1]))
 memory = bytearray(int(sys.argv[2]) << 20)

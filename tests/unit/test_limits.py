@@ -18,11 +18,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from elastic_daemon.answering import Answering
 from elastic_daemon.config import Settings
 from elastic_daemon.errors import ConfigError
-from elastic_daemon.limits import MAX_HEADER_BYTES, MAX_HEADERS, SizeLimits
-from elastic_daemon.sources import Sources
+from elastic_daemon.gates.answering import Answering
+from elastic_daemon.gates.limits import MAX_HEADER_BYTES, MAX_HEADERS, SizeLimits
+from elastic_daemon.settings.sources import Sources
 from elastic_daemon.tasks import Tasks
 from tests.certificates import certificate
 from tests.unit.http_server import serving

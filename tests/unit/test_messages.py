@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_daemon.errors import ControlClosed
-from elastic_daemon.messages import ControlClient, Message, decode, encode
+from elastic_daemon.processes.messages import ControlClient, Message, decode, encode
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),

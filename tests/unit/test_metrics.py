@@ -10,17 +10,17 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from elastic_daemon import exposition
 from elastic_daemon.app import make_control_app
-from elastic_daemon.client_gaps import ClientGaps
 from elastic_daemon.config import Settings
-from elastic_daemon.health import HealthView, WatchdogView
-from elastic_daemon.loop_lag import watch_lag
 from elastic_daemon.membership import Status
-from elastic_daemon.metrics import Metrics
 from elastic_daemon.protocol import RecoveryKind, RecoveryReport, RequestCounts
-from elastic_daemon.recovery_history import KEPT
+from elastic_daemon.routes.health import HealthView, WatchdogView
+from elastic_daemon.routes.recovery_history import KEPT
 from elastic_daemon.supervisor import Supervisor
+from elastic_daemon.telemetry import exposition
+from elastic_daemon.telemetry.client_gaps import ClientGaps
+from elastic_daemon.telemetry.loop_lag import watch_lag
+from elastic_daemon.telemetry.metrics import Metrics
 from tests.unit.operator_plane import OperatorPlane
 
 EXPORTED = {

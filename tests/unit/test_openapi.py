@@ -11,11 +11,11 @@ import schemathesis
 from requests.exceptions import ChunkedEncodingError, ConnectionError, ReadTimeout
 from urllib3.exceptions import ReadTimeoutError
 
-from elastic_daemon.access import AccessGuard, AccessRules
 from elastic_daemon.app import ControlPlane, make_control_app
-from elastic_daemon.control_routes import CONTROL_PATHS, CONTROL_TEMPLATES, is_order
-from elastic_daemon.limits import SizeLimits
-from elastic_daemon.openapi import BODIES, control_document, merged
+from elastic_daemon.gates.access import AccessGuard, AccessRules
+from elastic_daemon.gates.limits import SizeLimits
+from elastic_daemon.routes.control_routes import CONTROL_PATHS, CONTROL_TEMPLATES, is_order
+from elastic_daemon.routes.openapi import BODIES, control_document, merged
 from tests.fuzzing import fuzz
 from tests.unit.operator_plane import OperatorPlane
 

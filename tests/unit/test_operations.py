@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import pytest
 
-from elastic_daemon import operations
 from elastic_daemon import protocol as p
 from elastic_daemon.errors import OrderUnanswered
-from elastic_daemon.operations import HTTP_STATUS, KEPT, OperationDesk, new_id
 from elastic_daemon.protocol import OperationKind, OperationReport, OperationState
+from elastic_daemon.routes import operations
+from elastic_daemon.routes.operations import HTTP_STATUS, KEPT, OperationDesk, new_id
 
 RUNNING = OperationReport("op-1", OperationKind.SCALE, OperationState.RUNNING, "moving requests", "", 3, 4, (3,), 1.0)
 DONE = dataclasses.replace(RUNNING, state=OperationState.DONE, message="serving with 3 ranks", ended=2.0)

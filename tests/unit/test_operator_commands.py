@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from elastic_daemon import operator_commands
 from elastic_daemon.cli import make_parser
+from elastic_daemon.commands import operator_commands
+from elastic_daemon.commands.operator_commands import Target, age, describe_recovery, follow, format_event, status_view
 from elastic_daemon.errors import DaemonUnreachable
-from elastic_daemon.health import HealthView
 from elastic_daemon.membership import RankState, Status
-from elastic_daemon.operator_commands import Target, age, describe_recovery, follow, format_event, status_view
 from elastic_daemon.protocol import HealthSnapshot, RankHealth, RecoveryKind, RecoveryReport, RequestCounts
+from elastic_daemon.routes.health import HealthView
 from tests.unit.command_line import Server, run, serving
 from tests.unit.operator_plane import OperatorPlane
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_daemon import operations
 from elastic_daemon.app import make_control_app
-from elastic_daemon.order_bodies import MAX_BODY_BYTES
+from elastic_daemon.routes import operations
+from elastic_daemon.routes.order_bodies import MAX_BODY_BYTES
 from tests.unit.operator_plane import GPU, OperatorPlane
 
 DEEDS = ("drain", "exclude", "release")

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from elastic_daemon import order_commands
-from elastic_daemon.access import AccessRules
+from elastic_daemon.commands import order_commands
+from elastic_daemon.commands.operator_commands import Target
+from elastic_daemon.commands.order_commands import Orders, describe, follow
 from elastic_daemon.errors import OrderUnanswered
-from elastic_daemon.operator_commands import Target
-from elastic_daemon.order_commands import Orders, describe, follow
+from elastic_daemon.gates.access import AccessRules
 from tests.unit.command_line import Server, run, serving
 from tests.unit.operator_plane import GPU, OperatorPlane
 

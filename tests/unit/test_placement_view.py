@@ -11,9 +11,9 @@ import pytest
 
 from elastic_daemon.app import make_control_app
 from elastic_daemon.placement import EMPTY, Placement, copies, expert_safety, initial
-from elastic_daemon.placement_view import PlacementView
 from elastic_daemon.protocol import RecoveryKind, RecoveryReport, RequestCounts
-from elastic_daemon.recovery_history import KEPT, RecoveryHistory
+from elastic_daemon.routes.placement_view import PlacementView
+from elastic_daemon.routes.recovery_history import KEPT, RecoveryHistory
 from tests.unit.operator_plane import OperatorPlane
 
 # Two layers of three experts. Rank 5 holds expert 0 of layer 0 twice, which is one copy.

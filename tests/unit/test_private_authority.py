@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from elastic_daemon.access import AccessRules
-from elastic_daemon.client_tls import client_tls
-from elastic_daemon.drill import Daemon
+from elastic_daemon.commands.client_tls import client_tls
+from elastic_daemon.commands.operator_commands import Target, follow
+from elastic_daemon.drill.drill import Daemon
 from elastic_daemon.errors import ConfigError
-from elastic_daemon.operator_commands import Target, follow
-from elastic_daemon.sources import Sources
+from elastic_daemon.gates.access import AccessRules
+from elastic_daemon.settings.sources import Sources
 from tests.certificates import Issued, issued
 from tests.unit.command_line import Server, run, serving
 from tests.unit.operator_plane import OperatorPlane

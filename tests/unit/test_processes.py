@@ -10,8 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from elastic_daemon.lifeline import hold
-from elastic_daemon.processes import Processes
+from elastic_daemon.processes.children import Processes
+from elastic_daemon.processes.lifeline import hold
 
 IDENTITY = (2, 7)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from elastic_daemon import protocol as p
-from elastic_daemon.control_state import Phase
+from elastic_daemon.control.control_state import Phase
 from elastic_daemon.membership import Status
 from tests.unit.driver import POLICY, Shell, of
 from tests.unit.test_rejoin import degraded

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from elastic_daemon import protocol as p
-from elastic_daemon.messages import Message, decode, encode
 from elastic_daemon.placement import Placement, SlotLoad, Source
-from elastic_daemon.rank_messages import rank_event, rank_message
+from elastic_daemon.processes.messages import Message, decode, encode
+from elastic_daemon.processes.rank_messages import rank_event, rank_message
 
 IDENTITY = (2, 7)
 PLACEMENT = Placement(3, {0: np.array([[0, 1]]), 2: np.array([[2, 0]])})

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from elastic_daemon import protocol as p
-from elastic_daemon.gpu_pool import GpuPool
+from elastic_daemon.control.gpu_pool import GpuPool
 from elastic_daemon.membership import RankState, Status
 from tests.unit.driver import POLICY, Shell, events, of, published
 

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from elastic_daemon.http_errors import error_response, unavailable
+from elastic_daemon.routes.http_errors import error_response, unavailable
 from tests.unit.command_line import run
 from tests.unit.http_server import serving
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from elastic_daemon import protocol as p
-from elastic_daemon.comebacks import Comebacks
-from elastic_daemon.control_state import Phase
+from elastic_daemon.control.comebacks import Comebacks
+from elastic_daemon.control.control_state import Phase
 from elastic_daemon.membership import RankState, Status
 from tests.unit.driver import POLICY, Shell, of, published
 

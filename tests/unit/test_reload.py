@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from elastic_daemon.config import Settings
 from elastic_daemon.errors import ConfigError
-from elastic_daemon.events import EventLog
-from elastic_daemon.reload import Reloader, compare
-from elastic_daemon.settings_table import reloadable
-from elastic_daemon.sources import Sources
-from elastic_daemon.start_policy import with_settings
+from elastic_daemon.settings.reload import Reloader, compare
+from elastic_daemon.settings.settings_table import reloadable
+from elastic_daemon.settings.sources import Sources
+from elastic_daemon.settings.start_policy import with_settings
+from elastic_daemon.telemetry.events import EventLog
 from tests.unit.operator_plane import POLICY, OperatorPlane
 
 OTHER = {

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from elastic_daemon.config import BUNDLED_FLAGS, Settings
 from elastic_daemon.errors import ConfigError
-from elastic_daemon.resolve import (
+from elastic_daemon.settings.resolve import (
     Given,
     as_flags,
     from_environment,
@@ -24,8 +24,8 @@ from elastic_daemon.resolve import (
     resolve,
     with_places,
 )
-from elastic_daemon.settings_table import MASK, all_settings, mask_flags, shown, to_json, to_toml, toml_value
-from elastic_daemon.sources import Sources
+from elastic_daemon.settings.settings_table import MASK, all_settings, mask_flags, shown, to_json, to_toml, toml_value
+from elastic_daemon.settings.sources import Sources
 from tests.unit.command_line import run
 
 KNOWN = Settings.model_fields.keys() - {"vllm"}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from elastic_daemon.errors import StartError
-from elastic_daemon.runtime_dir import MAX_SOCKET_PATH_BYTES, SOCKET_NAMES, RuntimeDir, http_socket
+from elastic_daemon.processes.runtime_dir import MAX_SOCKET_PATH_BYTES, SOCKET_NAMES, RuntimeDir, http_socket
 
 
 def mode(path: Path) -> int:
@@ -51,7 +51,7 @@ def test_second_daemon_is_told_who_has_it(tmp_path: Path) -> None:
 def test_what_a_killed_daemon_left_is_cleared(tmp_path: Path) -> None:
     # SIGKILL lets nothing run at exit: the lock is the kernel's to drop.
     leave = (
-        "import os, sys, pathlib, signal; from elastic_daemon.runtime_dir import RuntimeDir\n"
+        "import os, sys, pathlib, signal; from elastic_daemon.processes.runtime_dir import RuntimeDir\n"
         "d = RuntimeDir(pathlib.Path(sys.argv[1])); (d.scratch / 'torch-1').touch()\n"
         "(d.experts / '0-1.expert').touch(); "
         "(d.path / 'control.sock').touch(); os.kill(os.getpid(), signal.SIGKILL)"

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_daemon import protocol as p
-from elastic_daemon.control_state import Phase
-from elastic_daemon.departure import lowest_free, victims
-from elastic_daemon.gpu_pool import GpuPool
+from elastic_daemon.control.control_state import Phase
+from elastic_daemon.control.departure import lowest_free, victims
+from elastic_daemon.control.gpu_pool import GpuPool
 from elastic_daemon.membership import IN_GROUP, Rank, RankState, Status
 from elastic_daemon.placement import missing
 from tests.unit.driver import POLICY, Shell, events, of, published

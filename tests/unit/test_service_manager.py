@@ -12,7 +12,7 @@ import pytest
 
 from elastic_daemon.config import Settings
 from elastic_daemon.membership import Status
-from elastic_daemon.service_manager import ServiceManager, sentence
+from elastic_daemon.processes.service_manager import ServiceManager, sentence
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 
 from elastic_daemon import protocol as p
-from elastic_daemon.control_state import Phase
+from elastic_daemon.control.control_state import Phase
+from elastic_daemon.control.policy import Policy
 from elastic_daemon.membership import RankState
 from elastic_daemon.placement import Placement, Source, copies
-from elastic_daemon.policy import Policy
 from tests.unit.driver import LAYERS, POLICY, Shell, events, of
 
 SPREADING = replace(POLICY, target=5, respread=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_daemon.ssl_refresh import Settled, stamps, watch_files
+from elastic_daemon.gates.ssl_refresh import Settled, stamps, watch_files
 
 LOOK_S = 0.02
 

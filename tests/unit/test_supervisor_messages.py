@@ -13,15 +13,15 @@ import pytest
 import structlog
 
 from elastic_daemon import protocol as p
-from elastic_daemon.answering import Answering
 from elastic_daemon.config import Settings
-from elastic_daemon.control_server import ControlServer
-from elastic_daemon.fork_specs import rank_spec
-from elastic_daemon.health import HealthView
+from elastic_daemon.gates.answering import Answering
 from elastic_daemon.membership import Status
-from elastic_daemon.messages import Message, decode, encode
-from elastic_daemon.runtime_dir import RuntimeDir
-from elastic_daemon.sources import Sources
+from elastic_daemon.processes.control_server import ControlServer
+from elastic_daemon.processes.fork_specs import rank_spec
+from elastic_daemon.processes.messages import Message, decode, encode
+from elastic_daemon.processes.runtime_dir import RuntimeDir
+from elastic_daemon.routes.health import HealthView
+from elastic_daemon.settings.sources import Sources
 from elastic_daemon.supervisor import Supervisor
 from elastic_daemon.tasks import Tasks
 

@@ -12,9 +12,9 @@ from structlog.testing import capture_logs
 
 from elastic_daemon import protocol as p
 from elastic_daemon.config import Settings
-from elastic_daemon.sources import load_settings
-from elastic_daemon.state_writer import StateWriter
-from elastic_daemon.target_store import FILE_NAME, load_target, start_target, store_target
+from elastic_daemon.settings.sources import load_settings
+from elastic_daemon.state.state_writer import StateWriter
+from elastic_daemon.state.target_store import FILE_NAME, load_target, start_target, store_target
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 

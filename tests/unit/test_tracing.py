@@ -13,8 +13,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
-from elastic_daemon.trace_settings import MOVED, RANK_LOST, traces_endpoint
-from elastic_daemon.tracing import AttemptTraces, RequestSpans
+from elastic_daemon.telemetry.trace_settings import MOVED, RANK_LOST, traces_endpoint
+from elastic_daemon.telemetry.tracing import AttemptTraces, RequestSpans
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 TRACE_ID = 0x0AF7651916CD43DD8448EB211C80319C

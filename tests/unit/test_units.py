@@ -14,9 +14,9 @@ import pytest
 
 from elastic_daemon.config import Device, Settings
 from elastic_daemon.errors import ConfigError
-from elastic_daemon.service_manager import END_S
-from elastic_daemon.settings_table import reloadable
-from elastic_daemon.sources import CONFIG_VARIABLE, load_settings
+from elastic_daemon.processes.service_manager import END_S
+from elastic_daemon.settings.settings_table import reloadable
+from elastic_daemon.settings.sources import CONFIG_VARIABLE, load_settings
 from tests.tools import require
 from watchdog import ras
 from watchdog.journal import SOCKET

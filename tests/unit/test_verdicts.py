@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_daemon import protocol as p
-from elastic_daemon.control_state import Phase
+from elastic_daemon.control.control_state import Phase
+from elastic_daemon.control.policy import Policy
+from elastic_daemon.control.verdicts import Measure, Situation, decide
 from elastic_daemon.membership import RankState, Status
 from elastic_daemon.placement import missing
-from elastic_daemon.policy import Policy
-from elastic_daemon.verdicts import Measure, Situation, decide
 from tests.unit.driver import POLICY, Shell, events, of, published, too_few
 
 GPU, XID = "GPU-2", "xid 79: GPU has fallen off the bus"

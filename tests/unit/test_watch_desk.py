@@ -13,9 +13,9 @@ import pytest
 from fastapi import FastAPI
 
 from elastic_daemon import protocol as p
-from elastic_daemon.events import EventLog
 from elastic_daemon.membership import RankState, Status
-from elastic_daemon.metrics import Metrics
+from elastic_daemon.telemetry.events import EventLog
+from elastic_daemon.telemetry.metrics import Metrics
 from elastic_daemon.watch.desk import WatchdogDesk
 from elastic_daemon.watch.gpus import AllowList, Listed
 from elastic_daemon.watch.routes import with_watchdog_routes

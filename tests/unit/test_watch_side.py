@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from elastic_daemon import protocol as p
-from elastic_daemon.barred_store import load_barred, store_barred
-from elastic_daemon.sources import load_settings
-from elastic_daemon.target_store import load_target, store_target
+from elastic_daemon.settings.sources import load_settings
+from elastic_daemon.state.barred_store import load_barred, store_barred
+from elastic_daemon.state.target_store import load_target, store_target
 from elastic_daemon.watch.driver import GpusUnknown, known_gpus
 from elastic_daemon.watch.gpus import Listing
 from elastic_daemon.watch.side import WatchdogSide

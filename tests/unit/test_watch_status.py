@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from elastic_daemon.operator_commands import Target
+from elastic_daemon.commands.operator_commands import Target
 from tests.unit.command_line import run, serving
 from tests.unit.test_operator_commands import Plane
 
@@ -31,7 +31,7 @@ class Naps:
 
 
 def watched(socket_dir: Path, monkeypatch: pytest.MonkeyPatch, naps: Naps, *more: str) -> int:
-    monkeypatch.setattr("elastic_daemon.operator_commands.time.sleep", naps)
+    monkeypatch.setattr("elastic_daemon.commands.operator_commands.time.sleep", naps)
     return run("status", "--watch", *more, "--runtime-dir", str(socket_dir))
 
 

@@ -18,7 +18,7 @@ from elastic_daemon.engine.compat import VLLM_VERSION
 from elastic_daemon.engine.devices import choose_device
 from elastic_daemon.engine.zygote import use_gpu
 from elastic_daemon.errors import ConfigError
-from elastic_daemon.messages import decode, encode
+from elastic_daemon.processes.messages import decode, encode
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,1 @@
+"""What an operator types: commands, their arguments, and how they reach a daemon."""
