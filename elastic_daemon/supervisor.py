@@ -30,7 +30,6 @@ from elastic_daemon.gates.ssl_refresh import watch_files
 from elastic_daemon.gates.tls import Tls
 from elastic_daemon.processes.children import Processes
 from elastic_daemon.processes.control_server import ControlServer, Peer
-from elastic_daemon.processes.fence_word import FenceWord
 from elastic_daemon.processes.fork_specs import frontend_spec, rank_spec
 from elastic_daemon.processes.frontend_link import FrontendLink, frontend_settings
 from elastic_daemon.processes.launcher import Zygote, adopt_orphans, reap_orphans
@@ -95,7 +94,7 @@ class Supervisor:
         self._exit = loop.create_future()
         self._runtime = RuntimeDir(self.settings.runtime_dir)
         try:
-            self._ranks.fence = FenceWord(self._runtime.fence_word, writer=True)
+            self._ranks.fence = self._runtime.make_fence_word()
             self._listener = bind(self.settings.host, self.settings.port)
             self.port = int(self._listener.getsockname()[1])
             with self._listener:

@@ -182,13 +182,18 @@ class ElasticEngineCore(DPEngineCoreProc):
                 self.output_queue.put_nowait(item)
         self._page.set_phase(Phase.PARKED)
         self._control.send("quiesced", epoch=self.epoch)
+        self.wait_for_fence()
+        self._raise_if_fenced()
+
+    def wait_for_fence(self) -> None:
+        """Nothing more happens in this epoch, and its connections stay until it is void: who leaves a group before may
+        have NCCL hand rubbish to its peers, which would count it."""
         while not self.is_fenced:
             message = get_beating(self._instructions, self._page.beat)
             if message["type"] == "call":
                 self._answer_call(message, Phase.PARKED)
             elif message["type"] == "fence":
                 self._instructions.put(message)  # `park` answers it
-        self._raise_if_fenced()
 
     @contextlib.contextmanager
     def log_error_detail(self, scheduler_output: SchedulerOutput) -> Iterator[None]:
@@ -380,7 +385,9 @@ class Parking:
         """Park after a fence or the loss of a peer. Any other error is this rank's own and ends it."""
         core = self._core
         if (lost := peer_fault(error)) is not None:
+            core._page.set_phase(Phase.PARKED)
             core._control.send("fault", epoch=core.epoch, error=str(lost).splitlines()[0][:500])
+            core.wait_for_fence()
         elif not core.is_fenced:  # what a step trips over once its collectives were cut is no defect of this rank
             raise error
         core.leave(error)

@@ -8,12 +8,9 @@ happened.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
-import stat
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -25,6 +22,7 @@ from vllm.distributed.utils import init_gloo_process_group
 
 from elastic_daemon.engine.heartbeat import NoPage, Page
 from elastic_daemon.engine.leavable import never, run_leavable
+from elastic_daemon.engine.links import Links, tcp_sockets
 from elastic_daemon.errors import PeerLost
 from watchdog.heartbeat.layout import Collective
 
@@ -33,7 +31,7 @@ log = structlog.get_logger(__name__)
 CONNECT_TIMEOUT = timedelta(seconds=2)
 """How long building a group may wait for a member. All have reported before: only a death in between is waited for.
 
-gloo takes it five times for a connection that another member opens and closes again meanwhile: see `_build`."""
+gloo takes it five times for a connection that another member opens and closes again meanwhile: see `GlooGroup`."""
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """Upper bound for one collective. Survivors are freed long before; this is the last resort."""
@@ -75,58 +73,6 @@ def peer_fault(error: BaseException | None) -> BaseException | None:
 def drop_abandoned() -> None:
     """Destroy the abandoned groups whose collective has ended after all."""
     _ABANDONED[:] = [(group, work) for group, work in _ABANDONED if not work.is_completed()]
-
-
-class GlooLinks:
-    """The established TCP connections of one gloo group, so that another thread can break them.
-
-    gloo tells only the ring neighbours of a dead member about its death and has no abort that frees a blocked
-    collective; shutting its sockets down does, for every survivor.
-    """
-
-    def __init__(self, sockets: Iterable[tuple[int, int]]) -> None:
-        """Each by descriptor and inode; one that is gone by now needs no breaking."""
-        self._sockets = []
-        for fd, inode in sorted(sockets):
-            with contextlib.suppress(OSError):
-                link = socket.socket(fileno=os.dup(fd))
-                if os.fstat(link.fileno()).st_ino == inode:
-                    self._sockets.append(link)
-                else:
-                    link.close()
-
-    def shutdown(self) -> int:
-        """Break all connections; blocked collectives raise at once. Returns how many were open."""
-        broken = 0
-        for link in self._sockets:
-            with contextlib.suppress(OSError):
-                link.shutdown(socket.SHUT_RDWR)
-                broken += 1
-        return broken
-
-    def close(self) -> None:
-        for link in self._sockets:
-            link.close()
-        self._sockets = []
-
-
-def established_tcp_sockets() -> frozenset[tuple[int, int]]:
-    """Connected TCP sockets of this process: file descriptor and inode.
-
-    The descriptor alone does not tell a socket: gloo's threads may close one at any time, and the next gets its number.
-    """
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        fd = int(name)
-        try:
-            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-                continue
-            with socket.socket(fileno=os.dup(fd)) as probe:
-                if probe.family in (socket.AF_INET, socket.AF_INET6) and probe.getpeername():
-                    found.add((fd, os.fstat(probe.fileno()).st_ino))
-        except OSError:
-            continue
-    return frozenset(found)
 
 
 class AbortableWork:
@@ -244,7 +190,7 @@ class GlooGroup:
         """
         try:
             own = store.clone()  # one that a thread waits at is locked for all others
-            before = established_tcp_sockets()
+            before = tcp_sockets()
             # It can be left, since gloo waits ten seconds for a connection that was broken before it was complete. The
             # thread ends then, and leaves nothing.
             build = partial(_build, own, prefix, position, members)
@@ -253,7 +199,7 @@ class GlooGroup:
         except (RuntimeError, PeerLost) as error:
             raise PeerLost(f"group {prefix} of {members} was not complete: {error}") from error
         self.host = self.device = AbortableProcessGroup(group, page or NoPage())
-        self.links = GlooLinks(established_tcp_sockets() - before)
+        self.links = Links(tcp_sockets() - before)
 
     def abort(self) -> int:
         """Free whoever is blocked in a collective of this group. Safe from any thread, and more than once.

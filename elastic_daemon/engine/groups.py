@@ -116,9 +116,7 @@ class EpochCommunicator:
         widths = [t.shape[1] for t in flat]
         packed = flat[0].new_zeros((rows, sum(widths)))
         torch.cat(flat, dim=1, out=packed[: flat[0].shape[0]])
-        # Zeros, not whatever was there: on a GPU the kernels behind a gather that was aborted still run, and must not
-        # take rubbish for expert ids.
-        gathered = packed.new_zeros((self.world_size * rows, packed.shape[1]))
+        gathered = packed.new_empty((self.world_size * rows, packed.shape[1]))
         self._group.device_group._allgather_base(gathered, packed).wait()
         if any(count != rows for count in counts):
             gathered = torch.cat([gathered[i * rows : i * rows + count] for i, count in enumerate(counts)])
@@ -150,6 +148,10 @@ class EpochCommunicator:
         tensors = [hidden_states, topk_weights, topk_ids, *(extra_tensors or [])]
         if self.world_size > 1:
             tensors = self.all_gatherv(tensors, self._token_counts(hidden_states.shape[0]))
+            if self._group.experts is not None and topk_ids.dtype in (torch.int32, torch.int64):
+                # A gather that was aborted leaves what was in NCCL's buffers. The kernels behind it still run, and an
+                # id without an expert would end the device's context, and with it this rank.
+                tensors[2].clamp_(0, self._group.experts - 1)
         head = tuple(tensors[:3])
         return head if extra_tensors is None else (*head, tensors[3:])
 
@@ -219,7 +221,10 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class EpochGroup(GroupCoordinator):
-    """A vLLM group coordinator whose process groups are replaced with every epoch."""
+    """A vLLM group coordinator whose process groups are replaced with every epoch.
+
+    `experts`: the physical experts of all its ranks, once that is known.
+    """
 
     def __init__(self, name: str, position: int, members: int, device: torch.device) -> None:
         self.unique_name = f"{name}:elastic"
@@ -231,6 +236,7 @@ class EpochGroup(GroupCoordinator):
         self.use_custom_op_call = False
         self.use_cpu_custom_send_recv = False
         self.device_communicator: Any = EpochCommunicator(self)
+        self.experts: int | None = None
         planned = PlannedProcessGroup(members, position)
         self.bind(planned, planned)
 

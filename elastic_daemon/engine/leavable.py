@@ -29,6 +29,8 @@ def run_leavable(
 
     `name`: of the thread. Raises what `work` raises, and PeerLost when `is_void()` says that nobody waits for it.
     """
+    if is_void():
+        raise PeerLost("void before it began")
 
     def run(outcome: Future[T]) -> None:
         try:

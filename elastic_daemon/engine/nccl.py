@@ -8,7 +8,6 @@ first: a group is marked as aborted before its kernels are. Nobody waits for the
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -22,6 +21,7 @@ from torch.distributed import PrefixStore, ProcessGroupNCCL, Store
 from elastic_daemon.engine.gloo import COLLECTIVE_TIMEOUT, KINDS, GlooGroup
 from elastic_daemon.engine.heartbeat import Page
 from elastic_daemon.engine.leavable import never
+from elastic_daemon.engine.links import Links, tcp_sockets
 from elastic_daemon.engine.nccl_abort import NcclAbort
 from elastic_daemon.engine.nccl_errors import ErrorPoll, async_error_of
 from elastic_daemon.engine.nccl_meeting import meet
@@ -37,6 +37,8 @@ RANK_ENVIRONMENT = {
     "TORCH_NCCL_ENABLE_MONITORING": "0",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "TORCH_NCCL_PROPAGATE_ERROR": "0",
+    # It would sleep four times as long, with the lock that every collective takes, when NCCL has found an error.
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
 }
 """What a rank on a GPU needs in its environment before its first NCCL communicator is made."""
 
@@ -46,8 +48,10 @@ the life of a thread that was left there."""
 
 ROOM_FOR_A_GROUP = 2 << 30
 """Bytes that have to be free for a communicator to be made while another still holds its memory."""
-ABORT_PATIENCE_S = 2.0
-"""How long a group waits for memory of the one before it: less than a fence may take. An abort took 0.9 s at most."""
+ABORT_PATIENCE_S = 1.5
+"""How long a group waits for memory of those before it: less than a regroup may take. An abort took 0.9 s at most."""
+FIRST_BYTES = 1 << 16
+"""What each member sends to each in the first collectives, which are there to connect them."""
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -64,7 +68,7 @@ class NcclWork:
         self._complete = complete
 
     def wait(self, *_: Any) -> bool:
-        """Let the stream wait, not the host. Raises PeerLost if NCCL already knows that the communicator is broken."""
+        """Let the stream wait, not the host. Raises PeerLost where torch can say already that it has failed."""
         try:
             waited = self._work is None or bool(self._work.wait())
         except RuntimeError as error:
@@ -73,10 +77,21 @@ class NcclWork:
         return waited
 
 
-def _connect(store: Store, position: int, members: int, device: torch.device) -> tuple[Any, torch.cuda.Event]:
-    """A group, and the event of its first collective. Waits for members, for ever if one is gone. Raises RuntimeError.
+def _wait_for_room(device: torch.device) -> None:
+    """Where a group would find too little memory beside those that are taken down, wait for these."""
+    deadline = time.monotonic() + ABORT_PATIENCE_S
+    while (running := NcclAbort.running()) and _free_bytes(device) < ROOM_FOR_A_GROUP:
+        if time.monotonic() > deadline:
+            log.warning("nccl_abort_slow", seconds=ABORT_PATIENCE_S, free_mib=_free_bytes(device) >> 20)
+            break
+        running[0].wait(0.05)
 
-    NCCL connects in the first collective. Host memory would have to be pinned: this sum stays on the device.
+
+def _connect(store: Store, position: int, members: int, device: torch.device) -> tuple[Any, torch.cuda.Event]:
+    """A group, and the event of its first collectives. Waits for members, for ever if one is gone. Raises RuntimeError.
+
+    NCCL connects in the first collective of each kind, so that there is one here of each that a step has: later, the
+    main thread would wait there for members.
     """
     torch.cuda.set_device(device)  # which is current differs from thread to thread
     options = ProcessGroupNCCL.Options()
@@ -84,6 +99,11 @@ def _connect(store: Store, position: int, members: int, device: torch.device) ->
     group = ProcessGroupNCCL(store, position, members, options)
     try:
         group.allreduce([torch.ones(1, device=device)]).wait()
+        if members > 1:
+            sent, received = torch.zeros(2, members * FIRST_BYTES, dtype=torch.uint8, device=device)
+            splits = [FIRST_BYTES] * members
+            group._allgather_base(received, sent[:FIRST_BYTES]).wait()
+            group.alltoall_base(received, sent, splits, splits).wait()
         first = torch.cuda.Event()
         first.record()
     except RuntimeError:
@@ -113,11 +133,17 @@ class NcclProcessGroup:
         self._position, self._members = position, members
         self._is_void = is_void
         self._count = count
-        own = store.clone()  # one that a thread waits at is locked for all others
-        own.set_timeout(MEETING_TIMEOUT)
+        _wait_for_room(device)
+        before = tcp_sockets(listening=True)
         try:
+            own = store.clone()  # one that a thread waits at is locked for all others
+            own.set_timeout(MEETING_TIMEOUT)
             self._group, self._abort = meet(partial(_connect, own, position, members, device), is_void)
         except (RuntimeError, PeerLost) as error:
+            # NCCL waits at its own connections without end, and nobody aborts what it has made by half.
+            half_made = Links(tcp_sockets(listening=True) - before)
+            half_made.shutdown()
+            half_made.close()
             raise PeerLost(f"NCCL group of {members} was not complete: {error}") from error
         self._async_error = async_error_of(self._group)
 
@@ -138,13 +164,11 @@ class NcclProcessGroup:
     def async_error(self) -> int | None:
         """What NCCL has found by itself, 0 for nothing; None when the group is over, or NCCL cannot be asked.
 
-        From any thread. This call never waits for an abort.
+        From any thread. This call never waits for an abort, nor for a collective that is being started.
         """
         if self._async_error is None:
             return None
-        with contextlib.suppress(PeerLost), self._abort.in_use():
-            return self._async_error.read()
-        return None
+        return self._abort.unless_void(self._async_error.read)
 
     def synchronize(self) -> None:
         """Wait until all that was started is complete.
@@ -156,17 +180,9 @@ class NcclProcessGroup:
             raise PeerLost("the group was aborted")
 
     def close(self) -> None:
-        """Abort, and wait until the device is done with what was started: buffers may be used again afterwards.
-
-        Where the next group would find too little memory beside this one, all of the abort is waited for.
-        """
+        """Abort, and wait until the device is done with what was started: buffers may be used again afterwards."""
         self.abort()
         torch.cuda.synchronize(self._device)
-        deadline = time.monotonic() + ABORT_PATIENCE_S
-        while _free_bytes(self._device) < ROOM_FOR_A_GROUP and not self._abort.wait(0.05):
-            if time.monotonic() > deadline:
-                log.warning("nccl_abort_slow", seconds=ABORT_PATIENCE_S, free_mib=_free_bytes(self._device) >> 20)
-                break
         self._group = None
 
     def allreduce(self, tensors: Sequence[torch.Tensor], *options: Any) -> NcclWork:

@@ -1,8 +1,9 @@
 """How the members of a group meet over NCCL, and how one leaves that waits for a member that is gone.
 
-No call of NCCL that makes a communicator can be interrupted, and each waits for all members: at the store, while they
-connect, and on the device for the first collective. So the calls have a thread of their own, and a rank that is fenced
-meanwhile leaves it behind. What the thread still makes is aborted.
+The calls that make a communicator wait for all members: at the store, while they connect, and on the device for the
+first collectives; and torch offers no way to interrupt them before there is one. So they have a thread of their own,
+and a rank that is fenced meanwhile leaves it behind. A communicator that it still makes is aborted; where none comes of
+it any more, the thread ends since its connections are broken (`nccl.py`).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def meet(connect: Callable[[], tuple[Group, Completion]], is_void: Callable[[], 
     try:
         while not first.query():
             if is_void():
-                raise PeerLost("left before its first collective was complete")
+                raise PeerLost("left before its first collectives were complete")
             time.sleep(POLL_S)
     except (RuntimeError, PeerLost):
         abort.begin()

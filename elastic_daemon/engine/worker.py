@@ -109,6 +109,7 @@ class ElasticWorker:
         plan = rank_plan(self.vllm_config)
         set_data_parallel(self.parallel_config, len(plan.members), plan.position)
         self.groups = EpochGroups.install(plan.position, len(plan.members), device)
+        self.groups.ep.experts = plan.slots * len(plan.members)
 
     def rehearse(self) -> None:
         """Run the model alone for this group and those after a loss or two. Experts stay where they are, so that what
@@ -178,6 +179,7 @@ class ElasticWorker:
             if maps._expert_map is None:  # a group of one has none, and vLLM's update wants one to start from
                 maps._expert_map = torch.empty(0, dtype=torch.int32, device=self.model_runner.device)
         moe.update_physical_experts_metadata(physical, placement.slots_per_rank)
+        self.groups.ep.experts = physical
 
     def _moe_parallel_config(self) -> FusedMoEParallelConfig:
         return FusedMoEParallelConfig.make(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from elastic_daemon.errors import StartError
+from elastic_daemon.processes.fence_word import FenceWord
 
 SOCKET_NAMES = ("control.sock", "http.sock", "input.sock", "output.sock")
 
@@ -60,6 +61,13 @@ class RuntimeDir:
     @property
     def fence_word(self) -> Path:
         return self.scratch / "fence"
+
+    def make_fence_word(self) -> FenceWord:
+        """Raises StartError."""
+        try:
+            return FenceWord(self.fence_word, writer=True)
+        except OSError as error:
+            raise StartError(f"runtime directory {self.path} cannot be used: {error.strerror}") from error
 
     @property
     def experts(self) -> Path:

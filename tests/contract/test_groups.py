@@ -9,14 +9,16 @@ import threading
 import time
 from collections.abc import Iterator
 from itertools import accumulate
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from torch.distributed import HashStore, TCPStore
 
-from elastic_daemon.engine import gloo
+from elastic_daemon.engine import gloo, groups
 from elastic_daemon.engine.gloo import CONNECT_TIMEOUT
+from elastic_daemon.engine.links import Links
 from elastic_daemon.errors import PeerLost
 from elastic_daemon.processes.store import RendezvousStore
 from tests.contract.group_ranks import RankProcess, Ranks, all_do, build, checked, running
@@ -211,7 +213,7 @@ def test_a_rank_leaves_a_group_that_nobody_waits_for_any_more() -> None:
 
 
 def test_a_connection_that_closes_while_the_group_is_built_is_left_out() -> None:
-    links = gloo.GlooLinks([(99_999, 1), (0, -1)])
+    links = Links([(99_999, 1), (0, -1)])
     assert links.shutdown() == 0
 
 
@@ -249,6 +251,20 @@ def test_dispatch_and_combine(ranks: Ranks, counts: list[int]) -> None:
         assert all(torch.equal(got, want) for got, want in zip(dispatched, everything, strict=True))
         assert [tensor.dtype for tensor in dispatched] == [torch.float32, torch.float32, torch.int32]
         torch.testing.assert_close(combined, total[starts[position] : starts[position + 1]])
+
+
+def test_expert_ids_that_a_broken_gather_has_left_are_ids_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device goes on with whatever is in the buffer; ids out of range would end its context."""
+    monkeypatch.setattr(groups, "get_forward_context", lambda: SimpleNamespace(dp_metadata=None))
+    group = groups.EpochGroup("ep", 0, 2, torch.device("cpu"))
+    rubbish = groups.RehearsalProcessGroup(2, 0)
+    group.bind(rubbish, rubbish)
+    ids = torch.tensor([[3, 1 << 30], [-7, 4]], dtype=torch.int32)
+    tensors = (torch.randn((2, HIDDEN)), torch.rand((2, TOP_K)), ids)
+    assert torch.equal(group.device_communicator.dispatch(*tensors)[2], torch.cat([ids, ids])), "not known yet"
+    group.experts = 4
+    assert group.device_communicator.dispatch(*tensors)[2].tolist() == [[3, 3], [0, 3]] * 2
+    assert ids.tolist() == [[3, 1 << 30], [-7, 4]], "those of its own tokens stay for the router"
 
 
 def test_a_group_of_one_keeps_its_tokens(ranks: Ranks) -> None:

@@ -79,6 +79,27 @@ def test_nobody_uses_a_communicator_that_is_void(communicator: Communicator) -> 
     assert not abort.wait(0.0)
 
 
+def test_who_asks_does_not_wait_for_who_is_stuck_there(communicator: Communicator) -> None:
+    """NCCL may know why."""
+    abort = NcclAbort(communicator.abort)
+    with abort.in_use():
+        assert abort.unless_void(lambda: 6) == 6
+    abort.void()
+    assert abort.unless_void(lambda: 6) is None
+
+
+def test_those_that_run_are_known(communicator: Communicator) -> None:
+    """They hold memory that the next group may need."""
+    abort = NcclAbort(communicator.abort)
+    abort.void()
+    assert abort not in NcclAbort.running()
+    abort.begin()
+    assert abort in NcclAbort.running()
+    communicator.let_go.set()
+    assert abort.wait(5)
+    assert abort not in NcclAbort.running()
+
+
 def test_an_abort_waits_for_who_uses_it(communicator: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nccl_abort, "USE_PATIENCE_S", 10.0)
     abort = NcclAbort(communicator.abort)
