@@ -145,6 +145,8 @@ class Controller(ScalingControl):
         match event:
             case p.StopRequested():
                 self._stop_operation("the daemon is stopping")
+                if self._phase in STEPPING and self._fault is not None:
+                    self._on_lone_fault(self._fault)  # requests could not end in a group that stands still
                 self._on_stop(event.timeout_s)
             case p.DrainComplete():
                 if self._phase is Phase.STOPPING:

@@ -22,7 +22,7 @@ from vllm.distributed.utils import init_gloo_process_group
 
 from elastic_daemon.engine.heartbeat import NoPage, Page
 from elastic_daemon.engine.leavable import never, run_leavable
-from elastic_daemon.engine.links import Links, tcp_sockets
+from elastic_daemon.engine.links import Links, connected_sockets
 from elastic_daemon.errors import PeerLost
 from watchdog.heartbeat.layout import Collective
 
@@ -190,7 +190,7 @@ class GlooGroup:
         """
         try:
             own = store.clone()  # one that a thread waits at is locked for all others
-            before = tcp_sockets()
+            before = connected_sockets()
             # It can be left, since gloo waits ten seconds for a connection that was broken before it was complete. The
             # thread ends then, and leaves nothing.
             build = partial(_build, own, prefix, position, members)
@@ -199,7 +199,7 @@ class GlooGroup:
         except (RuntimeError, PeerLost) as error:
             raise PeerLost(f"group {prefix} of {members} was not complete: {error}") from error
         self.host = self.device = AbortableProcessGroup(group, page or NoPage())
-        self.links = Links(tcp_sockets() - before)
+        self.links = Links(connected_sockets() - before)
 
     def abort(self) -> int:
         """Free whoever is blocked in a collective of this group. Safe from any thread, and more than once.

@@ -56,6 +56,10 @@ class PlannedProcessGroup:
         return self.position
 
 
+NO_EXPERT = -1
+"""What vLLM has for expert id where a batch is only padded; kernels pass over it."""
+
+
 class Done:
     """A collective that is complete."""
 
@@ -151,7 +155,7 @@ class EpochCommunicator:
             if self._group.experts is not None and topk_ids.dtype in (torch.int32, torch.int64):
                 # A gather that was aborted leaves what was in NCCL's buffers. The kernels behind it still run, and an
                 # id without an expert would end the device's context, and with it this rank.
-                tensors[2].clamp_(0, self._group.experts - 1)
+                tensors[2].clamp_(NO_EXPERT, self._group.experts - 1)
         head = tuple(tensors[:3])
         return head if extra_tensors is None else (*head, tensors[3:])
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 class Links:
-    """Connections, and listening sockets too, that can be broken from any thread."""
+    """Connections that can be broken from any thread."""
 
     def __init__(self, sockets: Iterable[tuple[int, int]]) -> None:
         """Each by descriptor and inode; one that is gone by now needs no breaking."""
@@ -38,8 +38,8 @@ class Links:
         self._sockets = []
 
 
-def tcp_sockets(*, listening: bool = False) -> frozenset[tuple[int, int]]:
-    """TCP sockets of this process that are connected, or `listening` too: file descriptor and inode.
+def connected_sockets() -> frozenset[tuple[int, int]]:
+    """TCP sockets of this process that are connected: file descriptor and inode.
 
     The descriptor alone does not tell a socket: a library's threads may close one at any time, and the next gets its
     number.
@@ -51,11 +51,8 @@ def tcp_sockets(*, listening: bool = False) -> frozenset[tuple[int, int]]:
             if not stat.S_ISSOCK(os.fstat(fd).st_mode):
                 continue
             with socket.socket(fileno=os.dup(fd)) as probe:
-                if probe.family not in (socket.AF_INET, socket.AF_INET6) or probe.type != socket.SOCK_STREAM:
-                    continue
-                if not (listening and probe.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
-                    probe.getpeername()  # raises where there is none
-                found.add((fd, os.fstat(probe.fileno()).st_ino))
+                if probe.family in (socket.AF_INET, socket.AF_INET6) and probe.getpeername():
+                    found.add((fd, os.fstat(probe.fileno()).st_ino))
         except OSError:
             continue
     return frozenset(found)

@@ -21,10 +21,9 @@ from torch.distributed import PrefixStore, ProcessGroupNCCL, Store
 from elastic_daemon.engine.gloo import COLLECTIVE_TIMEOUT, KINDS, GlooGroup
 from elastic_daemon.engine.heartbeat import Page
 from elastic_daemon.engine.leavable import never
-from elastic_daemon.engine.links import Links, tcp_sockets
 from elastic_daemon.engine.nccl_abort import NcclAbort
 from elastic_daemon.engine.nccl_errors import ErrorPoll, async_error_of
-from elastic_daemon.engine.nccl_meeting import meet
+from elastic_daemon.engine.nccl_meeting import Meeting, meet
 from elastic_daemon.engine.stream_counters import CollectiveCount
 from elastic_daemon.errors import PeerLost
 from watchdog.heartbeat.layout import Collective
@@ -77,21 +76,23 @@ class NcclWork:
         return waited
 
 
-def _wait_for_room(device: torch.device) -> None:
+def _wait_for_room(device: torch.device, is_void: Callable[[], bool]) -> None:
     """Where a group would find too little memory beside those that are taken down, wait for these."""
     deadline = time.monotonic() + ABORT_PATIENCE_S
-    while (running := NcclAbort.running()) and _free_bytes(device) < ROOM_FOR_A_GROUP:
+    while (running := NcclAbort.running()) and _free_bytes(device) < ROOM_FOR_A_GROUP and not is_void():
         if time.monotonic() > deadline:
             log.warning("nccl_abort_slow", seconds=ABORT_PATIENCE_S, free_mib=_free_bytes(device) >> 20)
             break
         running[0].wait(0.05)
 
 
-def _connect(store: Store, position: int, members: int, device: torch.device) -> tuple[Any, torch.cuda.Event]:
+def _connect(
+    store: Store, position: int, members: int, device: torch.device, meeting: Meeting[Any]
+) -> tuple[Any, torch.cuda.Event]:
     """A group, and the event of its first collectives. Waits for members, for ever if one is gone. Raises RuntimeError.
 
-    NCCL connects in the first collective of each kind, so that there is one here of each that a step has: later, the
-    main thread would wait there for members.
+    The communicator is made in the first collective, and what it needs for another kind in the first of that: so there
+    is one here of each that a step has. Later, the main thread would wait there for members.
     """
     torch.cuda.set_device(device)  # which is current differs from thread to thread
     options = ProcessGroupNCCL.Options()
@@ -99,16 +100,15 @@ def _connect(store: Store, position: int, members: int, device: torch.device) ->
     group = ProcessGroupNCCL(store, position, members, options)
     try:
         group.allreduce([torch.ones(1, device=device)]).wait()
-        if members > 1:
-            sent, received = torch.zeros(2, members * FIRST_BYTES, dtype=torch.uint8, device=device)
-            splits = [FIRST_BYTES] * members
-            group._allgather_base(received, sent[:FIRST_BYTES]).wait()
-            group.alltoall_base(received, sent, splits, splits).wait()
-        first = torch.cuda.Event()
-        first.record()
-    except RuntimeError:
-        NcclAbort(group.abort).begin()  # or the end of this object would do it, and be waited for
-        raise
+    finally:
+        meeting.made(group)  # also one that has failed: its end would have to be waited for
+    if members > 1:
+        sent, received = torch.zeros(2, members * FIRST_BYTES, dtype=torch.uint8, device=device)
+        splits = [FIRST_BYTES] * members
+        group._allgather_base(received, sent[:FIRST_BYTES]).wait()
+        group.alltoall_base(received, sent, splits, splits).wait()
+    first = torch.cuda.Event()
+    first.record()
     return group, first
 
 
@@ -133,17 +133,12 @@ class NcclProcessGroup:
         self._position, self._members = position, members
         self._is_void = is_void
         self._count = count
-        _wait_for_room(device)
-        before = tcp_sockets(listening=True)
+        _wait_for_room(device, is_void)
         try:
             own = store.clone()  # one that a thread waits at is locked for all others
             own.set_timeout(MEETING_TIMEOUT)
             self._group, self._abort = meet(partial(_connect, own, position, members, device), is_void)
         except (RuntimeError, PeerLost) as error:
-            # NCCL waits at its own connections without end, and nobody aborts what it has made by half.
-            half_made = Links(tcp_sockets(listening=True) - before)
-            half_made.shutdown()
-            half_made.close()
             raise PeerLost(f"NCCL group of {members} was not complete: {error}") from error
         self._async_error = async_error_of(self._group)
 

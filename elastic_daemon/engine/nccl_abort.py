@@ -57,8 +57,9 @@ class NcclAbort:
             if self._thread is not None:
                 return False
             NcclAbort._running.add(self)
-            self._thread = threading.Thread(target=self._run, name="nccl-abort", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="nccl-abort", daemon=True)
+            thread.start()
+            self._thread = thread  # only now: who waits for it joins it
         return True
 
     def wait(self, timeout_s: float) -> bool:

@@ -1,23 +1,27 @@
 """How the members of a group meet over NCCL, and how one leaves that waits for a member that is gone.
 
 The calls that make a communicator wait for all members: at the store, while they connect, and on the device for the
-first collectives; and torch offers no way to interrupt them before there is one. So they have a thread of their own,
-and a rank that is fenced meanwhile leaves it behind. A communicator that it still makes is aborted; where none comes of
-it any more, the thread ends since its connections are broken (`nccl.py`).
+first collectives. There is no way to interrupt them before there is a communicator. So they have a thread of their own,
+and a rank that is fenced meanwhile leaves it behind; the communicator is aborted, now or as soon as there is one.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
+
+import structlog
 
 from elastic_daemon.engine.leavable import run_leavable
 from elastic_daemon.engine.nccl_abort import NcclAbort
 from elastic_daemon.errors import PeerLost
 
+log = structlog.get_logger(__name__)
+
 POLL_S = 0.001
-"""How often the first collective is looked at. It takes milliseconds."""
+"""How often the first collectives are looked at. They take milliseconds."""
 
 
 class Abortable(Protocol):
@@ -36,20 +40,54 @@ class Completion(Protocol):
 Group = TypeVar("Group", bound=Abortable)
 
 
-def meet(connect: Callable[[], tuple[Group, Completion]], is_void: Callable[[], bool]) -> tuple[Group, NcclAbort]:
-    """A group whose members have all taken part in a collective, and the means to end it.
+class Meeting(Generic[Group]):
+    """What one thread makes and another may leave at any time. Then it is aborted once, whoever comes first."""
 
-    `connect`: makes the group and starts its first collective, whose completion it returns; called in another thread.
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._left = False
+        self._abort: NcclAbort | None = None
+
+    def made(self, group: Group) -> None:
+        """There is a communicator now. Called by who connects."""
+        with self._lock:
+            self._abort = NcclAbort(group.abort)
+            if self._left:
+                self._abort.begin()
+
+    def leave(self) -> None:
+        with self._lock:
+            self._left = True
+            if self._abort is not None:
+                self._abort.begin()
+            else:
+                log.warning("nccl_connecting_left")  # its thread goes on until NCCL gives up there
+
+    @property
+    def abort(self) -> NcclAbort:
+        """Of the group that was made."""
+        assert self._abort is not None
+        return self._abort
+
+
+def meet(
+    connect: Callable[[Meeting[Group]], tuple[Group, Completion]], is_void: Callable[[], bool]
+) -> tuple[Group, NcclAbort]:
+    """A group whose members have all taken part in its first collectives, and the means to end it.
+
+    `connect`: makes the group, says so to the meeting as soon as there is a communicator, and starts its first
+    collectives, whose completion it returns; called in another thread.
+
     Raises RuntimeError when NCCL does, and PeerLost when `is_void()` says that nobody waits for this group any more.
     """
-    group, first = run_leavable(connect, is_void, "nccl-connect", lambda made: NcclAbort(made[0].abort).begin())
-    abort = NcclAbort(group.abort)
+    meeting: Meeting[Group] = Meeting()
     try:
+        group, first = run_leavable(lambda: connect(meeting), is_void, "nccl-connect")
         while not first.query():
             if is_void():
                 raise PeerLost("left before its first collectives were complete")
             time.sleep(POLL_S)
     except (RuntimeError, PeerLost):
-        abort.begin()
+        meeting.leave()
         raise
-    return group, abort
+    return group, meeting.abort

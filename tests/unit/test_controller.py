@@ -239,6 +239,18 @@ def test_a_stop_in_a_recovery_waits_for_it_and_then_for_the_requests() -> None:
     assert of(p.Exit, shell.send(p.DrainComplete()))[0].reason == "drained"
 
 
+def test_a_stop_after_a_fault_that_no_death_explains_yet_waits_for_a_recovery() -> None:
+    """Nobody steps after a fault: requests could not end."""
+    shell = Shell().serve()
+    shell.fault(1)
+    began, actions = shell.now, shell.send(p.StopRequested(10.0))
+    assert not of(p.Exit, actions) and {fence.rank for fence in of(p.Fence, actions)} == {0, 1, 2, 3}
+    shell.recover(0, 1, 2, 3, serving=False)
+    assert shell.controller.phase is Phase.STOPPING
+    assert shell.controller.next_deadline() == began + 10.0
+    assert of(p.Exit, shell.send(p.DrainComplete()))[0].reason == "drained"
+
+
 @pytest.mark.parametrize("outcome", ["time", "front end", "too few"])
 def test_a_stop_in_a_recovery_that_does_not_end_well(outcome: str) -> None:
     shell = Shell().serve()

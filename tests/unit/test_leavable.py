@@ -1,15 +1,12 @@
-"""Work that can be left, and connections that are broken under who waits at them."""
+"""Work that can be left, wherever it waits."""
 
 from __future__ import annotations
 
-import socket
 import threading
-from collections.abc import Callable
 
 import pytest
 
 from elastic_daemon.engine.leavable import never, run_leavable
-from elastic_daemon.engine.links import Links, tcp_sockets
 from elastic_daemon.errors import PeerLost
 
 
@@ -38,36 +35,3 @@ def test_what_is_made_after_it_was_left_is_discarded() -> None:
     assert not discarded.is_set()
     go_on.set()
     assert discarded.wait(5)
-
-
-def test_who_waits_at_a_connection_or_for_one_is_freed() -> None:
-    """As NCCL does while it connects: a member that is gone never comes, and nobody closes what is half made."""
-    before = tcp_sockets(listening=True)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        connected = socket.create_connection(listener.getsockname())
-        accepted, _ = listener.accept()
-        ended: list[str] = []
-
-        def waiting(name: str, wait: Callable[[], object]) -> threading.Thread:
-            def run() -> None:
-                try:
-                    wait()
-                except OSError:
-                    pass
-                ended.append(name)
-
-            thread = threading.Thread(target=run, daemon=True)
-            thread.start()
-            return thread
-
-        threads = [waiting("accept", listener.accept), waiting("receive", lambda: accepted.recv(1))]
-        opened = tcp_sockets(listening=True) - before
-        assert len(opened) == 3 and len(tcp_sockets() - before) == 2
-        links = Links(opened)
-        assert links.shutdown() == 3
-        links.close()
-        for thread in threads:
-            thread.join(5)
-        assert sorted(ended) == ["accept", "receive"]
-        connected.close()
-        accepted.close()

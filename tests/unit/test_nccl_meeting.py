@@ -1,24 +1,27 @@
-"""Meeting over NCCL: left by who is fenced, wherever it waits, and what is made afterwards is aborted."""
+"""Meeting over NCCL: left by who is fenced, wherever it waits, and what there is of a communicator is aborted once."""
 
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
-from elastic_daemon.engine.nccl_meeting import meet
+from elastic_daemon.engine.nccl_meeting import Meeting, meet
 from elastic_daemon.errors import PeerLost
 
 
 class Group:
-    """A group whose first collective completes when `completed` says so."""
+    """A group whose first collectives are complete when `completed` says so."""
 
     def __init__(self) -> None:
         self.completed = self.queried = False
         self.failure: RuntimeError | None = None
+        self.aborts = 0
         self.aborted = threading.Event()
 
     def abort(self) -> None:
+        self.aborts += 1
         self.aborted.set()
 
     def query(self) -> bool:
@@ -28,73 +31,118 @@ class Group:
         return self.completed
 
 
+Answer = tuple[Group, Group]
+
+
+class Connecting:
+    """A connect that waits, before there is a communicator or after, until it is let go on."""
+
+    def __init__(self, *, made_first: bool) -> None:
+        self.group, self._made_first = Group(), made_first
+        self.waits, self.go_on = threading.Event(), threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def __call__(self, meeting: Meeting[Group]) -> Answer:
+        self.thread = threading.current_thread()
+        if self._made_first:
+            meeting.made(self.group)
+        self.waits.set()
+        self.go_on.wait(10)
+        if not self._made_first:
+            meeting.made(self.group)
+        return self.group, self.group
+
+
+def at_once(group: Group, meeting: Meeting[Group]) -> Answer:
+    meeting.made(group)
+    return group, group
+
+
 def test_a_group_that_is_complete() -> None:
     group = Group()
     asked: list[bool] = []
 
     def later() -> bool:
         asked.append(group.completed)
-        group.completed = len(asked) >= 3
+        group.completed = len(asked) >= 4
         return False
 
-    met, abort = meet(lambda: (group, group), later)
-    assert met is group and group.completed and len(asked) >= 3, "it waited for the first collective"
+    met, abort = meet(lambda meeting: at_once(group, meeting), later)
+    assert met is group and group.completed and len(asked) >= 4, "it waited for the first collectives"
     assert not abort.is_void and not group.aborted.is_set()
     abort.begin()
     assert group.aborted.wait(5)
 
 
 def test_left_while_members_connect() -> None:
-    group, connected = Group(), threading.Event()
-    connecting: list[threading.Thread] = []
-
-    def connect() -> tuple[Group, Group]:
-        connecting.append(threading.current_thread())
-        connected.wait(10)
-        return group, group
-
+    connecting = Connecting(made_first=False)
     with pytest.raises(PeerLost, match="left before it was complete"):
-        meet(connect, lambda: bool(connecting))
-    assert connecting[0] is not threading.current_thread() and connecting[0].is_alive()
-    assert not group.aborted.is_set()
-    connected.set()
-    assert group.aborted.wait(5), "its kernel would wait on the device for ever"
+        meet(connecting, connecting.waits.is_set)
+    assert connecting.thread not in (None, threading.current_thread())
+    assert not connecting.group.aborted.is_set(), "there is no communicator yet"
+    connecting.go_on.set()
+    assert connecting.group.aborted.wait(5), "its kernels would wait on the device for ever"
 
 
-def test_left_during_the_first_collective() -> None:
+def test_left_while_it_connects_for_another_kind_of_collective() -> None:
+    connecting = Connecting(made_first=True)
+    with pytest.raises(PeerLost, match="left before it was complete"):
+        meet(connecting, connecting.waits.is_set)
+    assert connecting.group.aborted.wait(5), "the thread waits in it, and gets out by that alone"
+    connecting.go_on.set()
+    assert connecting.thread is not None
+    connecting.thread.join(5)
+    assert connecting.group.aborts == 1
+
+
+def test_left_during_the_first_collectives() -> None:
     group = Group()
     with pytest.raises(PeerLost, match="first collectives"):
-        meet(lambda: (group, group), lambda: group.queried)
+        meet(lambda meeting: at_once(group, meeting), lambda: group.queried)
     assert group.aborted.wait(5)
 
 
 def test_nccl_fails_while_members_connect() -> None:
-    def connect() -> tuple[Group, Group]:
-        raise RuntimeError("remote process exited")
+    group = Group()
+
+    def connect(meeting: Meeting[Group]) -> Answer:
+        try:
+            raise RuntimeError("remote process exited")
+        finally:
+            meeting.made(group)
 
     with pytest.raises(RuntimeError, match="remote process exited"):
         meet(connect, lambda: False)
+    assert group.aborted.wait(5)
 
 
-def test_the_device_fails_in_the_first_collective() -> None:
+def test_the_device_fails_in_the_first_collectives() -> None:
     group = Group()
     group.failure = RuntimeError("unspecified launch failure")
     with pytest.raises(RuntimeError, match="launch failure"):
-        meet(lambda: (group, group), lambda: False)
+        meet(lambda meeting: at_once(group, meeting), lambda: False)
     assert group.aborted.wait(5)
 
 
 def test_a_failure_after_it_was_left_concerns_nobody() -> None:
-    failed = threading.Event()
+    begun, failed = threading.Event(), threading.Event()
     ended: list[threading.Thread] = []
 
-    def connect() -> tuple[Group, Group]:
+    def connect(meeting: Meeting[Group]) -> Answer:
         ended.append(threading.current_thread())
+        begun.set()
         failed.wait(10)
         raise RuntimeError("remote process exited")
 
     with pytest.raises(PeerLost):
-        meet(connect, lambda: bool(ended))
+        meet(connect, begun.is_set)
     failed.set()
     ended[0].join(5)
     assert not ended[0].is_alive()
+
+
+def test_nothing_is_begun_in_an_epoch_that_is_void() -> None:
+    started = time.monotonic()
+    with pytest.raises(PeerLost, match="void before"):
+        meet(lambda meeting: pytest.fail("it was begun"), lambda: True)
+    assert time.monotonic() - started < 5
