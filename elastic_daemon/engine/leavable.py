@@ -19,13 +19,8 @@ def never() -> bool:
     return False
 
 
-def run_leavable(
-    work: Callable[[], T],
-    is_void: Callable[[], bool],
-    name: str,
-    discard: Callable[[T], object] = lambda made: None,
-) -> T:
-    """What `work` makes. What it makes, or raises, after it was left goes to `discard`, or nowhere.
+def run_leavable(work: Callable[[], T], is_void: Callable[[], bool], name: str) -> T:
+    """What `work` makes. What it makes, or raises, after it was left goes nowhere.
 
     `name`: of the thread. Raises what `work` raises, and PeerLost when `is_void()` says that nobody waits for it.
     """
@@ -36,13 +31,9 @@ def run_leavable(
         try:
             made = work()
         except BaseException as error:
-            if outcome.set_running_or_notify_cancel():
-                outcome.set_exception(error.with_traceback(None))
+            outcome.set_exception(error.with_traceback(None))
         else:
-            if outcome.set_running_or_notify_cancel():
-                outcome.set_result(made)
-            else:
-                discard(made)
+            outcome.set_result(made)
 
     outcome: Future[T] = Future()
     threading.Thread(target=run, args=(outcome,), name=name, daemon=True).start()
@@ -51,7 +42,7 @@ def run_leavable(
             try:
                 return outcome.result(LOOK_UP_S)
             except TimeoutError:
-                if is_void() and outcome.cancel():
+                if is_void():
                     raise PeerLost("left before it was complete") from None
     finally:
         del outcome  # it holds the error whose traceback holds this frame: a cycle would keep sockets open

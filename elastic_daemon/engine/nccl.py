@@ -161,9 +161,7 @@ class NcclProcessGroup:
 
         From any thread. This call never waits for an abort, nor for a collective that is being started.
         """
-        if self._async_error is None:
-            return None
-        return self._abort.unless_void(self._async_error.read)
+        return None if self._async_error is None else self._abort.unless_void(self._async_error.read)
 
     def synchronize(self) -> None:
         """Wait until all that was started is complete.

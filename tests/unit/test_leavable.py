@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import pytest
 
@@ -21,17 +23,23 @@ def test_nothing_is_begun_that_is_void_already() -> None:
         run_leavable(lambda: pytest.fail("it was begun"), lambda: True, "void")
 
 
-def test_what_is_made_after_it_was_left_is_discarded() -> None:
-    go_on, discarded = threading.Event(), threading.Event()
-    begun = threading.Event()
+def test_work_that_is_left_ends_by_itself_and_nobody_keeps_what_it_makes() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    made: list[weakref.ref[threading.Event]] = []
+    threads: list[threading.Thread] = []
 
-    def work() -> str:
+    def work() -> threading.Event:
+        threads.append(threading.current_thread())
         begun.set()
         go_on.wait(10)
-        return "late"
+        late = threading.Event()
+        made.append(weakref.ref(late))
+        return late
 
     with pytest.raises(PeerLost, match="left"):
-        run_leavable(work, begun.is_set, "late", lambda made: discarded.set() if made == "late" else None)
-    assert not discarded.is_set()
+        run_leavable(work, begun.is_set, "late")
+    assert threads[0].is_alive() and not made
     go_on.set()
-    assert discarded.wait(5)
+    threads[0].join(5)
+    gc.collect()
+    assert not threads[0].is_alive() and made[0]() is None
