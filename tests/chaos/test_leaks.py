@@ -19,7 +19,7 @@ pytestmark = pytest.mark.chaos
 
 WARM_UP, REGROUPS = 30, 50
 
-GROWTH_KIB = 24 * 1024
+GROWTH_KIB = 16 * 1024
 """What 50 regroups may add to a rank: 3 to 11 MiB were seen, less and less, in what malloc keeps between its blocks.
 What is in use stays the same, to 0.1 MB over 180 regroups (mallinfo2)."""
 

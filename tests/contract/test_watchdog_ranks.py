@@ -57,7 +57,7 @@ def group(directory: Path, mode: str, work_s: dict[int, float] | None = None) ->
         watchdog = stack.enter_context(watching(directory, sim, daemon))
         until(lambda: all(one["phase"] in ("idle", "decode") for one in watchdog.status()["ranks"]), "heartbeats", 10)
         time.sleep(2.0)  # intervals to learn from
-        assert work_s or not daemon.of(act=True), "a healthy rank was accused"
+        assert work_s or not [body for _, body in daemon.verdicts if "rank" in body], "a healthy rank was accused"
         yield watchdog, pids
 
 
@@ -75,16 +75,13 @@ def test_stopped_rank_is_named_within_three_seconds(tmp_path: Path, mode: str) -
 
 
 def test_short_stall_accuses_nobody(tmp_path: Path) -> None:
-    stalls: list[float] = []
     with group(tmp_path, "decode") as (watchdog, pids):
         for pid in pids[:3]:
-            began = time.monotonic()
             os.kill(pid, signal.SIGSTOP)
             time.sleep(0.5)
             os.kill(pid, signal.SIGCONT)
-            stalls.append(time.monotonic() - began)
             time.sleep(0.5)
-        assert not watchdog.daemon.of(act=True) or max(stalls) > 0.9, "a busy machine makes long stalls of short ones"
+        assert not watchdog.daemon.of(act=True)
 
 
 def test_straggler_is_named_and_kept(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def _loads_fast(window: Browser, cluster: Cluster) -> None:
         took.append(window.wait(lambda: window.run(USABLE), "the page can be used"))
         sizes.append(window.run(BYTES))
     print(f"dashboard: usable after {sorted(map(round, took))} ms, {max(sizes)} bytes")
-    assert min(took) < MAX_MS, "whatever else the machine does only adds to it"
+    assert sorted(took)[LOADS // 2] < MAX_MS
     assert max(sizes) < MAX_BYTES
     window.run(ROOM)
     assert [tile(window, rank) for rank in range(4)] == ["active"] * 4
