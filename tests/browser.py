@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from tenacity import retry, retry_if_exception_type, stop_after_attempt
 
 from tests.tools import require
 
@@ -136,14 +137,9 @@ def browser() -> Iterator[Browser]:
         tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as profile,
         httpx.Client(timeout=60, trust_env=False) as client,
     ):
-        driver = subprocess.Popen(
-            ["chromedriver", "--port=0", "--log-level=SEVERE"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        driver, port = _drive()
         try:
-            base = f"http://127.0.0.1:{_port_of(driver)}"
+            base = f"http://127.0.0.1:{port}"
             options = {"args": [*FLAGS, f"--user-data-dir={profile}"], "binary": shutil.which("chromium")}
             wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
             answer = client.post(f"{base}/session", json={"capabilities": {"alwaysMatch": wanted}}).json()["value"]
@@ -154,12 +150,31 @@ def browser() -> Iterator[Browser]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(driver.pid, signal.SIGKILL)
             driver.wait()
+            assert driver.stdout is not None
+            driver.stdout.close()
 
 
-def _port_of(driver: subprocess.Popen[bytes]) -> int:
-    """Where it listens, which it says once it does."""
+class PortTaken(Exception):
+    """chromedriver takes a port that is free in IPv6, and ends where a connection of IPv4 has it."""
+
+
+@retry(retry=retry_if_exception_type(PortTaken), stop=stop_after_attempt(20), reraise=True)
+def _drive() -> tuple[subprocess.Popen[bytes], int]:
+    """A chromedriver in a process group of its own, and where it listens."""
+    driver = subprocess.Popen(
+        ["chromedriver", "--port=0", "--log-level=SEVERE"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     assert driver.stdout is not None
+    said = b""
     for line in driver.stdout:
+        said += line
         if found := re.search(rb"started successfully on port (\d+)", line):
-            return int(found[1])
-    raise AssertionError("chromedriver has ended without a word of its port")
+            return driver, int(found[1])
+    driver.wait()
+    driver.stdout.close()
+    if b"IPv4 port not available" in said:
+        raise PortTaken(said.decode())
+    raise AssertionError(f"chromedriver has ended: {said.decode()}")
