@@ -11,7 +11,6 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -19,15 +18,14 @@ from elastic_daemon import protocol as p
 from elastic_daemon.control.control_state import Phase
 from elastic_daemon.control.gpu_pool import GpuPool
 from elastic_daemon.control.policy import Policy
-from elastic_daemon.membership import Status
 from elastic_daemon.placement import EMPTY, Placement, initial, slots_per_rank
 from elastic_daemon.processes.rank_messages import RankAction
 from tests.unit.invariants import SERVING, Books, Process
 from tests.unit.poison import Poison
+from tests.unit.simulated_faults import HORIZON, Faults
+from tests.unit.simulated_serving import STEP, Serving, SimulatedFrontend
 
-HORIZON = 8.0  # no fault begins after this
-SETTLE = 120.0  # and this much later all must be quiet
-STEP = 0.25  # between two steps of the model
+SETTLE = 120.0  # this much after the last fault has begun all must be quiet
 
 
 class SimulationError(AssertionError):
@@ -49,14 +47,6 @@ def run(seed: int, *, trace: bool = False) -> World:
 @cache
 def first_placement(experts: int, layers: int, ranks: tuple[int, ...], slots: int) -> Placement:
     return initial(experts, layers, ranks, slots)
-
-
-@dataclass(eq=False)
-class SimulatedFrontend:
-    ready: bool = False
-    view: p.Snapshot | None = None
-    in_step: int = 0  # the epoch
-    owner: dict[int, p.Identity] = field(default_factory=dict)
 
 
 class World(Books):
@@ -81,21 +71,19 @@ class World(Books):
         if self.unlisted:
             self.gpus = {f"GPU-{rank}": True for rank in range(ranks + 2)}
         super().__init__(policy, pool, sloppy=rng.choice((0.0, 0.0, 0.01, 0.04)), poison=Poison(rng))
-        self.traps = {rng.choice(("StartRank", "Fence", "Regroup", "Resume")): rng.randint(1, 8) for _ in range(2)}
+        self.faults = Faults(self)
 
         self.queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self.sequence = 0
         self.background = 0  # queued, but not worth waiting for: steps
-        self.frontend: SimulatedFrontend | None = None
-        self.next_request = 0
-        self.tokens = 0  # accepted as delivered
+        self.serving = Serving(self)
         self.said: list[Any] = []  # what ranks said so far: material for zombies
 
     # --- the course of time --------------------------------------------------------------------------------------
 
     def play(self) -> None:
-        self.schedule_faults()
-        self.later(STEP, self.step)
+        self.faults.schedule()
+        self.later(STEP, self.serving.step)
         self.background += 1
         self.carry_out(self.controller.start(0.0))
         lag = 0.0
@@ -129,10 +117,11 @@ class World(Books):
     def poison_acts(self) -> bool:
         """Whether there is poison in the group that the controller can get rid of."""
         members = self.members.get(self.epoch, ())
-        if self.controller.status not in SERVING or self.frontend is None or not self.frontend.ready:
+        frontend = self.serving.frontend
+        if self.controller.status not in SERVING or frontend is None or not frontend.ready:
             return False
         can_do_without = (len(members) - 1) * self.policy.slots >= self.policy.experts
-        return (can_do_without and self.poison.rank in members) or self.poison.request in self.frontend.owner
+        return (can_do_without and self.poison.rank in members) or self.poison.request in frontend.owner
 
     def later(self, delay: float, call: Callable[..., None], *arguments: Any) -> None:
         self.sequence += 1
@@ -186,16 +175,16 @@ class World(Books):
                     self.later(delay, self.kill, self.processes[action.rank], "killed", self.rng.random() < 0.8)
                 case p.Quiesce() | p.Fence() | p.Regroup() | p.Resume() | p.Respread() | p.StoreExperts():
                     process = self.processes[action.rank]
-                    self.spring_trap(type(action).__name__, process)
+                    self.faults.spring_trap(type(action).__name__, process)
                     self.later(self.soon(), self.receive, process, action)
                 case p.Publish():
-                    self.on_publish(action.membership)
+                    self.serving.on_publish(action.membership)
                 case p.StartFrontend():
-                    self.frontend = SimulatedFrontend()
+                    self.serving.frontend = SimulatedFrontend()
                     if not self.happens(2):
-                        self.later(self.rng.uniform(0.05, 0.5), self.on_frontend_up, self.frontend)
+                        self.later(self.rng.uniform(0.05, 0.5), self.serving.on_frontend_up, self.serving.frontend)
                 case p.KillFrontend():
-                    self.frontend_dies()
+                    self.serving.frontend_dies()
                 case p.Exit():
                     self.exit = action
         self.check_state()
@@ -214,7 +203,7 @@ class World(Books):
         plan = first_placement(self.policy.experts, self.layers, action.members, action.slots)
         process = Process(action.rank, action.incarnation, plan.columns[action.rank].tolist(), gpu=gpu)
         self.processes[action.rank] = process
-        self.spring_trap("StartRank", process)
+        self.faults.spring_trap("StartRank", process)
         if self.happens(5):
             self.later(self.rng.uniform(0.0, 0.5), self.kill, process, "died while starting")
         self.later(self.rng.uniform(0.1, 0.6), self.on_constructed, process)
@@ -330,230 +319,3 @@ class World(Books):
     def watch(self, process: Process) -> None:
         """Whoever hangs while the controller waits for nothing from it is found by the watchdog."""
         self.later(self.rng.uniform(1.0, 3.0), self.kill, process, "hung, killed by the watchdog")
-
-    # --- faults --------------------------------------------------------------------------------------------------
-
-    def schedule_faults(self) -> None:
-        kinds = (
-            self.break_rank, self.break_rank, self.fault_only, self.zombie, self.zombie, self.frontend_dies,
-            self.verdict, self.verdict, self.order, self.order, self.gpus_change,
-        )  # fmt: skip
-        at = 0.0
-        for _ in range(self.rng.randint(0, 6)):
-            close = at and self.rng.random() < 0.5
-            at = min(at + self.rng.uniform(0.0, 0.08), HORIZON) if close else self.rng.uniform(0.1, HORIZON)
-            self.later(at, self.rng.choice(kinds))
-        if self.unlisted:
-            self.later(self.rng.uniform(0.0, HORIZON), self.gpus_change)
-        if self.rng.random() < 0.05:
-            self.later(self.rng.uniform(0.0, HORIZON), self.poison_links)
-        if self.rng.random() < 0.1:
-            self.later(self.rng.uniform(0.0, HORIZON), self.tell, p.StopRequested(self.rng.uniform(0.0, 3.0)))
-        if self.rng.random() < 0.02:
-            for _ in range(8):
-                self.later(self.rng.uniform(0.0, HORIZON), self.frontend_dies)
-
-    def spring_trap(self, name: str, process: Process) -> None:
-        """Dies or hangs at a step chosen in advance."""
-        if name in self.traps and self.now < HORIZON:
-            self.traps[name] -= 1
-            if self.traps[name] == 0:
-                strike = self.rng.choice((self.kill, self.hang_trapped))
-                self.later(self.rng.uniform(0.0, 0.05), strike, process, "trapped")
-
-    def hang_trapped(self, process: Process, _: str) -> None:
-        if process.works:
-            self.hang(process)
-
-    def break_rank(self) -> None:
-        process = self.rng.choice(self.processes)
-        if self.rng.random() < 0.7:
-            self.kill(process, "signal 9")
-        elif process.works:
-            self.hang(process)
-
-    def fault_only(self) -> None:
-        self.fault(self.rng.choice(self.processes), "a collective failed")
-
-    def verdict(self) -> None:
-        """The watchdog accuses or clears a GPU with one or two ranks, right or wrong, or an older incarnation."""
-        rng = self.rng
-        accused = rng.sample(list(self.processes.values()), min(len(self.processes), rng.choice((1, 1, 1, 2))))
-        ranks = tuple((process.rank, process.incarnation - (rng.random() < 0.1)) for process in accused)
-        kind, act = rng.choice(list(p.VerdictKind)), rng.random() < 0.7
-        epoch, before = self.epoch, set(self.dead)
-        self.accused |= set(ranks) if act and kind.acts else set()
-        self.tell(p.TelemetryVerdict(f"gpu {ranks[0][0]}", ranks, kind, act, "telemetry", self.now - rng.random()))
-        group = set(self.members.get(epoch, ()))
-        if group & (self.dead - before):
-            left = len(group - self.dead)
-            assert left * self.policy.slots >= self.policy.experts, f"telemetry leaves {left} ranks"
-        if rng.random() < 0.3:
-            self.later(rng.uniform(0.0, 1.0), self.verdict)
-
-    def order(self) -> None:
-        """An operator wants something, sensible or not."""
-        rng, policy = self.rng, self.policy
-        self.orders += 1
-        timeout_s = rng.choice((0.5, 3.0, 10.0))
-        if rng.random() < 0.1:
-            return self.tell(p.AutomationSwitched(rng.random() < 0.7))
-        if rng.random() < 0.5:
-            retire = tuple(rng.sample(range(policy.target), rng.randint(0, 2))) if rng.random() < 0.2 else None
-            target = rng.randint(1, policy.max_ranks + 1)
-            self.tell(p.ScaleOrder(f"order-{self.orders}", target, retire, timeout_s))
-        else:
-            deed = rng.choice(list(p.RankDeed))
-            self.tell(p.RankOrder(f"order-{self.orders}", rng.randrange(policy.target + 1), deed, timeout_s))
-        if rng.random() < 0.4:
-            self.later(rng.uniform(0.0, 1.0), self.order)
-
-    def gpus_change(self) -> None:
-        """A GPU goes, comes back, or a new one appears; the watchdog says so."""
-        if not self.gpus:
-            return
-        kind = self.rng.choice(("unfit", "fit", "gone", "new"))
-        uuid = self.rng.choice(list(self.gpus))
-        if kind == "new":
-            self.gpus[f"GPU-{len(self.gpus) + 10}"] = True
-        else:
-            self.gpus[uuid] = kind == "fit"
-        seen = (p.GpuSeen(uuid, fit, "" if fit else "bad") for uuid, fit in self.gpus.items())
-        self.tell(p.GpusSeen(tuple(gpu for gpu in seen if kind != "gone" or gpu.uuid != uuid)))
-        if self.rng.random() < 0.5:
-            self.later(self.rng.uniform(0.0, 2.0), self.gpus_change)
-
-    def poison_links(self) -> None:
-        """From now on one rank breaks every step that it is in."""
-        self.poison.rank = self.rng.choice(self.processes).identity
-
-    def zombie(self) -> None:
-        """Somebody repeats himself, or speaks for another time."""
-        if not self.said:
-            return
-        event = self.rng.choice(self.said[-20:])
-        if self.rng.random() < 0.5:
-            event = replace(event, incarnation=event.incarnation - self.rng.randint(1, 3))
-            if hasattr(event, "epoch"):
-                event = replace(event, epoch=self.epoch)
-        elif hasattr(event, "epoch"):
-            event = replace(event, epoch=self.epoch - self.rng.randint(1, 2))
-        self.tell(event)
-
-    # --- front end and requests ----------------------------------------------------------------------------------
-
-    def on_frontend_up(self, frontend: SimulatedFrontend) -> None:
-        if frontend is self.frontend:
-            frontend.ready = True
-            self.tell(p.FrontendReady())
-
-    def frontend_dies(self) -> None:
-        if self.frontend is not None:
-            self.frontend = None
-            for process in self.processes.values():
-                process.requests.clear()  # nobody is left to hear of them
-            self.later(self.soon(), self.tell, p.FrontendExited("signal 9"))
-
-    def on_publish(self, view: p.Snapshot) -> None:
-        self.published = view
-        frontend = self.frontend
-        if frontend is None or not frontend.ready:
-            return
-        frontend.view = view
-        if view.status in SERVING:
-            moved = [request for request, owner in frontend.owner.items() if owner not in self.takers(view)]
-            for request in moved:
-                if process := self.process_of(frontend.owner[request]):
-                    process.requests.discard(request)
-                self.assign(frontend, request)
-            if view.draining and not self.happens(5):
-                gone = tuple(incarnation for _, incarnation in view.draining)
-                self.later(self.soon(), self.tell, p.FrontendMoved(view.epoch, gone))
-            if view.epoch != frontend.in_step and not self.happens(2):
-                frontend.in_step = view.epoch
-                synced = p.FrontendSynced(view.epoch, len(frontend.owner) - len(moved), len(moved), 0, 0, self.tokens)
-                self.later(self.rng.uniform(0.5, 2.0) if self.happens(2) else self.soon(), self.tell, synced)
-            if self.happens(5):
-                self.later(self.soon(), self.tell, p.FrontendSynced(view.epoch - 1, 0, 0, 0, 0, 0))  # long overdue
-        elif view.status is Status.STOPPING and self.rng.random() < 0.7:
-            self.later(self.rng.uniform(0.0, 3.0), self.tell, p.DrainComplete())
-        elif not view.hold:
-            frontend.owner.clear()
-            for process in self.processes.values():
-                process.requests.clear()
-
-    @staticmethod
-    def takers(view: p.Snapshot) -> tuple[p.Identity, ...]:
-        """Who takes requests."""
-        return tuple(identity for identity in view.active if identity not in view.draining) or view.active
-
-    def assign(self, frontend: SimulatedFrontend, request: int) -> None:
-        assert frontend.view is not None
-        owner = self.rng.choice(self.takers(frontend.view))
-        frontend.owner[request] = owner
-        if process := self.process_of(owner):
-            process.requests.add(request)
-
-    def step(self) -> None:
-        """One step of the model, if every member of the group is in it."""
-        self.later(STEP, self.step)
-        frontend = self.frontend
-        if frontend and frontend.view and frontend.view.status in SERVING and len(frontend.owner) < 6:
-            self.next_request += 1
-            self.assign(frontend, self.next_request)
-        for epoch in list(self.members)[-2:]:
-            group = [peer for identity in self.members[epoch] if (peer := self.process_of(identity))]
-            whole = len(group) == len(self.members[epoch])
-            if whole and all(peer.works and peer.mode == "stepping" and peer.epoch == epoch for peer in group):
-                if self.poison.spoils(group):
-                    for peer in self.rng.sample(group, self.rng.randint(1, len(group))):
-                        self.fault(peer, "poison")
-                    continue
-                self.move_experts(group)
-                self.respread(group)
-                for peer in group:
-                    if peer.requests:
-                        self.later(self.soon(), self.on_output, peer, epoch, tuple(peer.requests))
-                        self.background += 1
-
-    def move_experts(self, group: list[Process]) -> None:
-        """The load balancer of the engine swaps two experts; the controller may not be told."""
-        one, other = self.rng.choice(group), self.rng.choice(group)
-        layer, slot, place = self.rng.randrange(self.layers), *(self.rng.randrange(self.policy.slots) for _ in "ab")
-        row, column = one.column[layer], other.column[layer]
-        row[slot], column[place] = column[place], row[slot]
-        if self.rng.random() < 0.5:
-            for peer in {one, other}:
-                self.say(peer, p.ColumnChanged(*peer.identity, peer.epoch, peer.frozen_column))
-
-    def respread(self, group: list[Process]) -> None:
-        """Once all know of a move, it is made; some layers only, when a fence comes between."""
-        moves = [peer.move for peer in group]
-        if any(move is None or move.serial != moves[0].serial for move in moves):
-            return
-        layers = self.rng.randint(0, self.layers) if self.happens(5) else self.layers
-        for peer, move in zip(group, moves, strict=True):
-            for layer in range(layers):
-                peer.column[layer] = move.placement.columns[peer.rank][layer].tolist()
-            if layers == self.layers:
-                peer.move = None
-                done = (move.serial, peer.frozen_column, 0.01, 1)
-                self.say(peer, p.RankRespread(*peer.identity, peer.epoch, *done))
-
-    def on_output(self, process: Process, epoch: int, requests: tuple[int, ...]) -> None:
-        self.background -= 1
-        frontend = self.frontend
-        if frontend is None or frontend.view is None:
-            return
-        view = frontend.view
-        if view.status not in (*SERVING, Status.STOPPING) or epoch != view.epoch or process.identity not in view.active:
-            return
-        for request in requests:
-            if frontend.owner.get(request) != process.identity:
-                continue
-            assert process.identity not in self.dead, f"a token of {process.identity}, excluded, was delivered"
-            assert epoch == self.controller.epoch, f"a token of epoch {epoch} was delivered in {self.controller.epoch}"
-            self.tokens += 1
-            if self.rng.random() < 0.2:
-                del frontend.owner[request]
-                process.requests.discard(request)

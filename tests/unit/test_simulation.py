@@ -21,6 +21,12 @@ def test_one_schedule() -> None:
     simulation.run(int(os.environ["SIM_SEED"]), trace=True)
 
 
+def test_a_seed_plays_the_same_schedule_again() -> None:
+    for seed in range(100):
+        first, again = (simulation.run(seed).trace for _ in range(2))
+        assert first == again, f"seed {seed}"
+
+
 @pytest.mark.skipif("SIM_SEED" in os.environ, reason="SIM_SEED replays one schedule only")
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_schedules(batch: int) -> None:
@@ -30,7 +36,7 @@ def test_schedules(batch: int) -> None:
         world = simulation.run(seed)
         ends[world.controller.phase] += 1
         recoveries += len(world.recoveries)
-        tokens += world.tokens
+        tokens += world.serving.tokens
     if SCHEDULES >= 1000:  # the simulation must be hard, but not so hard that nothing ever works
         assert set(ends) == {"serving", "unavailable", "exited"}, ends
         assert recoveries > SCHEDULES // BATCHES
