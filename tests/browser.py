@@ -103,9 +103,11 @@ class Browser:
         return result
 
     def size(self, width: int, height: int, *, ratio: float = 1.0, mobile: bool = False) -> None:
+        """The page lays itself out anew a frame after the command: it has when this returns."""
         self.cdp(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=ratio, mobile=mobile
         )
+        self.wait(lambda: self.run("return innerWidth") == width, f"a width of {width}")
 
     def width(self) -> int:
         """Of all there is to see, in CSS pixels. What the page draws for a new size comes a frame after it: wait."""
@@ -134,24 +136,38 @@ def browser() -> Iterator[Browser]:
     """Chromium, and its driver, for as long as the context lasts."""
     require_browser()
     with (
-        tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as profile,
+        tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as profiles,
         httpx.Client(timeout=60, trust_env=False) as client,
     ):
         driver, port = _drive()
+        base = f"http://127.0.0.1:{port}"
         try:
-            base = f"http://127.0.0.1:{port}"
-            options = {"args": [*FLAGS, f"--user-data-dir={profile}"], "binary": shutil.which("chromium")}
-            wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-            answer = client.post(f"{base}/session", json={"capabilities": {"alwaysMatch": wanted}}).json()["value"]
-            assert "sessionId" in answer, answer
-            yield Browser(base, answer["sessionId"], client)
-            client.delete(f"{base}/session/{answer['sessionId']}")
+            session = _open_window(client, base, Path(profiles))
+            yield Browser(base, session, client)
+            client.delete(f"{base}/session/{session}")
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(driver.pid, signal.SIGKILL)
             driver.wait()
             assert driver.stdout is not None
             driver.stdout.close()
+
+
+class NoWindow(Exception):
+    """Chromium has not started; chromedriver says why."""
+
+
+@retry(retry=retry_if_exception_type(NoWindow), stop=stop_after_attempt(3), reraise=True)
+def _open_window(client: httpx.Client, base: str, profiles: Path) -> str:
+    """The session's id."""
+    profile = tempfile.mkdtemp(dir=profiles)
+    options = {"args": [*FLAGS, f"--user-data-dir={profile}"], "binary": shutil.which("chromium")}
+    wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+    answer = client.post(f"{base}/session", json={"capabilities": {"alwaysMatch": wanted}}).json()["value"]
+    if "sessionId" not in answer:
+        raise NoWindow(answer)
+    session: str = answer["sessionId"]
+    return session
 
 
 class PortTaken(Exception):

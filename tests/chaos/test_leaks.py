@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import proc
 from tests.e2e.cluster import Cluster, assert_same, run_streams
 
 pytestmark = pytest.mark.chaos
@@ -55,7 +56,7 @@ class Usage:
 
 
 def _settled(pid: int) -> Usage:
-    """The least of a second: threads of the last group, and what they hold, end a moment after it."""
+    """The least of a second: threads of the last group end a moment after it, and so do connections of a caller."""
     seen = []
     for _ in range(10):
         seen.append(Usage.of(pid))
@@ -116,7 +117,7 @@ def _kill_all_but_one(cluster: Cluster) -> int:
     """Kill five of six ranks, and the front end twice, one after the other. Returns the number of kills."""
     keepers = [cluster.process.pid, *cluster.titled("zygote")]
     run_streams(cluster, max_tokens=5)
-    before, processes = [Usage.of(pid) for pid in keepers], len(cluster.descendants())
+    before, processes = [_settled(pid) for pid in keepers], len(cluster.descendants())
     victims = (3, None, 0, 5, None, 1, 4)
     for victim in victims:
         restarts = len(cluster.events("frontend_ready"))
@@ -131,7 +132,7 @@ def _kill_all_but_one(cluster: Cluster) -> int:
     run_streams(cluster, max_tokens=5)
     killed_ranks = sum(victim is not None for victim in victims)
     cluster.wait_for(lambda: len(cluster.descendants()) <= processes - killed_ranks, 30)  # a zombie would count
-    for then, now in zip(before, (Usage.of(pid) for pid in keepers), strict=True):
+    for then, now in zip(before, map(_settled, keepers), strict=True):
         assert now.descriptors <= then.descriptors, (then, now)
         assert now.threads <= then.threads, (then, now)
     return len(victims)
@@ -147,18 +148,8 @@ def test_death_of_the_zygote_ends_the_daemon(tmp_path: Path) -> None:
         _wait_gone(pids)
 
 
-def _alive(pids: list[int]) -> list[int]:
-    def running(pid: int) -> bool:
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-        except FileNotFoundError:
-            return False
-
-    return [pid for pid in pids if running(pid)]
-
-
 def _wait_gone(pids: list[int]) -> None:
     deadline = time.monotonic() + 10
-    while (left := _alive(pids)) and time.monotonic() < deadline:
+    while (left := proc.alive(pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left

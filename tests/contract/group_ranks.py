@@ -33,6 +33,7 @@ SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload([__name__])
 
 ANSWER_TIMEOUT_S = 30.0
+BOOT_TIMEOUT_S = 120.0  # the first process of all imports vLLM
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,13 @@ class GroupRank:
             return self.resources()
         raise AssertionError("did not fail")
 
-    def remember_resources(self) -> dict[str, int]:
-        self.before = self.resources()
+    def settled_resources(self) -> dict[str, int]:
+        """The least of half a second: a group's threads end a moment after the group."""
+        seen = []
+        for _ in range(25):
+            seen.append(self.resources())
+            time.sleep(0.02)
+        self.before = {kind: min(one[kind] for one in seen) for kind in seen[0]}
         return self.before
 
     def get_rounds(self) -> int:
@@ -167,6 +173,11 @@ class RankProcess:
         self.process.start()
         theirs.close()
 
+    def boot(self) -> None:
+        self._connection.send(("resources", (), True))
+        assert self._connection.poll(BOOT_TIMEOUT_S), "it does not boot"
+        checked(self._receive())
+
     def start(self, name: str, *arguments: Any) -> None:
         """Begin a command in the main thread."""
         self._connection.send((name, arguments, False))
@@ -217,7 +228,7 @@ class Ranks:
     def spawn(self, count: int, body: type[GroupRank] = GroupRank) -> list[RankProcess]:
         self._all += (new := [RankProcess(self.store, body) for _ in range(count)])
         for rank in new:
-            checked(rank.ask_meanwhile("resources"))  # gloo waits two seconds for a member, however long it boots
+            rank.boot()  # gloo waits two seconds for a member, however long it boots
         return new
 
     def close(self) -> None:

@@ -141,7 +141,7 @@ def test_rebuilding_leaves_nothing_behind(ranks: Ranks) -> None:
             all_do(members, "release")
 
     rebuild(range(3))
-    before = all_do(members, "resources")
+    before = all_do(members, "settled_resources")
     rebuild(range(3, 23))
     deadline = time.monotonic() + 10
     while (after := all_do(members, "resources")) != before and time.monotonic() < deadline:
@@ -153,7 +153,7 @@ def test_a_broken_group_is_gone_while_its_error_is_still_handled(ranks: Ranks) -
     survivor, dead = ranks.spawn(2)
     build([survivor, dead], "epoch/1")
     all_do([survivor, dead], "release")
-    (before,) = all_do([survivor], "remember_resources")
+    (before,) = all_do([survivor], "settled_resources")
     build([survivor, dead], "epoch/2")
     (during,) = all_do([survivor], "resources")
     assert during["fds"] > before["fds"] and during["threads"] > before["threads"]
@@ -166,7 +166,7 @@ def test_a_failed_meeting_leaves_nothing_behind(ranks: Ranks) -> None:
     members = ranks.spawn(2)
     build(members, "epoch/1")
     all_do(members, "release")
-    (before,) = all_do(members[:1], "resources")
+    (before,) = all_do(members[:1], "settled_resources")
     members[0].start("build", "epoch/2", 0, 2)
     assert members[0].answer().peer_fault
     deadline = time.monotonic() + 10

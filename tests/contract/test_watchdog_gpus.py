@@ -28,6 +28,9 @@ from watchdog.status import render
 pytestmark = pytest.mark.contract
 
 
+STALLS = ("NVML answers slowly", "an NVML call missed its deadline")
+
+
 class Setting:
     """A desk with a deployment of two ranks behind it, and a watchdog of four GPUs."""
 
@@ -40,8 +43,17 @@ class Setting:
         return {gpu.uuid: gpu for gpu in lists[-1].gpus} if lists else {}
 
     def verdicts(self, gpu: str) -> list[p.VerdictKind]:
-        told = list(self.plane.told)
-        return [event.verdict for event in told if isinstance(event, p.TelemetryVerdict) and event.subject == gpu]
+        """Without the suspicion that a stall of this machine brings, by a slow reading, and the end of it."""
+        kinds: list[p.VerdictKind] = []
+        stalled = False
+        for event in list(self.plane.told):
+            if not isinstance(event, p.TelemetryVerdict) or event.subject != gpu:
+                continue
+            stalls = event.verdict is p.VerdictKind.SUSPECT and any(name in event.reason for name in STALLS)
+            if not stalls and not (stalled and event.verdict is p.VerdictKind.OK):
+                kinds.append(event.verdict)
+            stalled = stalls
+        return kinds
 
     def told_of_others(self) -> list[str]:
         return [event["gpu"] for event in self.plane.events.since(0) if event["event"] == "gpu_not_ours"]

@@ -17,6 +17,7 @@ from elastic_daemon.telemetry.events import EventLog
 from elastic_daemon.watch.driver import simulate
 from elastic_daemon.watch.process import WatchdogProcess
 from elastic_daemon.watch.upkeep import WatchMode, WatchState
+from tests import proc
 from watchdog.status import read_status
 
 pytestmark = pytest.mark.contract
@@ -75,13 +76,6 @@ def start(command: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
 
 
-def is_gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
 async def test_killed_and_stopped_it_is_replaced_and_ends_in_order(home: Path) -> None:
     async with tended(WatchMode.SPAWN, home) as (process, events):
         pids = []
@@ -96,9 +90,9 @@ async def test_killed_and_stopped_it_is_replaced_and_ends_in_order(home: Path) -
         await until(lambda: process.state is WatchState.ALIVE, "a sign of life")
         assert process.pid is not None
         assert process.pid not in pids
-        assert all(map(is_gone, pids))
+        assert not proc.alive(pids)
         last = process.pid
-    assert is_gone(last)
+    assert not proc.alive([last])
     assert not (home / "watchdog.json").exists(), "it had the time to clean up"
     names = [event["event"] for event in events.since(0)]
     assert names == [*["watchdog_spawned", "watchdog_alive", "watchdog_down"] * 2, "watchdog_spawned", "watchdog_alive"]
@@ -127,8 +121,8 @@ async def test_it_dies_with_a_supervisor_that_is_killed(home: Path) -> None:
         await until((home / "watchdog.json").exists, "a watchdog")
         status = read_status(home)
         pids = [status["pid"], *status["driver"]["children"].values()]
-        assert not any(map(is_gone, pids))
+        assert proc.alive(pids) == pids
     finally:
         parent.kill()
         parent.wait()
-    await until(lambda: all(map(is_gone, pids)), "the end of the watchdog and its children")
+    await until(lambda: not proc.alive(pids), "the end of the watchdog and its children")

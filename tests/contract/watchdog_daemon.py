@@ -184,7 +184,8 @@ class Watchdog:
         return f"verdicts: {[body for _, body in self.daemon.verdicts]}\nlog: {self.log.read_text()[-3000:]}"
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        whole = self.log.read_text().rpartition("\n")[0]  # it may be writing a line
+        lines = [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
         return [line for line in lines if line["event"] == name]
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 
 from elastic_daemon.drill.load import prompts_for
+from tests import proc
 
 START_TIMEOUT_S = 180.0
 
@@ -135,27 +136,12 @@ class Cluster:
         assert body["ok"], body
 
     def descendants(self) -> list[int]:
-        return _descendants(self.process.pid)
+        return proc.descendants(self.process.pid)
 
     def titled(self, title: str) -> list[int]:
         """Processes of the daemon that bear this title: `zygote`, `front end`."""
-        return [pid for pid in self.descendants() if _title(pid) == f"elastic-daemon: {title}"]
-
-
-def _title(pid: int) -> str:
-    """Empty for a process that has ended meanwhile."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text().strip("\0")
-    except OSError:
-        return ""
-
-
-def _descendants(pid: int) -> list[int]:
-    children: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            children += [int(child) for child in task.read_text().split()]
-    return children + [grandchild for child in children for grandchild in _descendants(child)]
+        wanted = f"elastic-daemon: {title}"
+        return [pid for pid in self.descendants() if proc.read(pid, "cmdline").strip("\0") == wanted]
 
 
 class Trigger:

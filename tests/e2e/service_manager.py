@@ -5,7 +5,6 @@ Not systemd: it makes no cgroup, so what is left of a service after its main pro
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 import time
@@ -13,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+
+from tests import proc
 
 
 @dataclass(frozen=True)
@@ -82,19 +83,6 @@ def wait_until(condition: Callable[[], object], timeout_s: float, what: str) -> 
         time.sleep(0.02)
 
 
-def alive(pids: list[int]) -> list[int]:
-    """Those that run; a zombie does not."""
-
-    def runs(pid: int) -> bool:
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-        except (FileNotFoundError, ProcessLookupError):
-            return False
-
-    return [pid for pid in pids if runs(pid)]
-
-
 def environment_of(pid: int) -> dict[str, str]:
     """What a process was started with."""
-    pairs = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    return dict(os.fsdecode(pair).split("=", 1) for pair in pairs if b"=" in pair)
+    return dict(pair.split("=", 1) for pair in proc.read(pid, "environ").split("\0") if "=" in pair)

@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from tests import proc
 from tests.e2e.cluster import Cluster
 
 pytestmark = pytest.mark.e2e
@@ -49,7 +50,7 @@ def test_keys(tmp_path: Path) -> None:
         _assert_commands_need_no_key(cluster)
         _assert_secrets_stay_secret(cluster)
 
-        (front_end,) = [pid for pid in cluster.descendants() if "front end" in Path(f"/proc/{pid}/cmdline").read_text()]
+        (front_end,) = cluster.titled("front end")
         os.kill(front_end, signal.SIGKILL)
         cluster.wait_for(lambda: cluster.health()["status"] == "recovering")
         _assert_closed(cluster.url)
@@ -107,5 +108,5 @@ def _assert_secrets_stay_secret(cluster: Cluster) -> None:
     for path in ("/metrics", "/events", "/health", "/operations"):
         assert "secret" not in cluster.control(path).text, path
     for pid in cluster.descendants():
-        assert b"secret" not in Path(f"/proc/{pid}/cmdline").read_bytes()
-    assert ADMIN_KEY.encode() not in Path(f"/proc/{cluster.process.pid}/cmdline").read_bytes()
+        assert "secret" not in proc.read(pid, "cmdline")
+    assert ADMIN_KEY not in proc.read(cluster.process.pid, "cmdline")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import proc
 from tests.e2e.cluster import PROMPTS, Cluster, assert_same, run_streams
 from tests.e2e.service_manager import ServiceManager, alive, environment_of, wait_until
 from tests.timing import SLACK_S
@@ -173,15 +174,10 @@ def test_the_watchdog_is_a_service_too(services: Services) -> None:
             time.sleep(WATCHDOG_S / 2)
             assert not manager.said("WATCHDOG", stopped)
             process.send_signal(signal.SIGCONT)
-            children = children_of(process.pid)
+            children = proc.children(process.pid)
             process.terminate()
             assert process.wait(10) == 0
             wait_until(lambda: manager.said("STOPPING", stopped), 5, "STOPPING")
             wait_until(lambda: not alive(children), 5, "an end of the children that ask the driver")
         finally:
             process.kill()
-
-
-def children_of(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for task in tasks for child in task.read_text().split()]

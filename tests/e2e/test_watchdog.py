@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests import proc
 from tests.e2e.cluster import Cluster, Stream, assert_same, run_streams
 from watchdog.status import read_status
 
@@ -83,12 +82,7 @@ class Watched:
 
 def zombies(cluster: Cluster) -> list[int]:
     """Children of the supervisor that have ended and that nobody has waited for."""
-    found = []
-    for pid in cluster.descendants():
-        with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                found.append(pid)
-    return found
+    return [pid for pid in cluster.descendants() if proc.state(pid) == "Z"]
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +116,9 @@ def test_nobody_but_the_watchdogs_children_sees_the_simulated_driver(watched: Wa
     cluster = watched.cluster
     seeing = []
     for pid in [cluster.process.pid, *cluster.descendants()]:
-        maps = Path(f"/proc/{pid}/maps").read_text()
-        environment = Path(f"/proc/{pid}/environ").read_bytes()
-        if "libnvidia-ml" in maps or b"ELASTIC_NVML_SIMULATOR" in environment:
-            seeing.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode())
+        command = proc.read(pid, "cmdline").replace("\0", " ")
+        if "libnvidia-ml" in proc.read(pid, "maps") or "ELASTIC_NVML_SIMULATOR" in proc.read(pid, "environ"):
+            seeing.append(command)
     assert seeing
     assert all("watchdog.nvml_child" in command for command in seeing), seeing
 
