@@ -73,9 +73,17 @@ class _Span:
 class DeviceTimes:
     """Of the collectives of one group, all from one thread. Events of a group that was aborted go with it, unread."""
 
-    def __init__(self, make: Callable[[], Event], clock: Callable[[], int] = monotonic_ns) -> None:
+    def __init__(
+        self,
+        make: Callable[[], Event],
+        clock: Callable[[], int] = monotonic_ns,
+        is_freeing: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`is_freeing`: whether memory of an older group is being freed. The driver may then not answer a query before
+        the kernels of this one have ended, and torch asks with the GIL held: nothing is timed meanwhile."""
         self._make = make
         self._clock = clock
+        self._is_freeing = is_freeing
         self._free: list[Event] = []
         self._used: list[Event] = []
         self._timing = False
@@ -89,6 +97,8 @@ class DeviceTimes:
 
     def begin_step(self, number: int) -> Times | None:
         """A step is about to be launched. Returns what an earlier one took, once that is known."""
+        if not self._used and self._is_freeing():
+            return None
         times = self._read()
         # The step after a timed one is not timed: its first collective ends what is measured.
         self._timing = not self._used and number % EVERY == 0

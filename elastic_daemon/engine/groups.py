@@ -120,7 +120,7 @@ class EpochCommunicator:
         widths = [t.shape[1] for t in flat]
         packed = flat[0].new_zeros((rows, sum(widths)))
         torch.cat(flat, dim=1, out=packed[: flat[0].shape[0]])
-        gathered = packed.new_empty((self.world_size * rows, packed.shape[1]))
+        gathered = packed.new_zeros((self.world_size * rows, packed.shape[1]))  # what is left if it is aborted
         self._group.device_group._allgather_base(gathered, packed).wait()
         if any(count != rows for count in counts):
             gathered = torch.cat([gathered[i * rows : i * rows + count] for i, count in enumerate(counts)])
@@ -136,7 +136,7 @@ class EpochCommunicator:
         if not any(counts):
             return tensor
         own = counts[self._group.rank_in_group]
-        received = tensor.new_empty((self.world_size * own, tensor.shape[1]))
+        received = tensor.new_zeros((self.world_size * own, tensor.shape[1]))  # or NaN of old memory might be sampled
         self._group.device_group.alltoall_base(received, tensor.contiguous(), [own] * self.world_size, counts).wait()
         return received.view(self.world_size, own, tensor.shape[1]).sum(dim=0)
 
@@ -153,8 +153,8 @@ class EpochCommunicator:
         if self.world_size > 1:
             tensors = self.all_gatherv(tensors, self._token_counts(hidden_states.shape[0]))
             if self._group.experts is not None and topk_ids.dtype in (torch.int32, torch.int64):
-                # A gather that was aborted leaves what was in NCCL's buffers. The kernels behind it still run, and an
-                # id without an expert would end the device's context, and with it this rank.
+                # A gather that was aborted may leave what was in NCCL's buffers. The kernels behind it still run, and
+                # an id without an expert would end the device's context, and with it this rank.
                 tensors[2].clamp_(NO_EXPERT, self._group.experts - 1)
         head = tuple(tensors[:3])
         return head if extra_tensors is None else (*head, tensors[3:])

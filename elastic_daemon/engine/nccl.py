@@ -8,6 +8,7 @@ first: a group is marked as aborted before its kernels are. Nobody waits for the
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -86,30 +87,31 @@ def _wait_for_room(device: torch.device, is_void: Callable[[], bool]) -> None:
         running[0].wait(0.05)
 
 
-def _connect(
-    store: Store, position: int, members: int, device: torch.device, meeting: Meeting[Any]
-) -> tuple[Any, torch.cuda.Event]:
-    """A group, and the event of its first collectives. Waits for members, for ever if one is gone. Raises RuntimeError.
+def _connect(store: Store, position: int, members: int, device: torch.device, meeting: Meeting[Any]) -> Any:
+    """A group whose first collectives are complete. Waits for members, for ever if one is gone. Raises RuntimeError.
 
-    The communicator is made in the first collective, and what it needs for another kind in the first of that: so there
-    is one here of each that a step has. Later, the main thread would wait there for members.
+    What a communicator needs for a kind of collective it makes in the first of that kind: so there is one here of each
+    that a step has. Later, the main thread would wait there for members.
     """
     torch.cuda.set_device(device)  # which is current differs from thread to thread
     options = ProcessGroupNCCL.Options()
     options._timeout = COLLECTIVE_TIMEOUT
     group = ProcessGroupNCCL(store, position, members, options)
     try:
-        group.allreduce([torch.ones(1, device=device)]).wait()
+        group.eager_connect_single_device(device)
     finally:
         meeting.made(group)  # also one that has failed: its end would have to be waited for
+    group.allreduce([torch.ones(1, device=device)]).wait()
     if members > 1:
         sent, received = torch.zeros(2, members * FIRST_BYTES, dtype=torch.uint8, device=device)
         splits = [FIRST_BYTES] * members
         group._allgather_base(received, sent[:FIRST_BYTES]).wait()
         group.alltoall_base(received, sent, splits, splits).wait()
-    first = torch.cuda.Event()
+    # Not asked for with `query`: that holds the GIL, while the driver may hold it up until an older group is freed.
+    first = torch.cuda.Event(blocking=True)
     first.record()
-    return group, first
+    first.synchronize()
+    return group
 
 
 class NcclProcessGroup:
@@ -197,8 +199,18 @@ class NcclProcessGroup:
             try:
                 work = getattr(self._group, name)(*arguments)
             except RuntimeError as error:
+                self._leave_nccl_group()
                 raise PeerLost(str(error)) from error
         return NcclWork(work, lambda: self._complete(kind))
+
+    def _leave_nccl_group(self) -> None:
+        """An all-to-all is a group of sends and receives for NCCL, which torch leaves open when one of them fails.
+
+        NCCL's depth of groups is one for all communicators of a thread: until it is 0 again, it takes all collectives
+        of later epochs without starting any. In no group this is an error of NCCL's, and nothing else.
+        """
+        with contextlib.suppress(RuntimeError):
+            self._group._group_end()
 
     def _complete(self, kind: Collective) -> None:
         if self._count is not None:

@@ -8,7 +8,6 @@ and a rank that is fenced meanwhile leaves it behind; the communicator is aborte
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
@@ -20,21 +19,11 @@ from elastic_daemon.errors import PeerLost
 
 log = structlog.get_logger(__name__)
 
-POLL_S = 0.001
-"""How often the first collectives are looked at. They take milliseconds."""
-
 
 class Abortable(Protocol):
     """torch's ProcessGroupNCCL."""
 
     def abort(self) -> None: ...
-
-
-class Completion(Protocol):
-    """torch's event of a device."""
-
-    def query(self) -> bool:
-        """Whether it has happened. Raises RuntimeError when the device has failed."""
 
 
 Group = TypeVar("Group", bound=Abortable)
@@ -70,23 +59,17 @@ class Meeting(Generic[Group]):
         return self._abort
 
 
-def meet(
-    connect: Callable[[Meeting[Group]], tuple[Group, Completion]], is_void: Callable[[], bool]
-) -> tuple[Group, NcclAbort]:
+def meet(connect: Callable[[Meeting[Group]], Group], is_void: Callable[[], bool]) -> tuple[Group, NcclAbort]:
     """A group whose members have all taken part in its first collectives, and the means to end it.
 
-    `connect`: makes the group, says so to the meeting as soon as there is a communicator, and starts its first
-    collectives, whose completion it returns; called in another thread.
+    `connect`: makes the group, says so to the meeting as soon as there is a communicator, and waits for its first
+    collectives; called in another thread.
 
     Raises RuntimeError when NCCL does, and PeerLost when `is_void()` says that nobody waits for this group any more.
     """
     meeting: Meeting[Group] = Meeting()
     try:
-        group, first = run_leavable(lambda: connect(meeting), is_void, "nccl-connect")
-        while not first.query():
-            if is_void():
-                raise PeerLost("left before its first collectives were complete")
-            time.sleep(POLL_S)
+        group = run_leavable(lambda: connect(meeting), is_void, "nccl-connect")
     except (RuntimeError, PeerLost):
         meeting.leave()
         raise

@@ -16,6 +16,7 @@ import structlog
 import torch
 
 from elastic_daemon.engine.device_times import DeviceTimes, Times
+from elastic_daemon.engine.nccl_abort import NcclAbort
 from watchdog.heartbeat.layout import COMPLETED, ENTERED, PAGE_BYTES, Collective, Granularity
 
 log = structlog.get_logger(__name__)
@@ -52,7 +53,9 @@ class StreamCounters:
         """For the collectives of a new group; nothing may be under way on the stream. None if steps are counted."""
         if self._driver is None:
             return None
-        self._times = DeviceTimes(lambda: torch.cuda.Event(enable_timing=True))
+        self._times = DeviceTimes(
+            lambda: torch.cuda.Event(enable_timing=True), is_freeing=lambda: bool(NcclAbort.running())
+        )
         return CollectiveCount(self._write, self._times)
 
     def begin_step(self, number: int) -> Times | None:

@@ -64,9 +64,10 @@ class Rank:
     stream: Stream = field(default_factory=Stream)
     number: int = 0
     told: list[Times] = field(default_factory=list)
+    freeing: bool = False  # memory of an older group
 
     def __post_init__(self) -> None:
-        self.times = DeviceTimes(self.stream.make, lambda: self.stream.now)
+        self.times = DeviceTimes(self.stream.make, lambda: self.stream.now, lambda: self.freeing)
 
     def step(self, lost_turn: int = 0, waits: bool = True) -> None:
         """`lost_turn`: so long another process has the device at first. `waits`: the host does, for the output."""
@@ -204,6 +205,16 @@ def test_nothing_is_read_before_the_device_has_come_to_it() -> None:
     assert rank.told == []
     rank.land()
     rank.step()
+    assert len(rank.told) == 1
+
+
+def test_nothing_is_timed_while_memory_of_an_older_group_is_freed() -> None:
+    """A query may not return before the kernels of this one have ended, and a fence could not be heard meanwhile."""
+    rank = Rank(freeing=True)
+    rank.steps(2 * EVERY)
+    assert rank.stream.made == 0
+    rank.freeing = False
+    rank.steps(EVERY + 2)
     assert len(rank.told) == 1
 
 

@@ -12,26 +12,13 @@ from elastic_daemon.errors import PeerLost
 
 
 class Group:
-    """A group whose first collectives are complete when `completed` says so."""
-
     def __init__(self) -> None:
-        self.completed = self.queried = False
-        self.failure: RuntimeError | None = None
         self.aborts = 0
         self.aborted = threading.Event()
 
     def abort(self) -> None:
         self.aborts += 1
         self.aborted.set()
-
-    def query(self) -> bool:
-        self.queried = True
-        if self.failure is not None:
-            raise self.failure
-        return self.completed
-
-
-Answer = tuple[Group, Group]
 
 
 class Connecting:
@@ -42,7 +29,7 @@ class Connecting:
         self.waits, self.go_on = threading.Event(), threading.Event()
         self.thread: threading.Thread | None = None
 
-    def __call__(self, meeting: Meeting[Group]) -> Answer:
+    def __call__(self, meeting: Meeting[Group]) -> Group:
         self.thread = threading.current_thread()
         if self._made_first:
             meeting.made(self.group)
@@ -50,25 +37,22 @@ class Connecting:
         self.go_on.wait(10)
         if not self._made_first:
             meeting.made(self.group)
-        return self.group, self.group
-
-
-def at_once(group: Group, meeting: Meeting[Group]) -> Answer:
-    meeting.made(group)
-    return group, group
+        return self.group
 
 
 def test_a_group_that_is_complete() -> None:
-    group = Group()
-    asked: list[bool] = []
+    connecting = Connecting(made_first=True)
+    asked = 0
 
     def later() -> bool:
-        asked.append(group.completed)
-        group.completed = len(asked) >= 4
+        nonlocal asked
+        asked += 1
+        if asked == 4:
+            connecting.go_on.set()
         return False
 
-    met, abort = meet(lambda meeting: at_once(group, meeting), later)
-    assert met is group and group.completed and len(asked) >= 4, "it waited for the first collectives"
+    group, abort = meet(connecting, later)
+    assert group is connecting.group and asked >= 4, "it waited for the first collectives"
     assert not abort.is_void and not group.aborted.is_set()
     abort.begin()
     assert group.aborted.wait(5)
@@ -84,28 +68,21 @@ def test_left_while_members_connect() -> None:
     assert connecting.group.aborted.wait(5), "its kernels would wait on the device for ever"
 
 
-def test_left_while_it_connects_for_another_kind_of_collective() -> None:
+def test_left_during_the_first_collectives() -> None:
     connecting = Connecting(made_first=True)
     with pytest.raises(PeerLost, match="left before it was complete"):
         meet(connecting, connecting.waits.is_set)
-    assert connecting.group.aborted.wait(5), "the thread waits in it, and gets out by that alone"
+    assert connecting.group.aborted.wait(5), "the thread waits in them, and gets out by that alone"
     connecting.go_on.set()
     assert connecting.thread is not None
     connecting.thread.join(5)
     assert connecting.group.aborts == 1
 
 
-def test_left_during_the_first_collectives() -> None:
-    group = Group()
-    with pytest.raises(PeerLost, match="first collectives"):
-        meet(lambda meeting: at_once(group, meeting), lambda: group.queried)
-    assert group.aborted.wait(5)
-
-
 def test_nccl_fails_while_members_connect() -> None:
     group = Group()
 
-    def connect(meeting: Meeting[Group]) -> Answer:
+    def connect(meeting: Meeting[Group]) -> Group:
         try:
             raise RuntimeError("remote process exited")
         finally:
@@ -118,9 +95,13 @@ def test_nccl_fails_while_members_connect() -> None:
 
 def test_the_device_fails_in_the_first_collectives() -> None:
     group = Group()
-    group.failure = RuntimeError("unspecified launch failure")
+
+    def connect(meeting: Meeting[Group]) -> Group:
+        meeting.made(group)
+        raise RuntimeError("unspecified launch failure")
+
     with pytest.raises(RuntimeError, match="launch failure"):
-        meet(lambda meeting: at_once(group, meeting), lambda: False)
+        meet(connect, lambda: False)
     assert group.aborted.wait(5)
 
 
@@ -128,7 +109,7 @@ def test_a_failure_after_it_was_left_concerns_nobody() -> None:
     begun, failed = threading.Event(), threading.Event()
     ended: list[threading.Thread] = []
 
-    def connect(meeting: Meeting[Group]) -> Answer:
+    def connect(meeting: Meeting[Group]) -> Group:
         ended.append(threading.current_thread())
         begun.set()
         failed.wait(10)
