@@ -18,7 +18,7 @@ import pytest
 
 from tests import proc
 from tests.e2e.cluster import PROMPTS, Cluster, assert_same, run_streams
-from tests.e2e.service_manager import ServiceManager, alive, environment_of, wait_until
+from tests.e2e.service_manager import ServiceManager, environment_of, wait_until
 from tests.timing import SLACK_S
 
 pytestmark = pytest.mark.e2e
@@ -140,7 +140,7 @@ def test_a_kill_of_the_supervisor_leaves_nothing_and_a_restart_serves(services: 
     assert len(processes) >= 4  # zygote, front end, two ranks
     cluster.process.kill()
     assert cluster.process.wait(10) == -signal.SIGKILL
-    wait_until(lambda: not alive(processes), 5, "an end of all processes")
+    wait_until(lambda: not proc.alive(processes), 5, "an end of all processes")
     with services.start() as again:
         wait_until(lambda: is_ready(services), 10, "READY")
         assert run_streams(again, max_tokens=5)[0].error is None
@@ -178,6 +178,6 @@ def test_the_watchdog_is_a_service_too(services: Services) -> None:
             process.terminate()
             assert process.wait(10) == 0
             wait_until(lambda: manager.said("STOPPING", stopped), 5, "STOPPING")
-            wait_until(lambda: not alive(children), 5, "an end of the children that ask the driver")
+            wait_until(lambda: not proc.alive(children), 5, "an end of the children that ask the driver")
         finally:
             process.kill()
