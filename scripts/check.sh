@@ -16,7 +16,7 @@ check ruff check .
 check ruff format --check .
 
 packages=()
-for package in elastic_daemon watchdog training; do
+for package in elastic_daemon watchdog training bench tests; do
   if [[ -f "$package/__init__.py" ]]; then packages+=("$package"); fi
 done
 check mypy "${packages[@]}"

@@ -58,7 +58,7 @@ class ServingRank(GroupRank):
             column=self._column,
         )
         send = lambda type_, **rest: self.sent.append({"type": type_, **rest})  # noqa: E731
-        self._background = Background(worker, None, Steps(NoPage()), send, int)
+        self._background = Background(worker, None, Steps(NoPage()), send, lambda: None)
         self._background.begin_epoch(EPOCH)
 
     def _model_state(self, placement: Placement) -> EplbModelState:

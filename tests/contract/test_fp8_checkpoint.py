@@ -14,6 +14,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_s
 from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
 
 from bench.gpu import fp8
+from elastic_daemon.config import BUNDLED_MODEL
 from elastic_daemon.engine.experts import _digest
 
 pytestmark = pytest.mark.contract
@@ -75,7 +76,7 @@ def test_every_tensor_of_an_expert_has_a_parameter(checkpoint: Path) -> None:
 
 
 def test_weights_times_scale_are_the_old_weights(checkpoint: Path) -> None:
-    new, old = load_file(checkpoint / fp8.WEIGHTS), load_file(fp8.BUNDLED_MODEL / fp8.WEIGHTS)
+    new, old = load_file(checkpoint / fp8.WEIGHTS), load_file(BUNDLED_MODEL / fp8.WEIGHTS)
     for name, tensor in old.items():
         if f"{name}_scale_inv" not in new:
             assert torch.equal(new[name], tensor)

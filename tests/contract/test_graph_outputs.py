@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def layer(shared: bool = False) -> SimpleNamespace:
     return SimpleNamespace(_forward_impl=both if shared else routed)
 
 
-def step(layer: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tokens: int, value: float) -> object:
+def step(layer: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tokens: int, value: float) -> Any:
     """As vLLM's operator does it."""
     monkeypatch.setattr(moe_runner, "get_layer_from_name", lambda name: layer)
     operator = moe_runner._moe_forward
@@ -49,9 +50,9 @@ def test_a_layer_leaves_alone_what_the_one_before_it_computed(monkeypatch: pytes
 def test_shared_experts_have_a_place_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     outputs, experts = GraphOutputs(LARGEST), layer(shared=True)
     outputs.keep_of(0, experts)
-    shared, routed = step(experts, monkeypatch, 4, 0.0)  # type: ignore[misc]
+    shared, routed = step(experts, monkeypatch, 4, 0.0)
     assert (float(shared.mean()), float(routed.mean())) == (2.0, 1.0)
-    again, _ = step(experts, monkeypatch, 4, 0.0)  # type: ignore[misc]
+    again, _ = step(experts, monkeypatch, 4, 0.0)
     assert again.data_ptr() == shared.data_ptr()
 
 

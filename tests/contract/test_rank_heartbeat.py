@@ -248,8 +248,8 @@ def test_collectives_are_counted_waits_beat_and_what_was_cut_short_is_never_comp
     time.sleep(0.5)
     after, took = pages.read()[0], time.monotonic() - began
     assert counts() == [((2, 0, 1, 0), (1, 0, 1, 0))] * 2 + [((1, 0, 1, 0), (1, 0, 1, 0))]
-    for rank in (0, 1):
-        looks = (after[rank].sequence - before[rank].sequence) / 2
+    for waiting in (0, 1):
+        looks = (after[waiting].sequence - before[waiting].sequence) / 2
         assert 3 <= looks <= took / LOOK_UP.total_seconds() + 1, "it looks up every 50 ms"
     assert after[2].sequence == before[2].sequence
 

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -193,7 +194,7 @@ def test_who_injects_does_not_load_the_driver(simulator: Simulator) -> None:
 
 def test_values_that_are_refused_change_nothing(simulator: Simulator) -> None:
     before = simulator.list()
-    for refused in (
+    refusals: tuple[Callable[[], object], ...] = (
         lambda: simulator.xid(0, 0),
         lambda: simulator.ecc(0, -1),
         lambda: simulator.recovery_action(0, -1),
@@ -202,7 +203,8 @@ def test_values_that_are_refused_change_nothing(simulator: Simulator) -> None:
         lambda: simulator.latency(0, timedelta(milliseconds=-1)),
         lambda: simulator.flap(0, timedelta(0)),
         lambda: simulator.nvlink_down(0, NVLINKS),
-    ):
+    )
+    for refused in refusals:
         with pytest.raises(SimulatorError):
             refused()
     for name in (4, "4", "GPU-", "-1", ""):

@@ -198,7 +198,17 @@ def proportional_mib(pid: int) -> float:
 
 @pytest.mark.parametrize("module", ["watchdog.nvml_child", "watchdog.service"])
 def test_nothing_heavy_is_imported(module: str) -> None:
-    heavy = ("httpx", "structlog", "tenacity", "pydantic", "numpy", "torch", "rich", "fastapi", "elastic_daemon")
+    heavy: tuple[str, ...] = (
+        "httpx",
+        "structlog",
+        "tenacity",
+        "pydantic",
+        "numpy",
+        "torch",
+        "rich",
+        "fastapi",
+        "elastic_daemon",
+    )
     if module == "watchdog.nvml_child":
         heavy += ("asyncio", "ssl", "logging")
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -116,7 +117,7 @@ def test_what_the_driver_says_is_seen_and_judged(watchdog: Watchdog, name: str) 
     watchdog.daemon.verdicts.clear()
     wanted.fault(watchdog.sim, uuid)
     try:
-        cause = {"signal": wanted.cause} if wanted.cause else {}
+        cause: dict[str, Any] = {"signal": wanted.cause} if wanted.cause else {}
         _, verdict = watchdog.verdict(gpu=uuid, verdict=wanted.verdict, **cause)
         assert verdict["evidence"] and verdict["reason"]
         until(lambda: wanted.signals <= seen(watchdog, uuid), f"{set(wanted.signals)}", 5, watchdog.explain)

@@ -241,7 +241,7 @@ def _takes_orders(window: Browser, cluster: Cluster) -> None:
 def _can_be_used_by_keyboard(window: Browser) -> None:
     window.run("document.activeElement.blur(); window.scrollTo(0, 0)")
     window.run("document.body.tabIndex = -1; document.body.focus(); document.body.removeAttribute('tabindex')")
-    order = []
+    order: list[Any] = []
     for _ in range(40):
         window.press("tab")
         where = window.run(

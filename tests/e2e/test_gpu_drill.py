@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bench.gpu import fp8
+from elastic_daemon.config import BUNDLED_MODEL
 from tests.timing import SLACK_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -59,7 +60,7 @@ def test_an_xid_moves_a_rank_to_a_spare_gpu(tmp_path: Path) -> None:
 
 
 def test_refused_cell_is_a_result_with_its_reason(tmp_path: Path) -> None:
-    fp8.make(fp8.BUNDLED_MODEL, tmp_path / "model")
+    fp8.make(BUNDLED_MODEL, tmp_path / "model")
     said = run("--part", "fp8", "--model", str(tmp_path / "model"), "--out", str(tmp_path), *SMALL)
     assert said.returncode == 0, said.stderr[-4000:]
     found = json.loads((tmp_path / "fp8.json").read_text())

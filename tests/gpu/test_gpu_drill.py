@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bench.gpu import driver, fp8
+from elastic_daemon.config import BUNDLED_MODEL
 
 SEEN = driver.ask()
 
@@ -60,7 +61,7 @@ def test_parts_with_a_life_of_their_own(tmp_path: Path, part: str) -> None:
 
 
 def test_fp8(tmp_path: Path) -> None:
-    fp8.make(fp8.BUNDLED_MODEL, tmp_path / "model")
+    fp8.make(BUNDLED_MODEL, tmp_path / "model")
     said = drill(tmp_path, "--part", "fp8", "--model", str(tmp_path / "model"), "--logprobs")
     found = result(tmp_path, "fp8", said)
     assert found["verdict"] == "passed", (found["problems"], said[-4000:])

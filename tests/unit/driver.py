@@ -110,8 +110,8 @@ class Shell:
         for rank in ranks:
             move = of(p.Respread, self.actions)[-1]
             self.columns[rank] = move.placement.columns[rank]
-            done = (move.serial, self.column(rank), 0.1, 10)
-            actions += self.send(p.RankRespread(*self.identity(rank), move.epoch, *done))
+            column = self.column(rank)
+            actions += self.send(p.RankRespread(*self.identity(rank), move.epoch, move.serial, column, 0.1, 10))
         return actions
 
     def stored(self, store: p.StoreExperts) -> list[p.Action]:

@@ -91,5 +91,5 @@ def check_steps(start: Placement, plan: RepairPlan) -> None:
     for load in plan.loads:  # no second copy on a rank, unless there was one
         doubled = np.count_nonzero(now.columns[load.rank][load.layer] == load.expert)
         had = np.count_nonzero(start.columns[load.rank][load.layer] == load.expert)
-        assert doubled <= max(had, 1) or start.slots_per_rank > start.experts
+        assert doubled <= max(int(had), 1) or start.slots_per_rank > start.experts
     assert RepairPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan

@@ -124,8 +124,8 @@ class Serving:
     def respread(self, group: list[Process]) -> None:
         """Once all know of a move, it is made; some layers only, when a fence comes between."""
         world = self.world
-        moves = [peer.move for peer in group]
-        if any(move is None or move.serial != moves[0].serial for move in moves):
+        moves = [peer.move for peer in group if peer.move is not None]
+        if len(moves) < len(group) or len({move.serial for move in moves}) > 1:
             return
         layers = self.rng.randint(0, world.layers) if world.happens(5) else world.layers
         for peer, move in zip(group, moves, strict=True):
@@ -133,8 +133,8 @@ class Serving:
                 peer.column[layer] = move.placement.columns[peer.rank][layer].tolist()
             if layers == world.layers:
                 peer.move = None
-                done = (move.serial, peer.frozen_column, 0.01, 1)
-                world.say(peer, p.RankRespread(*peer.identity, peer.epoch, *done))
+                column = peer.frozen_column
+                world.say(peer, p.RankRespread(*peer.identity, peer.epoch, move.serial, column, 0.01, 1))
 
     def on_output(self, process: Process, epoch: int, requests: tuple[int, ...]) -> None:
         world = self.world

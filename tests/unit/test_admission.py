@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -151,7 +152,7 @@ def test_a_first_burst_is_never_refused(idle: float, steps: list[tuple[float, bo
 def test_the_queue_counts_each_once(steps: list[tuple[str, int]]) -> None:
     queue = Queue()
     arriving: dict[int, object] = {}
-    ends = {}
+    ends: dict[int, Any] = {}
     unstarted: set[int] = set()
     newest = None
     for what, who in steps:

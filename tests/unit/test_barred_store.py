@@ -101,8 +101,9 @@ def test_whatever_a_reason_says(tmp_path_factory: pytest.TempPathFactory, barred
 
 async def test_the_last_of_several_is_kept_beside_the_target(state: Path) -> None:
     writer = StateWriter(settings_with(state))
-    orders = [p.StoreBarred({f"GPU-{number}": "why"}) for number in range(9)]
-    await asyncio.gather(*(writer.store(order) for order in [*orders, p.StoreTarget(3)]))
+    orders: list[p.StoreBarred | p.StoreTarget]
+    orders = [*(p.StoreBarred({f"GPU-{number}": "why"}) for number in range(9)), p.StoreTarget(3)]
+    await asyncio.gather(*(writer.store(order) for order in orders))
     assert load_barred(settings_with(state)) == {"GPU-8": "why"}
     assert load_target(settings_with(state)) == 3
     assert json.loads((state / FILE_NAME).read_text())["version"] == 1

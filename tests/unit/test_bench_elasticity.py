@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +35,7 @@ def event(name: str, time: float, **fields: Any) -> dict[str, Any]:
     return {"event": name, "time": time, **fields}
 
 
-REJOIN = [
+REJOIN: list[Mapping[str, Any]] = [
     event("rank_excluded", 100.04, rank=2),
     event("recovery_started", 100.04),
     event("recovery_done", 100.10, kind="shrink", seconds={"fence": 0.01, "total": 0.06}),

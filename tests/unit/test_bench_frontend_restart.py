@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -51,7 +52,9 @@ async def test_who_asks_until_it_is_served_counts_what_was_refused(monkeypatch: 
 
 async def test_a_connection_that_is_cut_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frontend_restart, "ASK_S", 0.0)
-    calls = iter([httpx.ReadError("cut"), httpx.Response(200, json={"choices": [{"text": "46"}]})])
+    calls: Iterator[Exception | httpx.Response] = iter(
+        [httpx.ReadError("cut"), httpx.Response(200, json={"choices": [{"text": "46"}]})]
+    )
 
     def answer(_: httpx.Request) -> httpx.Response:
         if isinstance(next_one := next(calls), Exception):

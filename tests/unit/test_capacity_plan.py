@@ -134,7 +134,7 @@ def model_dir(path: Path, tensors: dict[str, int] | None = None, **config: Any) 
     return path
 
 
-DEEPSEEK_CONFIG = {
+DEEPSEEK_CONFIG: dict[str, Any] = {
     "n_routed_experts": 4,
     "num_hidden_layers": 3,
     "first_k_dense_replace": 1,

@@ -33,18 +33,19 @@ def word(tmp_path: Path) -> FenceWord:
 def test_another_process_sees_it(word: FenceWord, tmp_path: Path) -> None:
     command = [sys.executable, "-c", READER, str(tmp_path / "fence")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
-        assert reader.stdin is not None and reader.stdout is not None
+        ask, answer = reader.stdin, reader.stdout
+        assert ask is not None and answer is not None
 
         def seen() -> int:
-            reader.stdin.write("\n")
-            reader.stdin.flush()
-            return int(reader.stdout.readline())
+            ask.write("\n")
+            ask.flush()
+            return int(answer.readline())
 
         assert seen() == 0
         for epoch in (1, 2, 1 << 40):
             word.fence(epoch)
             assert seen() == epoch
-        reader.stdin.close()
+        ask.close()
 
 
 def test_an_older_fence_changes_nothing(word: FenceWord) -> None:

@@ -14,7 +14,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_daemon.engine import host_copies
 from elastic_daemon.engine.host_copies import DIGEST_BYTES, MAGIC, VERSION, HostCopies, Weights
 from elastic_daemon.errors import HostCopyUnusable
 
@@ -141,7 +140,7 @@ def test_every_single_bit_counts(copies: HostCopies) -> None:
 def test_of_another_shape_or_type(copies: HostCopies, like: Weights) -> None:
     copies.write(0, 0, random_weights())
     with pytest.raises(HostCopyUnusable, match="of another"):
-        copies.read(0, 0, random_weights() | like)
+        copies.read(0, 0, {**random_weights(), **like})
 
 
 def test_of_another_model_or_expert(copies: HostCopies, tmp_path: Path) -> None:
@@ -169,8 +168,8 @@ def test_the_machine_keeps_a_reserve(copies: HostCopies, monkeypatch: pytest.Mon
     free = {"memory": 11_000, "file system": 11_000, short_of: 10_999}
     memory = SimpleNamespace(available=free["memory"], total=100_000)
     space = SimpleNamespace(f_bavail=free["file system"], f_blocks=100_000, f_frsize=1)
-    monkeypatch.setattr(host_copies.psutil, "virtual_memory", lambda: memory)
-    monkeypatch.setattr(host_copies.os, "statvfs", lambda _: space)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    monkeypatch.setattr("os.statvfs", lambda _: space)
     with pytest.raises(OSError, match=f"of the {short_of}") as error:
         copies.write(0, 0, weights)
     assert error.value.errno == errno.ENOSPC

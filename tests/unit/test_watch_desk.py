@@ -206,7 +206,7 @@ async def test_nothing_is_acted_on_before_the_engine_is_configured(client: httpx
     assert (await put(client, epoch=0)).status_code == 503, "it was not taken in: the same id may come again"
 
 
-GPUS = [
+GPUS: list[dict[str, Any]] = [
     {"uuid": "GPU-a", "index": 0, "fit": True, "reason": "", "verdict": "ok"},
     {"uuid": "GPU-b", "index": 1, "fit": False, "reason": "xid 79: gone", "verdict": "exclude"},
     {"uuid": "GPU-c", "index": None, "fit": True, "reason": "hot", "verdict": "suspect"},

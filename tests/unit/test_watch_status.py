@@ -18,7 +18,8 @@ class Naps:
     """Stands in for `time.sleep`: the watcher's naps are counted, and the last one is broken by Ctrl-C."""
 
     def __init__(self, most: int) -> None:
-        self.left, self.seconds, self._sleep = most, [], time.sleep
+        self.left, self._sleep = most, time.sleep
+        self.seconds: list[float] = []
 
     def __call__(self, seconds: float) -> None:
         if seconds < 0.05:  # the server's

@@ -298,7 +298,14 @@ def test_acting_never_goes_beyond_the_limits(tmp_path: Path, steps: list[tuple[s
     case = Docket(TABLE, policy, Mode.ACT, State.load(tmp_path / "state"))
     serving = list("abcd")
     case.bind(bindings(*serving, least=2))
-    now, epoch, acted, told = 0.0, 1, [], 0
+    now, epoch, told = 0.0, 1, 0
+    acted: list[float] = []
+
+    def rules(gpu: str) -> bool:
+        """Whether what was ruled about it is acted on."""
+        ruling = case.gpus[gpu].ruling
+        return ruling is not None and ruling.act
+
     for gpu, what, wait in steps:
         now += wait
         rank = next((one for one in case.bindings.ranks if one.gpu == gpu), None)
@@ -313,9 +320,9 @@ def test_acting_never_goes_beyond_the_limits(tmp_path: Path, steps: list[tuple[s
         elif what == "rebind":  # the daemon has done what it was told, and GPUs that are fine come back
             epoch += 1
             bad = {one for one in "abcd" if one in case.gpus and case.gpus[one].judgement.verdict.removes}
-            serving = [one for one in "abcd" if one not in bad or (one in serving and not case.gpus[one].ruling.act)]
+            serving = [one for one in "abcd" if one not in bad or (one in serving and not rules(one))]
             case.bind(bindings(*serving, epoch=epoch, incarnation=10 * epoch, least=2))
-        before = {one for one in case.gpus if case.gpus[one].ruling and case.gpus[one].ruling.act}
+        before = {one for one in case.gpus if rules(one)}
         for ruling in case.review(now, WALL + now):
             assert ruling.act is False or ruling.held is None
             told += ruling.act and ruling.verdict.removes
