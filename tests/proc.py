@@ -11,14 +11,14 @@ def read(pid: int, name: str) -> str:
     """One of its files, such as `cmdline`; empty for a process that has ended meanwhile."""
     try:
         return Path(f"/proc/{pid}/{name}").read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError:  # not found, or no such process
+    except (FileNotFoundError, ProcessLookupError):
         return ""
 
 
 def children(pid: int) -> list[int]:
     """Zombies too. Of a process that ends meanwhile, those found so far."""
     found: list[int] = []
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         for task in Path(f"/proc/{pid}/task").glob("*/children"):
             found += [int(child) for child in task.read_text().split()]
     return found
