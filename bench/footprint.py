@@ -77,14 +77,21 @@ def _targets(folder: Path) -> Iterator[str]:
             yield os.readlink(folder / name)
 
 
+def children(pid: int) -> list[int]:
+    """Zombies too. None of a process that has ended."""
+    found: list[int] = []
+    tasks: list[str] = []
+    with contextlib.suppress(OSError):
+        tasks = os.listdir(PROC / str(pid) / "task")
+    for task in tasks:
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            found += [int(child) for child in (PROC / str(pid) / "task" / task / "children").read_text().split()]
+    return found
+
+
 def descendants(pid: int) -> list[int]:
     """The process and all below it."""
-    found = [pid]
-    with contextlib.suppress(OSError):
-        for task in os.listdir(PROC / str(pid) / "task"):
-            for child in (PROC / str(pid) / "task" / task / "children").read_text().split():
-                found += descendants(int(child))
-    return found
+    return [pid, *(one for child in children(pid) for one in descendants(child))]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 
 from bench import stock_shim
+from bench.footprint import descendants
 from elastic_daemon.config import BUNDLED_FLAGS, BUNDLED_MODEL, BUNDLED_NAME
 from elastic_daemon.drill.load import prompts_for, run_streams
 from elastic_daemon.drill.report import StreamResult
@@ -171,7 +172,7 @@ class Server:
 
     def find(self, title: str) -> int:
         """The pid of the first of its processes whose title has `title` in it. Raises ElasticError."""
-        for pid in sorted(_descendants(self.process.pid)):
+        for pid in sorted(descendants(self.process.pid)[1:]):
             with contextlib.suppress(OSError):
                 if title in Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace"):
                     return pid
@@ -179,9 +180,8 @@ class Server:
 
     def end(self) -> None:
         """Kill whatever is left of it, and wait until that is gone."""
-        pids = [self.process.pid, *_descendants(self.process.pid)]
         handles = []
-        for pid in pids:
+        for pid in descendants(self.process.pid):
             with contextlib.suppress(ProcessLookupError):
                 handles.append(os.pidfd_open(pid))
         for handle in handles:
@@ -212,14 +212,6 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def _descendants(pid: int) -> Iterator[int]:
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in map(int, task.read_text().split()):
-                yield child
-                yield from _descendants(child)
 
 
 def _group_lives(group: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,20 +12,6 @@ def read(pid: int, name: str) -> str:
         return Path(f"/proc/{pid}/{name}").read_text(encoding="utf-8", errors="surrogateescape")
     except (FileNotFoundError, ProcessLookupError):
         return ""
-
-
-def children(pid: int) -> list[int]:
-    """Zombies too. Of a process that ends meanwhile, those found so far."""
-    found: list[int] = []
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        for task in Path(f"/proc/{pid}/task").glob("*/children"):
-            found += [int(child) for child in task.read_text().split()]
-    return found
-
-
-def descendants(pid: int) -> list[int]:
-    nearest = children(pid)
-    return nearest + [far for child in nearest for far in descendants(child)]
 
 
 def state(pid: int) -> str:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from time import monotonic_ns
 from typing import Any, NamedTuple, Protocol
 
+from elastic_daemon.engine.leavable import never
 from watchdog.heartbeat.layout import Collective
 
 EVERY = 16
@@ -77,7 +78,7 @@ class DeviceTimes:
         self,
         make: Callable[[], Event],
         clock: Callable[[], int] = monotonic_ns,
-        is_freeing: Callable[[], bool] = lambda: False,
+        is_freeing: Callable[[], bool] = never,
     ) -> None:
         """`is_freeing`: whether memory of an older group is being freed. The driver may then not answer a query before
         the kernels of this one have ended, and torch asks with the GIL held: nothing is timed meanwhile."""

@@ -175,8 +175,7 @@ class RankProcess:
 
     def boot(self) -> None:
         self._connection.send(("resources", (), True))
-        assert self._connection.poll(BOOT_TIMEOUT_S), "it does not boot"
-        checked(self._receive())
+        checked(self._receive(BOOT_TIMEOUT_S))
 
     def start(self, name: str, *arguments: Any) -> None:
         """Begin a command in the main thread."""
@@ -199,8 +198,8 @@ class RankProcess:
         """The main thread's next one."""
         return self._early.pop(0) if self._early else self._receive()
 
-    def _receive(self) -> Answer:
-        assert self._connection.poll(ANSWER_TIMEOUT_S), "no answer"
+    def _receive(self, timeout_s: float = ANSWER_TIMEOUT_S) -> Answer:
+        assert self._connection.poll(timeout_s), "no answer"
         answer: Answer = self._connection.recv()
         return answer
 

@@ -43,13 +43,15 @@ class Setting:
         return {gpu.uuid: gpu for gpu in lists[-1].gpus} if lists else {}
 
     def verdicts(self, gpu: str) -> list[p.VerdictKind]:
-        """Without the suspicion that a stall of this machine brings, by a slow reading, and the end of it."""
+        """Without the suspicion of a GPU that was fine, which a stall of this machine brings, and the end of it."""
         kinds: list[p.VerdictKind] = []
         stalled = False
         for event in list(self.plane.told):
             if not isinstance(event, p.TelemetryVerdict) or event.subject != gpu:
                 continue
-            stalls = event.verdict is p.VerdictKind.SUSPECT and any(name in event.reason for name in STALLS)
+            was_fine = not kinds or kinds[-1] is p.VerdictKind.OK
+            suspect = was_fine and event.verdict is p.VerdictKind.SUSPECT
+            stalls = suspect and any(name in event.reason for name in STALLS)
             if not stalls and not (stalled and event.verdict is p.VerdictKind.OK):
                 kinds.append(event.verdict)
             stalled = stalls

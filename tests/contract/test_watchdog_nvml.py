@@ -198,22 +198,12 @@ def proportional_mib(pid: int) -> float:
 
 @pytest.mark.parametrize("module", ["watchdog.nvml_child", "watchdog.service"])
 def test_nothing_heavy_is_imported(module: str) -> None:
-    heavy: tuple[str, ...] = (
-        "httpx",
-        "structlog",
-        "tenacity",
-        "pydantic",
-        "numpy",
-        "torch",
-        "rich",
-        "fastapi",
-        "elastic_daemon",
-    )
+    heavy = {"httpx", "structlog", "tenacity", "pydantic", "numpy", "torch", "rich", "fastapi", "elastic_daemon"}
     if module == "watchdog.nvml_child":
-        heavy += ("asyncio", "ssl", "logging")
+        heavy |= {"asyncio", "ssl", "logging"}
     else:
-        heavy += ("pynvml",)
-    source = f"import sys, {module}; print(*sorted(set(sys.modules) & set({heavy})))"
+        heavy.add("pynvml")
+    source = f"import sys, {module}; print(*sorted(set(sys.modules) & {heavy}))"
     found = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout.split() == []
 

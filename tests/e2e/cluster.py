@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 
+from bench.footprint import descendants
 from elastic_daemon.drill.load import prompts_for
 from tests import proc
 
@@ -136,7 +137,7 @@ class Cluster:
         assert body["ok"], body
 
     def descendants(self) -> list[int]:
-        return proc.descendants(self.process.pid)
+        return descendants(self.process.pid)[1:]
 
     def titled(self, title: str) -> list[int]:
         """Processes of the daemon that bear this title: `zygote`, `front end`."""

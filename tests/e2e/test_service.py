@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.footprint import children as children_of
 from tests import proc
 from tests.e2e.cluster import PROMPTS, Cluster, assert_same, run_streams
 from tests.e2e.service_manager import ServiceManager, environment_of, wait_until
@@ -174,7 +175,7 @@ def test_the_watchdog_is_a_service_too(services: Services) -> None:
             time.sleep(WATCHDOG_S / 2)
             assert not manager.said("WATCHDOG", stopped)
             process.send_signal(signal.SIGCONT)
-            children = proc.children(process.pid)
+            children = children_of(process.pid)
             process.terminate()
             assert process.wait(10) == 0
             wait_until(lambda: manager.said("STOPPING", stopped), 5, "STOPPING")

@@ -7,13 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from elastic_daemon.errors import ConfigError, ControlClosed, StartError
 from elastic_daemon.processes.launcher import CHILD_ENVIRONMENT, LOOPBACK_ONLY, Child, Zygote, child_environment
 from elastic_daemon.processes.messages import MAX_LINE_BYTES, Message, decode, encode
+from tests import proc
 
 
 def test_defaults_reach_children(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,8 +56,7 @@ async def test_the_death_of_a_child_is_noticed_before_it_is_reaped() -> None:
     child.kill()
     await asyncio.wait_for(child.exited.wait(), 10)
     assert exits == [child]
-    state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
-    assert state == "Z", "not reaped yet: nobody else can get its pid"
+    assert proc.state(process.pid) == "Z", "not reaped yet: nobody else can get its pid"
     child.kill()  # no harm
     child.close()
     process.wait()
