@@ -67,7 +67,8 @@ examples:
   elastic-daemon drill --streams 32 --tokens 500 --at 2s --seed 7
   elastic-daemon drill --url http://127.0.0.1:8000 --json > drill.json
   elastic-daemon drill --url https://gpu-host:8000 --cacert ca.pem
-The drill kills processes of the daemon for real. It needs to run on the daemon's machine, as its user.
+The drill kills processes of the daemon for real. It needs to run on the daemon's machine, as its user. A daemon that
+it starts has a state directory of its own: the host's daemon remembers nothing of it.
 Where the daemon serves with TLS, give a --url with a name that is in its certificate.
 exit status: 0 if no stream was lost or changed, 1 otherwise, 2 for bad arguments, 3 when no daemon answers or starts
 """

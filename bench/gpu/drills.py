@@ -226,14 +226,15 @@ async def fp8(life: Life, findings: Findings, trials: int) -> None:
 
 async def leak(life: Life, findings: Findings, trials: int) -> None:
     unit = "GPU MiB" if driver.ask() is not None else "PSS MiB (no GPU)"
+    gpus = {str(row["gpu"]) for row in (await life.daemon.health())["ranks"]}
     await asyncio.sleep(REST_S)
-    memory = [driver.memory_mib(life.pid)]
+    memory = [driver.memory_mib(gpus, life.pid)]
     say(f"  {unit}: {memory[0]:.0f}")
     for rank in victims(life, trials):
         async with under_load(life) as (strikes, judged):
             trial = await strikes.kill(rank)
         await asyncio.sleep(REST_S)
-        memory.append(driver.memory_mib(life.pid))
+        memory.append(driver.memory_mib(gpus, life.pid))
         trial |= {"memory_mib": memory[-1], "lost": judged.lost + judged.refused, "changed": judged.changed}
         findings.trials.append(trial)
         say(f"  SIGKILL of rank {rank}, and back: {unit} {memory[-1]:.0f}")

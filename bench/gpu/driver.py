@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -33,10 +33,6 @@ class Gpu:
 class Driver:
     version: str
     gpus: tuple[Gpu, ...]
-
-    @property
-    def used(self) -> float:
-        return sum(gpu.used for gpu in self.gpus)
 
     @property
     def name(self) -> str:
@@ -87,10 +83,11 @@ def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def memory_mib(pid: int) -> float:
-    """In use on all GPUs; without a driver, what the daemon with this pid and all below it hold of the host's."""
+def memory_mib(gpus: Collection[str], pid: int) -> float:
+    """In use on the GPUs with these UUIDs, whoever uses it; without a driver, what the daemon with this pid and all
+    below it hold of the host's."""
     if (driver := ask()) is not None:
-        return driver.used
+        return sum(gpu.used for gpu in driver.gpus if gpu.uuid in gpus)
     return sum(Footprint.of(pid, "").pss.values()) / 1024
 
 

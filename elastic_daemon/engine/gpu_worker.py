@@ -13,12 +13,15 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from elastic_daemon.engine.heartbeat import Page
-from elastic_daemon.engine.nccl import RANK_ENVIRONMENT, NcclGroup
+from elastic_daemon.engine.nccl import RANK_ENVIRONMENT, NcclGroup, prepare
 from elastic_daemon.engine.plan import rank_plan
 from elastic_daemon.engine.resume import enable_resume
 from elastic_daemon.engine.runner_v1 import ElasticRunnerV1
 from elastic_daemon.engine.sampling import enable_sampling_without_compilation
 from elastic_daemon.engine.worker import ElasticModelRunner, ElasticWorker, alone
+
+PREPARED_S = 5.0
+"""How long the memory of the group that prepares NCCL is waited for. It took 0.5 s."""
 
 
 @contextlib.contextmanager
@@ -72,6 +75,7 @@ class ElasticGPUWorker(ElasticWorker, Worker):
         enable_sampling_without_compilation()
         with alone(self.parallel_config):
             super().init_device()
+        self._prepared = prepare(self.device)
 
     def _make_model_runner(self) -> ElasticModelRunner:
         """Called by vLLM when its groups of this rank alone are there."""
@@ -81,6 +85,7 @@ class ElasticGPUWorker(ElasticWorker, Worker):
         return ElasticGPUModelRunner(self.vllm_config, self.device)
 
     def determine_available_memory(self) -> int:
+        self._prepared.wait(PREPARED_S)  # or its memory would count as the model's
         with self._rehearsal():
             return int(super().determine_available_memory())
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import structlog
 import torch
-from torch.distributed import PrefixStore, ProcessGroupNCCL, Store
+from torch.distributed import HashStore, PrefixStore, ProcessGroupNCCL, Store
 
 from elastic_daemon.engine.gloo import COLLECTIVE_TIMEOUT, KINDS, GlooGroup
 from elastic_daemon.engine.heartbeat import Page
@@ -158,6 +158,11 @@ class NcclProcessGroup:
         """Have the kernels of this group ended, which takes milliseconds. Returns whether this call did it."""
         return self._abort.begin()
 
+    @property
+    def ended(self) -> NcclAbort:
+        """The abort of this group."""
+        return self._abort
+
     def async_error(self) -> int | None:
         """What NCCL has found by itself, 0 for nothing; None when the group is over, or NCCL cannot be asked.
 
@@ -215,6 +220,18 @@ class NcclProcessGroup:
     def _complete(self, kind: Collective) -> None:
         if self._count is not None:
             self._count.complete(kind)
+
+
+def prepare(device: torch.device) -> NcclAbort:
+    """Do now what NCCL does once in a process, with a group of this rank alone: later, all members would wait for it.
+
+    Returns the abort of that group, which holds memory of the GPU until it is over. Raises PeerLost if NCCL fails.
+    """
+    started = time.monotonic()
+    group = NcclProcessGroup(HashStore(), 0, 1, device)
+    group.close()
+    log.info("nccl_prepared", seconds=round(time.monotonic() - started, 3))
+    return group.ended
 
 
 class NcclGroup:
