@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.asker import ROUTES, Answer, asking
+from bench.clocks import clock_offset_s
 from bench.command import check_json_path, say, to_the_end, write_json
 from bench.machine import Machine, load_average
 from bench.tables import figures_table
@@ -143,7 +144,7 @@ async def _stream(daemon: Daemon, measured: Measured, streams: int, tokens: int,
                 victims[0].kill()
 
         since = max(event["id"] for event in await daemon.events())
-        offset = time.time() - time.monotonic()
+        offset = -clock_offset_s()
         async with asyncio.timeout(RUN_S):
             results = await run_streams(daemon.url, prompts_for(streams), tokens, token)
     measured.errors += [str(result.error) for result in results if result.error]

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from bench.changes import QUIET_S, SETTLED_S, Change, Kind, change_of
+from bench.clocks import clock_offset_s
 from elastic_daemon.commands.operator_commands import TIMEOUT_S
 from elastic_daemon.drill.daemon import Daemon, victims_of
 from elastic_daemon.drill.load import scheduling_probe
@@ -185,7 +186,7 @@ class Deployment:
         """`act` does it and says when it began; `over` of the events since tells the end of it."""
         await self._until_serving(serving or self.ranks)
         await asyncio.sleep(QUIET_S)
-        mark, clock_s = self.feed.mark(), time.monotonic() - time.time()
+        mark, clock_s = self.feed.mark(), clock_offset_s()
         async with scheduling_probe() as delays:
             at = await act()
             await self.feed.until(what, mark, over)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import re
 import subprocess
 import sys
 import time
@@ -35,12 +36,15 @@ REST_S = 3.0
 REARRANGE_TIMEOUT_S = 60.0
 LOOK_S = 2.0
 
+COMPILED = r"JIT compilation during inference: (\w+)"
+"""vLLM's warning; once in a process for each kernel."""
 CAPTURED = r"(?i)graph captur\w+ finished|captur\w+ (cuda ?)?graphs?\b|CUDA graph pool memory"
 
 
 @contextlib.asynccontextmanager
 async def disturbed(life: Life, findings: Findings) -> AsyncIterator[Strikes]:
     """Under load; then all streams are judged, and all experts looked at."""
+    compiled = len(life.logged(COMPILED))
     async with under_load(life) as (strikes, judged):
         try:
             yield strikes
@@ -48,6 +52,10 @@ async def disturbed(life: Life, findings: Findings) -> AsyncIterator[Strikes]:
             findings.figures["streams"] = counts(judged)  # all that is known where the part ends here
     wrong = await life.wrong_slots()
     findings.figures["streams"] = counts(judged)
+    if meanwhile := life.logged(COMPILED)[compiled:]:
+        names = Counter(re.findall(COMPILED, "\n".join(meanwhile)))
+        findings.figures["kernels compiled meanwhile"] = dict(names)
+        say(f"  kernels that were compiled meanwhile: {dict(names)}")
     findings.figures |= {"changes": judged.to_json()["changes"]} if judged.changes else {}
     findings.problems += [str(change) for change in judged.changes[:3]]
     findings.problems += [] if judged.changed else judged.examples[:3]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.changes import QUIET_S, Change, Kind, around
+from bench.clocks import clock_offset_s
 from bench.command import say
 from bench.deployment import POLL_S, Deployment, Event, Feed, rejoined
 from bench.gpu.broken_gpu import page_fault
@@ -183,8 +184,8 @@ async def lived(
     if setting.device == "cuda":
         for name, value in GPU_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        if "--enforce-eager" not in flags:
-            os.environ["VLLM_LOGGING_LEVEL"] = "INFO"  # vLLM tells of the graphs that it captures
+        # vLLM warns of kernels that are compiled while it serves, and tells of the graphs that it captures.
+        os.environ["VLLM_LOGGING_LEVEL"] = "WARNING" if "--enforce-eager" in flags else "INFO"
     if setting.model is not None:
         os.environ["ELASTIC_MODEL"] = setting.model
     options = (*setting.serve_options, *flags)
@@ -254,7 +255,7 @@ class Strikes(Deployment):
     async def break_gpu(self, rank: int) -> dict[str, Any]:
         """Its GPU reports an error; wait until the rank is back on another one."""
         await self.until_watched()
-        gpu, mark, clock_s = await self._gpu_of(rank), self.feed.mark(), time.monotonic() - time.time()
+        gpu, mark, clock_s = await self._gpu_of(rank), self.feed.mark(), clock_offset_s()
         async with self._life.page_fault(gpu) as break_it:
 
             async def act() -> float:
@@ -280,8 +281,7 @@ class Strikes(Deployment):
         return {"to": ranks, "took_s": change.seconds, **pauses(change, self.traffic)}
 
     async def _trial(self, rank: int, how: str, mark: int, change: Change) -> dict[str, Any]:
-        clock_s = time.monotonic() - time.time()
-        trial = strike_of(rank, change, self.feed.since(mark), clock_s, self.traffic)
+        trial = strike_of(rank, change, self.feed.since(mark), clock_offset_s(), self.traffic)
         last = (await self.daemon.health())["last_shrink"] or {}
         return {"rank": rank, "how": how, **trial, "cause": last.get("cause"), "requests": last.get("requests")}
 
