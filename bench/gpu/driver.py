@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -118,8 +118,7 @@ class Mapping:
         return {**asdict(self), "verdict": self.verdict}
 
 
-def nccl_versions() -> Iterator[tuple[str, str]]:
-    """Packages that bring NCCL."""
-    for package in metadata.distributions():
-        if (name := package.metadata["Name"] or "").startswith("nvidia-nccl"):
-            yield name, package.version
+def nccl_versions() -> dict[str, str]:
+    """Packages that bring NCCL, each as it is imported: the first of its name on the path."""
+    names = {package.metadata["Name"] or "" for package in metadata.distributions()}
+    return {name: metadata.version(name) for name in sorted(names) if name.startswith("nvidia-nccl")}

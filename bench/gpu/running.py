@@ -155,7 +155,7 @@ class Running:
             "trial": self.setting.device != "cuda",
             "gpu": seen.name if seen else "",
             "driver": seen.version if seen else "",
-            "versions": {**Machine.here().versions, **dict(driver.nccl_versions())},
+            "versions": {**Machine.here().versions, **driver.nccl_versions()},
             "cell": cell_of(part.flags, os.environ, self.setting.sampling),
             "setting": asdict(self.setting),
             "flags": list(part.flags),
