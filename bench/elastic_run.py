@@ -151,8 +151,6 @@ class Run:
         outcome = self.results.outcome
         return bool(self.results.problems or outcome.lost or outcome.refused or outcome.changed)
 
-    # --- sections -------------------------------------------------------------------------------------------------
-
     async def _changes(self, daemon: Daemon) -> None:
         self.results.model = (await daemon.health())["model"]
         await self._undisturbed(daemon)
@@ -205,8 +203,6 @@ class Run:
             order = ((worn, found.worn), (alone, found.alone))
             for daemon, rates in order if number % 2 == 0 else reversed(order):
                 rates.append(await self._compared(daemon))
-
-    # --- parts ----------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
     async def _deployment(self, daemon: Daemon) -> AsyncIterator[tuple[Deployment, Callable[[Change], None]]]:

@@ -92,8 +92,6 @@ class Controller(ScalingControl):
         """When the shell must send Tick at the latest. None: nothing that is waited for can be late."""
         return self._deadlines.next
 
-    # --- events --------------------------------------------------------------------------------------------------
-
     def _on_rank(self, event: p.RankEvent, row: Rank) -> None:
         match event:
             case p.RankReady():
@@ -235,8 +233,6 @@ class Controller(ScalingControl):
         if hopeless:
             self._record("requests_given_up", epoch=self.epoch, reason=why)
         self._new_epoch(hold=not hopeless)
-
-    # --- answers on the path ------------------------------------------------------------------------------------
 
     def _on_fenced(self, event: p.RankFenced) -> None:
         if self._phase is not Phase.FENCING:

@@ -85,8 +85,6 @@ class Supervisor:
         self.reloader = Reloader(sources, settings, self._adopt, self.events)
         self.reloader.around = partial(self.service.reloading, self._frontend.when_adopted)
 
-    # --- life ---------------------------------------------------------------------------------------------------------
-
     async def run(self) -> int:
         """Serve until stopped. Returns the exit code; raises ElasticError when the start fails at once."""
         loop = asyncio.get_running_loop()
@@ -217,8 +215,6 @@ class Supervisor:
         self.operations.close("the daemon stops")
         self.events.end()
 
-    # --- events -------------------------------------------------------------------------------------------------------
-
     def tell(self, event: p.Event) -> None:
         if isinstance(event, p.FrontendReady):
             self._answering.close_public()
@@ -274,8 +270,6 @@ class Supervisor:
             return log.warning("message_unknown", rank=peer.rank, type=message["type"])
         self.metrics.count_loads(event)
         self.tell(event)
-
-    # --- actions ------------------------------------------------------------------------------------------------------
 
     def _carry_out(self, actions: tuple[p.Action, ...]) -> None:
         for action in actions:
@@ -357,8 +351,6 @@ class Supervisor:
         p.StopAll: _stop_all,
         p.Exit: _finish,
     }
-
-    # --- answering ----------------------------------------------------------------------------------------------------
 
     @property
     def is_turning(self) -> bool:

@@ -129,8 +129,6 @@ class Docket:
         self._run = secrets.token_hex(4)
         self._count = 0
 
-    # --- what was seen -------------------------------------------------------------------------------------------
-
     def gpu(self, uuid: str) -> GpuCase:
         if uuid not in self.gpus:
             log = EvidenceLog()
@@ -181,8 +179,6 @@ class Docket:
         for target, case in cases:
             if case.ruling is not None and (wanted is None or target in wanted):
                 case.again = case.ruling.verdict is not Verdict.OK
-
-    # --- judging -------------------------------------------------------------------------------------------------
 
     def review(self, now: float, wall: float) -> list[Ruling]:
         """Judge all cases. Returns the rulings that are new, the gravest first."""

@@ -180,8 +180,6 @@ class Prober:
                 slot.child = None
         self._killed.close()
 
-    # --- starting ------------------------------------------------------------------------------------------------
-
     def _start_missing(self, now: float) -> None:
         killed = self._killed
         skip = ",".join(sorted(self.isolated))
@@ -212,8 +210,6 @@ class Prober:
         except OSError as error:
             log.error("nvml_child_not_started", role=role, error=str(error))
             slot.put_off(now, self.policy)
-
-    # --- deadlines -----------------------------------------------------------------------------------------------
 
     def _look_after(self, slot: _Slot, now: float) -> None:
         child = slot.child
@@ -295,8 +291,6 @@ class Prober:
     def _tell_skip(self, child: Child) -> None:
         """It initialises NVML again by this, and so sees what came."""
         child.tell(f"skip {','.join(sorted(self.isolated))}")
-
-    # --- what children say ---------------------------------------------------------------------------------------
 
     def _on_message(self, child: Child, message: Message) -> None:
         now = self._now = max(self._now, child_time(message, self._now))

@@ -113,7 +113,7 @@ class Service:
             status_path(self._settings.runtime_dir).unlink(missing_ok=True)
             log.info("watchdog_stopped")
 
-    # --- what the children found (probe.Sink) --------------------------------------------------------------------
+    # What the children found (probe.Sink):
 
     def listed(self, gpus: Mapping[str, Mapping[str, Any]], absent: Iterable[str], driver: str, now: float) -> None:
         present = {
@@ -144,7 +144,7 @@ class Service:
         self._docket.gpu(gpu).log.occur("driver_late", now, **detail)
         self._review()
 
-    # --- what the delivery asks (delivery.Sender) ------------------------------------------------------------------
+    # What the delivery asks (delivery.Sender):
 
     def fitness(self) -> tuple[Fitness, ...] | None:
         now = time.monotonic()
@@ -157,8 +157,6 @@ class Service:
         self._docket.say_again([target])
         self._docket.bind(bindings)
         self._review()
-
-    # --- tasks ---------------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
         begin = time.monotonic()
@@ -225,8 +223,6 @@ class Service:
                 except StateError as error:
                     log.error("state_not_saved", error=str(error))
                     await asyncio.sleep(5.0)
-
-    # --- judgement -----------------------------------------------------------------------------------------------
 
     def _review(self) -> None:
         for ruling in self._docket.review(time.monotonic(), time.time()):

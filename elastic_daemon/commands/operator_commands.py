@@ -153,9 +153,6 @@ class Target:
         return body
 
 
-# --- status -----------------------------------------------------------------------------------------------------------
-
-
 def status(arguments: argparse.Namespace) -> int:
     """Show what `/health` says. Returns 0 while clients are served, else 1."""
     if arguments.watch is not None:
@@ -271,9 +268,6 @@ def describe_recovery(report: Mapping[str, Any]) -> str:
     return line
 
 
-# --- events -----------------------------------------------------------------------------------------------------------
-
-
 def events(arguments: argparse.Namespace) -> int:
     """Print what happened, one line per event; with `--follow` for as long as the daemon lives."""
     target = Target.of(arguments)
@@ -357,9 +351,6 @@ def _stream(target: Target, since: int) -> Iterator[dict[str, Any]]:
         return
 
 
-# --- drill ------------------------------------------------------------------------------------------------------------
-
-
 def drill(arguments: argparse.Namespace) -> int:
     """Break a rank under load and say what clients saw of it. Returns 0 if nothing was lost or changed, else 1."""
     from elastic_daemon.drill.drill import drill as run
@@ -367,17 +358,11 @@ def drill(arguments: argparse.Namespace) -> int:
     return run(arguments)
 
 
-# --- plan -------------------------------------------------------------------------------------------------------------
-
-
 def plan(arguments: argparse.Namespace) -> int:
     """Say which redundancy buys what. Asks no daemon. Returns 0 if something can be recommended, else 1."""
     from elastic_daemon.commands.plan_command import plan as run
 
     return run(arguments)
-
-
-# --- completion -------------------------------------------------------------------------------------------------------
 
 
 def completion(arguments: argparse.Namespace) -> int:

@@ -75,9 +75,6 @@ class Orders:
         return Answer(answer.status_code, told)
 
 
-# --- commands ---------------------------------------------------------------------------------------------------------
-
-
 def scale(arguments: argparse.Namespace) -> int:
     body = {"new_data_parallel_size": arguments.ranks}
     if arguments.retire is not None:
@@ -116,9 +113,6 @@ ORDER_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "release": release,
     "automation": automation,
 }
-
-
-# --- orders -----------------------------------------------------------------------------------------------------------
 
 
 def _order(arguments: argparse.Namespace, path: str, body: Mapping[str, Any]) -> int:

@@ -15,8 +15,6 @@ NO_USABLE_GPU = "no usable GPU"
 
 
 class CapacityControl(SpreadControl):
-    # --- starting ------------------------------------------------------------------------------------------------
-
     def _fill(self) -> None:
         """Start every wanted rank that may be started now."""
         alive = {row.rank for row in self._ranks.where(*ALIVE)}
@@ -97,8 +95,6 @@ class CapacityControl(SpreadControl):
     def _is_in(self, rank: int, state: RankState) -> bool:
         return any(row.rank == rank for row in self._ranks.where(state))
 
-    # --- growing -------------------------------------------------------------------------------------------------
-
     @property
     def _can_grow(self) -> bool:
         """Whether ranks on standby could be let in now: nothing else goes on, and it helps."""
@@ -121,8 +117,6 @@ class CapacityControl(SpreadControl):
         for row in standby:
             self._ranks.move(row.rank, RankState.JOINING, self._now)
         self._new_epoch()
-
-    # --- losing --------------------------------------------------------------------------------------------------
 
     def _lose(
         self,

@@ -153,5 +153,3 @@ class DepartureControl(CapacityControl):
     def _too_few(self, leaving: int) -> str:
         needed = self._policy.min_ranks
         return f"{needed} ranks are needed to hold every expert, and {len(self._ranks.members) - leaving} would be left"
-
-    # --- operations ----------------------------------------------------------------------------------------------

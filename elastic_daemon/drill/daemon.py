@@ -59,9 +59,6 @@ class Display:
             self._live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
 
 
-# --- the fault --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Moment:
     """When to strike: so many seconds into the run, or once so large a share of all tokens has arrived."""
@@ -181,9 +178,6 @@ class Fault:
             gaps=Spread.of([stream.longest_gap(at) for stream in hit]),
             delays=Spread.of([delay.seconds for delay in delays if delay.at > at]),
         )
-
-
-# --- the daemon -------------------------------------------------------------------------------------------------------
 
 
 class Daemon:

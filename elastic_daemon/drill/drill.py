@@ -63,9 +63,6 @@ WARM_UP_TOKENS = 16
 HALFWAY = Moment(share=0.5)
 
 
-# --- what to do -------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Options:
     """`kill`: the ranks, or empty for a random one. `ranks`: of a daemon that the drill starts itself."""
@@ -120,9 +117,6 @@ def choose_ranks(health: dict[str, Any], wanted: tuple[int, ...], seed: int) -> 
             "serve with more ranks, or a larger --survive-losses"
         )
     return chosen
-
-
-# --- the drill --------------------------------------------------------------------------------------------------------
 
 
 class Watch:

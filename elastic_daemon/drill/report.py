@@ -261,9 +261,6 @@ class DrillResult:
         }
 
 
-# --- for people -------------------------------------------------------------------------------------------------------
-
-
 def render(result: DrillResult) -> Group:
     """The summary that `drill` prints."""
     comparison, streams = result.comparison, result.comparison.streams

@@ -90,8 +90,6 @@ class ElasticClient(AsyncMPClient):
         self.ledger: Ledger[EngineCoreRequest] = Ledger()
         self.watch = RequestWatch()
 
-    # --- membership -------------------------------------------------------------------------------------------------
-
     @property
     def in_flight(self) -> int:
         return len(self.ledger) + self._waiting
@@ -191,8 +189,6 @@ class ElasticClient(AsyncMPClient):
         finally:
             self._waiting -= 1
 
-    # --- requests ---------------------------------------------------------------------------------------------------
-
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         request.client_index = self.client_index
         disown_output(request.sampling_params)
@@ -281,8 +277,6 @@ class ElasticClient(AsyncMPClient):
                 by_owner.setdefault(entry.owner, []).append(entry.attempt_id)
         return by_owner
 
-    # --- outputs ----------------------------------------------------------------------------------------------------
-
     def _ensure_output_queue_task(self) -> None:
         if self.resources.output_queue_task is None:
             self.resources.output_queue_task = asyncio.create_task(self._receive(), name="engine-outputs")
@@ -336,8 +330,6 @@ class ElasticClient(AsyncMPClient):
         self.watch.delivered(request_id, output, now)
         output.request_id = request_id
         return True
-
-    # --- utilities --------------------------------------------------------------------------------------------------
 
     async def call_utility_async(self, method: str, *args: Any) -> Any:
         """Ask all engines; the first answer counts, as in vLLM's load-balancing client."""

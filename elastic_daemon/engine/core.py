@@ -214,7 +214,7 @@ class ElasticEngineCore(DPEngineCoreProc):
         if self.is_fenced:
             raise Fenced(self._fence.epoch)
 
-    # --- control thread ---------------------------------------------------------------------------------------------
+    # In the control thread:
 
     def listen(self) -> None:
         """Body of the control thread. The process ends with the connection: without a supervisor nobody fences it."""
@@ -241,7 +241,7 @@ class ElasticEngineCore(DPEngineCoreProc):
         broken = self.worker.groups.abort()
         log.info("fenced", rank=self.plan.rank, epoch=epoch, connections_broken=broken)
 
-    # --- main thread ------------------------------------------------------------------------------------------------
+    # In the main thread:
 
     def serve(self) -> None:
         """Report what this rank holds, wait for the first epoch, then step until told otherwise."""

@@ -91,8 +91,6 @@ class Tables:
         ranks = len(self.received)
         return self.received * ranks + (np.arange(ranks) - layers[:, None]) % ranks
 
-    # --- hosts ---
-
     def confined(self) -> BoolArray:
         """Experts [layers, E] with several copies, all on one host."""
         return (self.copies > 1) & (self.spans == 1)

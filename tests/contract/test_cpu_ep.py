@@ -20,8 +20,6 @@ from elastic_daemon.engine.cpu import apply_local_experts, enable_expert_paralle
 
 pytestmark = pytest.mark.contract
 
-# --- from logical to physical ids ------------------------------------------------------------------------------------
-
 
 @st.composite
 def routings(draw: st.DrawFn) -> dict[str, Any]:
@@ -108,8 +106,6 @@ def test_ids_of_no_expert_stay_none_and_are_not_counted(case: dict[str, Any], da
     counted = torch.bincount(physical[physical >= 0].long(), minlength=len(case["load"]))
     assert torch.equal(loads[0], case["load"] + counted)
 
-
-# --- experts of one rank ---------------------------------------------------------------------------------------------
 
 HIDDEN, INTERMEDIATE = 64, 32
 

@@ -217,8 +217,6 @@ def test_a_connection_that_closes_while_the_group_is_built_is_left_out() -> None
     assert links.shutdown() == 0
 
 
-# --- dispatch and combine --------------------------------------------------------------------------------------------
-
 HIDDEN, TOP_K = 5, 2
 
 

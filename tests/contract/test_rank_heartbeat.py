@@ -30,9 +30,6 @@ from watchdog.heartbeat.reader import PageDirectory
 pytestmark = pytest.mark.contract
 
 
-# --- idle ------------------------------------------------------------------------------------------------------------
-
-
 def test_the_queue_is_made_before_the_group_and_read_after_it() -> None:
     """Our queue takes the place of vLLM's in `_init_data_parallel`."""
     source = inspect.getsource(EngineCoreProc.__init__)
@@ -78,9 +75,6 @@ def test_other_ways_to_read_the_queue_are_as_ever() -> None:
         source.get(timeout=0.01)
     source.put(1)
     assert source.get() == 1
-
-
-# --- page and steps --------------------------------------------------------------------------------------------------
 
 
 def scheduled(tokens: dict[str, int], new: int = 0, drafts: dict[str, list[int]] | None = None) -> SchedulerOutput:
@@ -171,9 +165,6 @@ def test_all_calls_are_those_of_the_writer() -> None:
     for name, method in vars(NoPage).items():
         if callable(method) and not name.startswith("_"):
             assert inspect.signature(method) == inspect.signature(getattr(HeartbeatWriter, name))
-
-
-# --- collectives -----------------------------------------------------------------------------------------------------
 
 
 class EndsLate:

@@ -6,7 +6,6 @@ import ast
 import dis
 import importlib
 import inspect
-import subprocess
 import sys
 import textwrap
 import threading
@@ -43,9 +42,6 @@ from elastic_daemon.errors import ConfigError
 pytestmark = pytest.mark.contract
 
 ROOT = Path(__file__).parents[2]
-
-
-# --- symbols ---------------------------------------------------------------------------------------------------------
 
 
 def resolve(symbol: str) -> Any:
@@ -164,9 +160,6 @@ def test_private_names_used_in_engine_are_listed() -> None:
     assert used <= listed, "add them to engine/compat/"
 
 
-# --- behaviour: engine core ------------------------------------------------------------------------------------------
-
-
 def test_our_engine_core_sets_all_that_the_replaced_constructor_sets() -> None:
     wanted = assigned_to_self(DPEngineCoreProc.__init__)
     assert {"step_counter", "current_wave"} <= wanted
@@ -230,9 +223,6 @@ def test_busy_loop_ends_with_what_the_sentinel_raises() -> None:
 
 def test_busy_loop_of_a_data_parallel_engine_is_wrapped() -> None:
     assert DPEngineCoreProc.run_busy_loop.__qualname__.startswith("fault_tolerant_wrapper.")
-
-
-# --- behaviour: requests ---------------------------------------------------------------------------------------------
 
 
 def request(params: SamplingParams) -> EngineCoreRequest:
@@ -320,9 +310,6 @@ def test_request_states_start_with_the_output_of_a_resumed_request() -> None:
     assert (fresh.num_tokens, fresh.output_token_ids) == (2, [])
 
 
-# --- behaviour: experts ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("experts", "redundant"), [(8, 0), (8, 3), (16, 16), (4, 9)])
 def test_first_physical_ids_are_the_logical_ones(experts: int, redundant: int) -> None:
     table = list(EplbState.build_initial_global_physical_to_logical_map(experts, redundant))
@@ -379,38 +366,3 @@ def test_groups_hand_their_arguments_on_by_position(name: str) -> None:
     args, keywords = seen[0]
     assert inspect.signature(getattr(EpochCommunicator, name)).bind(None, *args, **keywords)
     assert [*args, *keywords.values()] == arguments
-
-
-# --- who imports what ------------------------------------------------------------------------------------------------
-
-
-def imported(path: Path) -> set[str]:
-    """Top-level packages that a file imports, anywhere in it."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.add((node.module or "").split(".")[0])
-    return names
-
-
-def test_only_the_engine_and_the_front_end_import_vllm() -> None:
-    package = ROOT / "elastic_daemon"
-    importers = {path.relative_to(package) for path in package.rglob("*.py") if "vllm" in imported(path)}
-    assert importers, "the scan finds nothing: it is broken"
-    others = {str(path) for path in importers if path.parts[0] != "engine" and path != Path("frontend.py")}
-    assert others == set()
-
-
-def test_the_watchdog_knows_nothing_of_the_daemon() -> None:
-    files = list((ROOT / "watchdog").rglob("*.py"))
-    assert files
-    assert {path.name for path in files if {"elastic_daemon", "vllm"} & imported(path)} == set()
-
-
-@pytest.mark.parametrize("module", ["elastic_daemon.supervisor", "elastic_daemon.cli", "watchdog"])
-def test_importing_the_supervisor_does_not_import_vllm(module: str) -> None:
-    script = f"import sys, {module}; print(sorted({{'vllm', 'torch'}} & sys.modules.keys()))"
-    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert ended.stdout.strip() == "[]"

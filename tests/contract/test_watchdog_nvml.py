@@ -208,9 +208,6 @@ def test_nothing_heavy_is_imported(module: str) -> None:
     assert found.stdout.split() == []
 
 
-# --- watchdogs of their own ----------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def simulated(tmp_path: Path) -> tuple[Simulator, DaemonRoutes]:
     sim = create(tmp_path, 4)

@@ -74,9 +74,6 @@ def order_ended(window: Browser, text: str) -> None:
     window.wait(lambda: text in window.text("#order"), text, 60)
 
 
-# --- a drill ----------------------------------------------------------------------------------------------------------
-
-
 def test_a_drill_and_orders(chromium: Browser, tmp_path: Path) -> None:
     env = {"ELASTIC_RESTORE": "auto", "ELASTIC_ADMIN_KEY": ADMIN_KEY}
     with Cluster(tmp_path / "run", "--survive-losses", "2", env=env) as cluster:
@@ -294,9 +291,6 @@ def _holds(condition: Callable[[], bool]) -> bool:
         return condition()
     except AssertionError:
         return False
-
-
-# --- with keys, and by the stream -------------------------------------------------------------------------------------
 
 
 def test_events_come_by_the_stream(chromium: Browser, tmp_path: Path) -> None:

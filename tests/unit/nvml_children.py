@@ -160,8 +160,6 @@ class World:
         """Who was killed in a call on this GPU and has not ended."""
         return [child for child in self.living if child.killed is not None and child.at and child.at[0] == gpu]
 
-    # --- probe.Sink ----------------------------------------------------------------------------------------------
-
     def listed(self, *_: object) -> None:
         pass
 

@@ -47,8 +47,6 @@ class OperatorPlane:
         self._carry_out(self.controller.start(self._now))
         self._settle()
 
-    # --- what the routes use ------------------------------------------------------------------------------------------
-
     def health(self) -> HealthView:
         snapshot = self.controller.snapshot(self._now) if self.controller is not None else None
         return HealthView(snapshot, "tiny-moe", 4, 0, {}, {}, 1e9)
@@ -73,8 +71,6 @@ class OperatorPlane:
             self._carry_out(self.controller.handle(event, self._now))
             if self.play:
                 self._settle()
-
-    # --- what a test does ---------------------------------------------------------------------------------------------
 
     @property
     def active(self) -> list[int]:
@@ -106,8 +102,6 @@ class OperatorPlane:
         assert self.controller is not None
         (row,) = [row for row in self.controller.snapshot(self._now).ranks if row.rank == rank]
         self.tell(p.RankExited(rank, row.incarnation, "process ended"))
-
-    # --- ranks and front end ------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
         """Let everybody answer, and what is due now happen."""

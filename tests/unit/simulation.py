@@ -79,8 +79,6 @@ class World(Books):
         self.serving = Serving(self)
         self.said: list[Any] = []  # what ranks said so far: material for zombies
 
-    # --- the course of time --------------------------------------------------------------------------------------
-
     def play(self) -> None:
         self.faults.schedule()
         self.later(STEP, self.serving.step)
@@ -134,8 +132,6 @@ class World(Books):
         """Whether something goes wrong here."""
         return self.now < HORIZON and self.rng.random() < self.sloppy * weight
 
-    # --- talking with the controller -----------------------------------------------------------------------------
-
     def tell(self, event: p.Event, *, true: bool = False) -> None:
         """The controller hears `event`, and what it wants is done. `true`: a rank's own words, as things were then."""
         if self.exit is not None:
@@ -188,8 +184,6 @@ class World(Books):
                 case p.Exit():
                     self.exit = action
         self.check_state()
-
-    # --- ranks ---------------------------------------------------------------------------------------------------
 
     def start_rank(self, action: p.StartRank) -> None:
         old = self.processes.get(action.rank)

@@ -125,8 +125,6 @@ def test_an_empty_scheme_or_key_opens_nothing() -> None:
         assert not rules.has_key(authorization)
 
 
-# --- orders -----------------------------------------------------------------------------------------------------------
-
 API_KEY, ADMIN_KEY = "api-key", "admin-key"
 JSON = {"Content-Type": "application/json"}
 LOOPBACK_HOSTS = ("localhost", "localhost:8000", "LOCALHOST:8000", "127.0.0.1:8000", "127.1.2.3", "[::1]:8000", "[::1]")

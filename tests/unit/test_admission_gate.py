@@ -99,9 +99,6 @@ async def test_who_would_wait_longer_than_the_deadline_is_refused_and_told_when_
     assert (queue.waiting, queue.refused) == (0, 1)
 
 
-# --- batches ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("body", "requests"),
     [

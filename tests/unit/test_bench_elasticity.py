@@ -46,9 +46,6 @@ REJOIN: list[Mapping[str, Any]] = [
 ]
 
 
-# --- what clients received ------------------------------------------------------------------------------------------
-
-
 def test_longest_wait_counts_waits_that_lie_in_the_window_in_part() -> None:
     found = traffic((0.0, 1.0, 1), (0.5, 2.5, 1), (2.5, 2.9, 1), (4.0, 9.0, 1))
     assert found.longest_wait(Window(1.5, 2.0)) == 2.0  # it began before and ended after
@@ -81,9 +78,6 @@ def test_outcome_tells_lost_refused_and_changed_apart() -> None:
     total = Outcome(1, 1)
     total.add(outcome)
     assert (total.streams, total.lost, len(total.examples)) == (6, 3, 4)
-
-
-# --- one change -----------------------------------------------------------------------------------------------------
 
 
 def rejoin(**changes: Any) -> Change:
@@ -154,9 +148,6 @@ def test_ends_of_changes_in_the_events() -> None:
     assert not rejoined(2)([REJOIN[-1], REJOIN[4]])  # it grew before the rank was there
 
 
-# --- footprints -----------------------------------------------------------------------------------------------------
-
-
 def process(role: str, rss: int, sockets: frozenset[int] = frozenset(), **fields: Any) -> Process:
     return replace(Process(1, role, rss, rss // 2, 10, 3, sockets), **fields)
 
@@ -214,9 +205,6 @@ def test_footprint_of_this_process() -> None:
     assert one.rss >= one.pss > 0
     assert one.descriptors > 2
     assert os.getpid() in descendants(os.getpid())
-
-
-# --- bars -----------------------------------------------------------------------------------------------------------
 
 
 def change(kind: Kind, **fields: Any) -> Seen:
@@ -298,9 +286,6 @@ def test_a_daemon_that_was_slower_from_the_start_is_not_worn() -> None:
     assert one is not None and one.ratio == pytest.approx(1.0)
     slower = Throughput.of(before, Windows([81.0, 81.0], [100.0, 100.0]))
     assert slower is not None and slower.ratio == pytest.approx(0.9)
-
-
-# --- report and command -----------------------------------------------------------------------------------------------
 
 
 def report(found: Results) -> Report:

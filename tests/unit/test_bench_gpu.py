@@ -32,9 +32,6 @@ def event(name: str, time: float, **fields: Any) -> dict[str, Any]:
     return {"event": name, "time": time, **fields}
 
 
-# --- tokens -----------------------------------------------------------------------------------------------------------
-
-
 EAGER, OTHER = ("--enforce-eager",), ("--other",)
 KILL, HANG, GRAPHS = Wanted("kill", EAGER, 100), Wanted("hang", EAGER, 50), Wanted("graphs", OTHER, 60)
 
@@ -68,9 +65,6 @@ def test_budget_keeps_time_to_stop() -> None:
     now[0] += 30
     assert (budget.spent, budget.left) == (30.0, 70.0 - STOP_S)
     assert Budget(None, lambda: now[0]).left == float("inf")
-
-
-# --- parts and flags --------------------------------------------------------------------------------------------------
 
 
 def test_flags_of_the_user_are_added() -> None:
@@ -113,8 +107,6 @@ def test_cell_of_the_matrix(flags: tuple[str, ...], environment: dict[str, str],
     assert cell_of(flags, environment) == cell
     assert cell_of(flags, environment, "mixed") == f"{cell}, mixed streams"
 
-
-# --- what was seen ----------------------------------------------------------------------------------------------------
 
 STRIKE = [
     event("rank_excluded", 100.2, rank=2),
@@ -178,9 +170,6 @@ def test_processes_of_the_driver(
     assert (Mapping(pids, seen).verdict, Mapping(pids, seen).agrees) == (verdict, agrees)
 
 
-# --- results ----------------------------------------------------------------------------------------------------------
-
-
 def test_verdicts() -> None:
     met, missed, unknown = Bar("a", "<=", 2, 1), Bar("a", "==", 0, 1), Bar("a", "<=", 2, None)
     assert Findings(bars=[met]).verdict == PASSED
@@ -228,9 +217,6 @@ async def test_what_has_a_result_or_no_model_is_left_out(tmp_path: Path) -> None
     assert running.skipped["kill"] == "there is a result" and running.skipped["fp8"] == "needs --model"
     assert running.skipped["hang"].startswith("takes about ")
     assert not running.verdicts and running.good
-
-
-# --- lives ------------------------------------------------------------------------------------------------------------
 
 
 class FakeLives:
@@ -311,9 +297,6 @@ async def test_part_that_outlasts_the_budget_is_cut_off_and_kept_apart(
     running = await fake.run(tmp_path, "kill", "hang", seconds=1.0)
     assert running.verdicts == {"kill": CUT} and "hang" in running.skipped
     assert [path.name for path in tmp_path.glob("*.json")] == ["kill.cut.json"]
-
-
-# --- command line -----------------------------------------------------------------------------------------------------
 
 
 def test_parts_may_be_named_together_or_one_by_one() -> None:

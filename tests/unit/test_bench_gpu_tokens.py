@@ -81,6 +81,3 @@ def test_changes_are_counted_with_the_streams() -> None:
         "near_ties": 2,
     }
     assert [change["position"] for change in both.to_json()["changes"]] == [1, 1]
-
-
-# --- budget -----------------------------------------------------------------------------------------------------------

@@ -66,9 +66,6 @@ def fault_result(**fields: Any) -> FaultResult:
     return replace(result, **fields)
 
 
-# --- plan -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kills", range(1, 41))
 def test_plan_has_as_many_kills_as_asked_for(kills: int) -> None:
     lives = plan(kills)
@@ -89,9 +86,6 @@ def test_full_plan_covers_all_ranks_and_phases() -> None:
 def test_only_some_phases_kill_two() -> None:
     for fault in (fault for life in plan(40) for fault in life):
         assert len(fault.ranks) == (2 if fault.phase in (Phase.BOTH, Phase.DURING) else 1)
-
-
-# --- one fault --------------------------------------------------------------------------------------------------------
 
 
 def test_wait_counts_silences_that_end_after_the_kill() -> None:
@@ -178,9 +172,6 @@ def test_judge_wants_a_kill() -> None:
         judged([stream(0.9)], kills=[])
 
 
-# --- many -------------------------------------------------------------------------------------------------------------
-
-
 def test_summary_takes_the_worst_client_of_each_fault() -> None:
     results = [fault_result(), fault_result(gaps_s=(0.3, 0.01), outages_s=(), detections_s=(0.01, None), lost=1)]
     summary = Summary.of(results)
@@ -228,9 +219,6 @@ def test_failure_of_stock() -> None:
 def test_hanging_stock() -> None:
     found = judge_failure("Worker", [stream(0.5, 0.6)] * 3, 1.0, None, None, {0: 2, 1: 1})
     assert (found.lost, found.hanging, found.failed_s, found.ended_s) == (2, 2, None, None)
-
-
-# --- report -----------------------------------------------------------------------------------------------------------
 
 
 def report(*results: FaultResult, kills: int = 1, stock: Stock | None = None) -> Report:
@@ -283,9 +271,6 @@ def test_report_is_readable(stock: Stock | None) -> None:
     text = capture.get()
     assert "passed" in text
     assert ("350 (bar: 200), met" in text) == bool(stock is not None and stock.starts)
-
-
-# --- command and plugin -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arguments", [["--kills", "0"], ["--tokens", "5"], ["--json", "/nowhere/at/all.json"]])

@@ -36,9 +36,6 @@ DEEPSEEK = ModelSize(experts=256, layers=58, expert_bytes=44e6, other_bytes=17e9
 rates = st.builds(Failures, st.floats(10, 1e6), st.floats(0, 1000), st.floats(0, 100))
 
 
-# --- the Markov chain ------------------------------------------------------------------------------------------------
-
-
 @given(st.integers(1, 80), rates)
 def test_failed_gpus_are_binomial(gpus: int, failures: Failures) -> None:
     down = failures.repair_hours / (failures.mtbf_hours + failures.repair_hours)
@@ -70,9 +67,6 @@ def test_small_probabilities_are_not_rounded_away() -> None:
 def test_rates_that_make_no_sense_are_refused(wrong: tuple[float, float, float]) -> None:
     with pytest.raises(PlacementError, match="failure rates"):
         Failures(*wrong)
-
-
-# --- options ---------------------------------------------------------------------------------------------------------
 
 
 def test_options_of_a_known_model() -> None:
@@ -116,9 +110,6 @@ def test_nothing_to_plan_with_is_refused(ranks: int, memory: float) -> None:
 )
 def test_percent_shows_the_nines(unavailability: float, text: str) -> None:
     assert percent(unavailability) == text
-
-
-# --- models ----------------------------------------------------------------------------------------------------------
 
 
 def model_dir(path: Path, tensors: dict[str, int] | None = None, **config: Any) -> Path:
@@ -219,8 +210,6 @@ def test_layers_with_experts() -> None:
     assert moe_layers({"num_hidden_layers": 4}) == [0, 1, 2, 3]
     assert moe_layers({"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]}) == [1, 5]
 
-
-# --- the command -----------------------------------------------------------------------------------------------------
 
 BY_HAND = ["--experts", "256", "--layers", "58", "--expert-bytes", "44e6", "--other-bytes", "17e9"]
 SIXTEEN = ["--data-parallel-size", "16", "--gpu-memory", "80"]

@@ -14,8 +14,6 @@ from elastic_daemon.control.control_state import Phase
 from elastic_daemon.membership import RankState, Status
 from tests.unit.driver import LAYERS, POLICY, SYNCED, Shell, of, published, too_few
 
-# --- starting --------------------------------------------------------------------------------------------------------
-
 
 def test_start_asks_for_all_ranks_and_the_front_end_at_once() -> None:
     shell = Shell()
@@ -139,9 +137,6 @@ def test_a_death_in_the_first_regroup_is_a_recovery_like_any_other() -> None:
     assert (done.report.kind, done.report.ranks) == (p.RecoveryKind.START, (3,))
 
 
-# --- front end -------------------------------------------------------------------------------------------------------
-
-
 def test_a_front_end_that_exits_is_started_again_and_ranks_are_left_alone() -> None:
     shell = Shell().serve()
     assert shell.controller.snapshot(shell.now).frontend_ready
@@ -193,9 +188,6 @@ def test_a_front_end_that_does_not_become_ready_is_killed_until_it_is_gone() -> 
         assert of(p.KillFrontend, shell.tick()) == [p.KillFrontend("not ready within 180 s")]
     shell.send(p.FrontendExited("signal 9"))
     assert of(p.StartFrontend, shell.tick())
-
-
-# --- stopping --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("drained", [True, False])
@@ -280,9 +272,6 @@ def test_losses_while_draining_end_the_wait(loss: str) -> None:
         case _:
             actions = shell.send(p.FrontendExited("signal 9"))
     assert [end.code for end in of(p.Exit, actions)] == [0]
-
-
-# --- what is shown ---------------------------------------------------------------------------------------------------
 
 
 def test_the_snapshot_before_during_and_after_a_loss() -> None:

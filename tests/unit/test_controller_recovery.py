@@ -14,8 +14,6 @@ from elastic_daemon.membership import MEMBERS, RankState, Status
 from elastic_daemon.placement import missing
 from tests.unit.driver import POLICY, SYNCED, Shell, of, published, too_few
 
-# --- losing ranks ----------------------------------------------------------------------------------------------------
-
 
 def test_a_death_fences_regroups_and_resumes_the_others() -> None:
     shell = Shell().serve()
@@ -122,9 +120,6 @@ def test_zombies_and_repetitions_change_nothing() -> None:
     assert shell.send(p.FrontendReady()) == []
 
 
-# --- faults and failed regroups --------------------------------------------------------------------------------------
-
-
 def test_a_fault_waits_for_a_death_that_explains_it() -> None:
     shell = Shell().serve()
     assert not of(p.Fence, shell.fault(0))
@@ -215,9 +210,6 @@ def test_the_phases_add_up() -> None:
     )
 
 
-# --- too few ranks ---------------------------------------------------------------------------------------------------
-
-
 def test_too_few_slots_are_unavailable_and_ranks_stay_parked() -> None:
     shell = too_few()
     assert shell.controller.status is Status.UNAVAILABLE
@@ -250,9 +242,6 @@ def test_all_ranks_may_die_at_once() -> None:
     shell = Shell().serve()
     shell.exited(0, 1, 2, 3)
     assert shell.controller.status is Status.UNAVAILABLE
-
-
-# --- faults that regrouping does not cure ----------------------------------------------------------------------------
 
 
 def faults_in_vain(shell: Shell, rank: int, count: int, delivered: int = 7) -> list[p.Action]:

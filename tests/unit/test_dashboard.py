@@ -89,9 +89,6 @@ async def http() -> AsyncIterator[httpx.AsyncClient]:
         yield http
 
 
-# --- as it is served --------------------------------------------------------------------------------------------------
-
-
 async def test_headers(http: httpx.AsyncClient) -> None:
     for path in ("/dashboard", *(f"/dashboard/{name}" for name in NAMES if name != "index.html")):
         answer = await http.get(path)
@@ -141,9 +138,6 @@ async def test_the_page_needs_no_key_and_its_data_does() -> None:
 async def test_it_is_small(http: httpx.AsyncClient) -> None:
     sizes = [len((await http.get(f"/dashboard/{name}")).content) for name in NAMES if name != "index.html"]
     assert sum(sizes) + len((await http.get("/dashboard")).content) < 100_000, "the bar is 200 kB with the data"
-
-
-# --- markup -----------------------------------------------------------------------------------------------------------
 
 
 def test_every_file_is_asked_for(page: Page) -> None:

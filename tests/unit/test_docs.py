@@ -70,9 +70,6 @@ def code(path: Path) -> list[str]:
     return [*chain.from_iterable(block.splitlines()[1:-1] for block in blocks), *spans(path)]
 
 
-# --- generated ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", WRITERS)
 def test_written_pages_are_up_to_date(name: str) -> None:
     written = WRITERS[name].TARGET.read_text(encoding="utf-8")
@@ -81,9 +78,6 @@ def test_written_pages_are_up_to_date(name: str) -> None:
 
 def test_the_readme_is_short() -> None:
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 250
-
-
-# --- the runbook ----------------------------------------------------------------------------------------------------
 
 
 def test_the_runbook_has_each_state_and_verdict() -> None:
@@ -111,9 +105,6 @@ def test_the_runbook_has_each_exit_status() -> None:
             for code in re.findall(r"\b([1-9])(?= |,)", (parser.epilog or "").partition("exit status: ")[2]):
                 orders = label == "orders" and f"| orders | {code} |" in table
                 assert (label, code) in told or code in told_of_all or orders, (label, code)
-
-
-# --- paths, links, targets ------------------------------------------------------------------------------------------
 
 
 @document
@@ -153,9 +144,6 @@ def test_make_targets_exist(path: Path) -> None:
 @document
 def test_lines_are_not_too_long(path: Path) -> None:
     assert not [line for line in prose(path).splitlines() if len(line) > 120 and not line.startswith("|")]
-
-
-# --- flags and variables --------------------------------------------------------------------------------------------
 
 
 def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
@@ -228,8 +216,6 @@ def test_variables_exist(path: Path) -> None:
     named = set(re.findall(r"\bELASTIC_[A-Z_]+[A-Z]\b", path.read_text(encoding="utf-8")))
     assert not [name for name in named - settings if name not in source]
 
-
-# --- contracts ------------------------------------------------------------------------------------------------------
 
 REPORT = RecoveryReport(1, RecoveryKind.SHRINK, (2,), "", dict.fromkeys(Timer, 0.0), RequestCounts(0, 0, 0, 0))
 SNAPSHOT = HealthSnapshot(

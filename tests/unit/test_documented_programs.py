@@ -29,8 +29,6 @@ def matching(pattern: str) -> list[str]:
     return [line for line in LINES if re.match(pattern, line)]
 
 
-# --- make -------------------------------------------------------------------------------------------------------------
-
 CHECKS = ["setup.sh", "python -m ruff check .", "python -m ruff format --check .", "python -m mypy watchdog"]
 
 
@@ -105,9 +103,6 @@ def test_make_installs_and_takes_away(line: str, tmp_path: Path) -> None:
         assert not unit.exists()
 
 
-# --- our programs -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("line", matching(SERVED))
 def test_serve_takes_its_settings(line: str, tmp_path: Path, clean_environment: pytest.MonkeyPatch) -> None:
     (tmp_path / "model").symlink_to(BUNDLED_MODEL)
@@ -127,9 +122,6 @@ def test_every_command_helps(parser: object, capsys: pytest.CaptureFixture[str])
             watchdog_main([*words, "--help"])
         assert ended.value.code == 0
     assert "usage: " in capsys.readouterr().out
-
-
-# --- others -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SMALLEST)

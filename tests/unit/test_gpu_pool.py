@@ -167,8 +167,6 @@ def test_a_gpu_is_free_again_only_when_its_rank_has_left_for_good() -> None:
     assert gpus.assign(2, 1.0) == "GPU-b"
 
 
-# --- whatever happens ------------------------------------------------------------------------------------------------
-
 times = st.floats(0.0, 3.0)
 ranks = st.integers(0, 5)
 uuids = st.sampled_from([*UUIDS, "GPU-new", "GPU-newer"])

@@ -78,9 +78,6 @@ def test_every_command_has_examples_that_parse(parser: argparse.ArgumentParser) 
         parse_command(example)
 
 
-# --- exit statuses ----------------------------------------------------------------------------------------------------
-
-
 def documented(parser: argparse.ArgumentParser) -> set[int]:
     text = (parser.epilog or "").partition("exit status: ")[2]
     return {int(code) for code in re.findall(r"(?:^|[;,]\s|,? or )(\d)(?= |,)", text)}
@@ -231,9 +228,6 @@ def test_exit_status(prog: str, code: int, socket_dir: Path, monkeypatch: pytest
 
 def test_the_daemon_s_own_statuses_are_those_of_the_help() -> None:
     assert (EXIT_STOPPED, EXIT_START, EXIT_FRONTEND) == (0, 3, 4)
-
-
-# --- colours ----------------------------------------------------------------------------------------------------------
 
 
 def rendered(console: Console) -> str:

@@ -115,9 +115,6 @@ async def test_a_connection_outlives_what_a_client_keeps_it_for(socket_dir: Path
     await tasks.settle(5)
 
 
-# --- TLS --------------------------------------------------------------------------------------------------------------
-
-
 async def test_the_supervisor_speaks_tls_and_takes_a_new_certificate(tmp_path: Path, socket_dir: Path) -> None:
     cert, key = certificate(tmp_path)
     settings = Sources({"ssl_certfile": cert, "ssl_keyfile": key}, {}).load().settings

@@ -120,9 +120,6 @@ async def test_lag_of_a_loop_that_was_held_up() -> None:
     assert min(lags) >= 0
 
 
-# --- gaps of clients --------------------------------------------------------------------------------------------------
-
-
 def test_a_gap_lasts_from_the_last_token_before_to_the_first_after() -> None:
     gaps = ClientGaps()
     assert gaps.delivered("a", 1.0) is None

@@ -54,9 +54,6 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
-# --- scaling ----------------------------------------------------------------------------------------------------------
-
-
 async def test_down_and_up_with_vllms_body(plane: OperatorPlane, client: httpx.AsyncClient) -> None:
     for size, ranks in ((3, [0, 1, 2]), (6, [0, 1, 2, 3, 4, 5]), (2, [0, 1])):
         answer = await scale(client, size, drain_timeout=60)
@@ -253,9 +250,6 @@ async def test_an_operation_that_the_controller_never_ends(
     assert message(answer) == "it has not ended in time, it is still at: moving requests"
 
 
-# --- operations -------------------------------------------------------------------------------------------------------
-
-
 async def test_operations_are_listed(client: httpx.AsyncClient) -> None:
     assert (await client.get("/operations")).json() == []
     first = (await scale(client, 3)).json()["operation_id"]
@@ -271,9 +265,6 @@ async def test_an_operation_that_is_not_known(client: httpx.AsyncClient) -> None
     answer = await client.get("/operations/op-12345678")
     assert answer.status_code == 404
     assert "op-12345678" in message(answer)
-
-
-# --- single ranks and GPUs --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("deed", ["drain", "exclude"])
@@ -321,9 +312,6 @@ async def test_a_gpu_is_released(plane: OperatorPlane, client: httpx.AsyncClient
     assert plane.released == [GPU]
     unknown = await client.post("/gpus/GPU-2/release")
     assert (unknown.status_code, message(unknown)) == (404, "no GPU GPU-2 is known")
-
-
-# --- automation -------------------------------------------------------------------------------------------------------
 
 
 async def test_automation(plane: OperatorPlane, client: httpx.AsyncClient) -> None:

@@ -60,9 +60,6 @@ def later(condition: Callable[[], object], then: Callable[[], None]) -> threadin
     return thread
 
 
-# --- what is done -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.usefixtures("server")
 def test_scale(plane: OperatorPlane, socket_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert order(socket_dir, "scale", "3") == 0
@@ -111,9 +108,6 @@ def test_as_json(socket_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     body = json.loads(out)
     assert (body["state"], body["progress"], body["ranks"]) == ("done", {"from": 4, "to": 3, "active": 3}, [3])
     assert err == "", "nothing was to be shown: it was done at once"
-
-
-# --- progress ---------------------------------------------------------------------------------------------------------
 
 
 def test_progress_is_told_line_by_line(
@@ -215,9 +209,6 @@ def test_a_daemon_that_stays_away(socket_dir: Path, monkeypatch: pytest.MonkeyPa
         follow(Orders(Target(socket_dir)), "op-0", 10.0)
 
 
-# --- errors -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.usefixtures("server")
 @pytest.mark.parametrize(
     ("command", "told"),
@@ -271,9 +262,6 @@ def test_no_daemon(command: list[str], socket_dir: Path, capsys: pytest.CaptureF
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert "no daemon answers at" in err
-
-
-# --- over TCP ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_admin_key_is_sent(

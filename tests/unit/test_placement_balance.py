@@ -89,9 +89,6 @@ def confined(placement: Placement, hosts: dict[int, str]) -> int:
     return int(((per_host > 0).sum(axis=0) == 1)[copies(placement) > 1].sum())
 
 
-# --- respread with load and hosts ------------------------------------------------------------------------------------
-
-
 def check_respread(
     placement: Placement, members: list[int], load: npt.NDArray[np.float64], hosts: dict[int, str]
 ) -> None:
@@ -234,8 +231,6 @@ def test_balancedness_by_hand() -> None:
     assert balancedness(placement, np.zeros((2, 3))) == 1.0
 
 
-# --- beside vLLM's policy --------------------------------------------------------------------------------------------
-
 CASES = [
     ("zipf_mild", 72, 4),
     ("zipf_strong", 72, 4),
@@ -299,9 +294,6 @@ def test_rebalance_refuses_a_table_that_does_not_fit() -> None:
         rebalance(np.ones((1, 4)), np.zeros((1, 8), dtype=np.int64), 3)
 
 
-# --- evacuate --------------------------------------------------------------------------------------------------------
-
-
 @no_deadline
 @given(st.one_of(fresh(), arbitrary()), st.data())
 def test_evacuate_gives_those_that_stay_everything(placement: Placement, data: st.DataObject) -> None:
@@ -332,9 +324,6 @@ def test_evacuate_by_hand() -> None:
         SlotLoad(rank=1, layer=0, slot=1, expert=3, evicts=1, source=Source.PEER, peer=3),
     )
     assert plan.placement.ranks == (0, 1, 2, 3)
-
-
-# --- the largest size ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("slots", LOST)

@@ -88,9 +88,6 @@ def test_what_is_the_same() -> None:
     assert not any(view.is_same(other) for other in (None, *others, copied))
 
 
-# --- routes -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def plane() -> OperatorPlane:
     return OperatorPlane()

@@ -28,9 +28,6 @@ def two_left() -> Shell:
     return shell.recover(2, 3)
 
 
-# --- drain -----------------------------------------------------------------------------------------------------------
-
-
 def test_a_drained_rank_leaves_in_order_and_stays_out_until_it_is_released() -> None:
     shell = Shell(SINGLE).serve()
     identity = shell.identity(2)
@@ -103,9 +100,6 @@ def test_one_that_drains_begins_anew_after_a_recovery() -> None:
     assert (shell.serving, shell.report().state) == ([1, 2, 3], State.DONE)
 
 
-# --- exclude ---------------------------------------------------------------------------------------------------------
-
-
 def test_an_excluded_rank_goes_at_once_and_stays_out() -> None:
     shell = Shell(RESTORING).serve()
     actions = shell.order(Deed.EXCLUDE, 2)
@@ -148,9 +142,6 @@ def test_an_operation_that_needs_an_excluded_rank_is_rolled_back() -> None:
     assert shell.controller.target == 4
 
 
-# --- release ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_rank_that_failed_too_often_gets_more_attempts() -> None:
     shell = Shell(RESTORING).serve()
     shell.exited(2)
@@ -183,9 +174,6 @@ def test_a_released_rank_waits_for_a_gpu() -> None:
     assert outcome(shell) == (State.DONE, "rank 3 waits for a usable GPU")
     shell.see(*uuids)
     assert shell.settle().serving == [0, 1, 2, 3]
-
-
-# --- automation ------------------------------------------------------------------------------------------------------
 
 
 def test_without_automation_losses_are_survived_and_nothing_else_is_done() -> None:

@@ -40,9 +40,6 @@ def gpu_of(shell: Shell, rank: int) -> str | None:
     return {row.rank: row.gpu for row in shell.controller.snapshot(shell.now).ranks}[rank]
 
 
-# --- starting short --------------------------------------------------------------------------------------------------
-
-
 def short() -> Shell:
     """The GPU of rank 3 is not fit when the daemon starts."""
     gpus = pool(A, B, C, D)
@@ -112,9 +109,6 @@ def test_a_start_that_takes_too_long_goes_on_without_who_is_missing() -> None:
     shell.synced()
     assert shell.controller.status is Status.DEGRADED
     assert shell.settle().serving == [0, 1, 2, 3], "they come later"
-
-
-# --- another GPU -----------------------------------------------------------------------------------------------------
 
 
 def test_a_rank_whose_gpu_is_condemned_goes_on_with_a_spare_one() -> None:

@@ -76,8 +76,6 @@ def test_the_flag_for_the_file_wins_over_the_variable(tmp_path: Path) -> None:
         Sources({"config": str(tmp_path / "nowhere")}, {"ELASTIC_CONFIG": str(two)}).load()
 
 
-# --- lines ------------------------------------------------------------------------------------------------------------
-
 TEXT = '''# a comment
 port = 1
 
@@ -139,9 +137,6 @@ def test_each_key_is_found_on_its_line(plain: dict[str, Any], table: dict[str, A
     assert {key: found[key] for key in expected} == expected
 
 
-# --- what is wrong, and where -----------------------------------------------------------------------------------------
-
-
 def problem(text: str, **environ: str) -> str:
     """What is said of a file, without its path."""
     with pytest.raises(ConfigError) as error:
@@ -176,9 +171,6 @@ def test_what_the_daemon_reads_is_not_for_vllm() -> None:
     assert problem("vllm = 3").startswith("c.toml:1: vllm: expected a table")
 
 
-# --- vLLM's flags -----------------------------------------------------------------------------------------------------
-
-
 def test_the_table_of_vllm_comes_before_flags_of_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text('[vllm]\nmax-model-len = 64\ndisable-log-stats = true\nserved-model-name = ["a", "b"]\n')
@@ -196,8 +188,6 @@ def test_values_as_flags() -> None:
     table = {"a_b": 1, "c": False, "d": {"x": [1]}, "e": 0.5, "f": "-x y", "g": [True, 2]}
     assert as_flags(table) == ("--a-b=1", "--no-c", '--d={"x": [1]}', "--e=0.5", "--f=-x y", "--g", "true", "2")
 
-
-# --- what is shown ----------------------------------------------------------------------------------------------------
 
 SECRET = "s3cret"
 

@@ -37,9 +37,6 @@ def ended(shell: Shell, state: p.OperationState, target: int) -> str:
     return report.message
 
 
-# --- up --------------------------------------------------------------------------------------------------------------
-
-
 def test_new_ranks_take_the_lowest_free_ids_and_join_together() -> None:
     shell = Shell(SCALING).serve()
     starts = of(p.StartRank, shell.scale(6))
@@ -171,9 +168,6 @@ def test_who_serves_is_worth_more_than_who_was_meant_to() -> None:
     assert shell.controller.status is Status.OK
 
 
-# --- down ------------------------------------------------------------------------------------------------------------
-
-
 def test_ranks_leave_in_order() -> None:
     shell = Shell(SINGLE).serve()
     leaving = shell.identity(4)
@@ -286,9 +280,6 @@ def test_those_who_cannot_be_spared_any_more_stay() -> None:
     assert published(shell.actions).draining == ()
 
 
-# --- refused ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("target", "retire", "said"),
     [
@@ -361,9 +352,6 @@ def test_capacity_is_added_to_what_is_unavailable() -> None:
     ended(shell, State.DONE, 3)
 
 
-# --- stopping --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("target", [3, 6])
 def test_a_stop_ends_it(target: int) -> None:
     shell = Shell(SCALING).serve()
@@ -374,9 +362,6 @@ def test_a_stop_ends_it(target: int) -> None:
     assert ended(shell, State.INVALID, 4) == "the daemon is stopping"
     [exit_] = of(p.Exit, shell.send(p.DrainComplete()))
     assert exit_.code == 0
-
-
-# --- who, of plain data ----------------------------------------------------------------------------------------------
 
 
 @given(st.frozensets(st.integers(0, 30)), st.integers(0, 10))

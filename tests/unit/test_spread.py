@@ -45,9 +45,6 @@ def stores(shell: Shell) -> list[tuple[int, int]]:
     return [(layer, expert) for store in of(p.StoreExperts, shell.actions) for layer, _, expert in store.experts]
 
 
-# --- spread anew -----------------------------------------------------------------------------------------------------
-
-
 def test_after_a_loss_copies_are_spread_anew_while_it_serves() -> None:
     shell = after_a_loss()
     began, before = shell.now, safety(shell)
@@ -160,9 +157,6 @@ def test_who_stays_after_all_has_copies_spread_anew() -> None:
     shell.tick()
     assert shell.report().state is p.OperationState.TIMED_OUT
     assert "a quiet moment to spread experts" in shell.controller.describe()
-
-
-# --- host copies -----------------------------------------------------------------------------------------------------
 
 
 def test_experts_with_a_single_copy_get_one_in_host_memory() -> None:

@@ -25,9 +25,6 @@ def host(*uuids: str | None) -> list[Listed]:
     return [Listed(index, uuid, f"slot-{index}" if uuid else None) for index, uuid in enumerate(uuids)]
 
 
-# --- the list --------------------------------------------------------------------------------------------------------
-
-
 def test_a_list_is_complete_when_each_gpu_has_answered() -> None:
     first = {"index": 2, "uuid": "GPU-c", "slot": None}
     assert not heard(first).complete
@@ -50,9 +47,6 @@ def test_nothing_is_known_before_there_is_a_list() -> None:
 def test_lines_that_are_none(line: bytes) -> None:
     with pytest.raises((ValueError, KeyError, TypeError)):
         Listing().hear(line)
-
-
-# --- what CUDA_VISIBLE_DEVICES leaves at the start -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -88,9 +82,6 @@ def test_cuda_visible_devices(variable: str | None, left: tuple[str, ...] | None
 )
 def test_a_gpu_that_cannot_be_read_hides_no_other(variable: str | None, left: tuple[str, ...]) -> None:
     assert AllowList(variable).begin(host("GPU-a", None, "GPU-c")) == left
-
-
-# --- what comes later ------------------------------------------------------------------------------------------------
 
 
 def admitted(variable: str | None, start: Sequence[Listed], later: Sequence[Listed]) -> list[str | None]:

@@ -187,8 +187,6 @@ def test_a_rank_that_hangs_is_restarted_for_whatever_else_speaks_against_it() ->
     assert held_back(both, None, bound, POLICY, NOW) is None
 
 
-# --- any evidence --------------------------------------------------------------------------------------------------
-
 AGES = st.floats(0, 500, allow_nan=False)
 EVENTS = st.builds(
     lambda code, ages: Evidence(f"xid:{code}", tuple(sorted(NOW - age for age in ages))),
