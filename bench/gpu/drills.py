@@ -44,7 +44,7 @@ CAPTURED = r"(?i)graph captur\w+ finished|captur\w+ (cuda ?)?graphs?\b|CUDA grap
 @contextlib.asynccontextmanager
 async def disturbed(life: Life, findings: Findings) -> AsyncIterator[Strikes]:
     """Under load; then all streams are judged, and all experts looked at."""
-    compiled = len(life.logged(COMPILED))
+    compiled, before = len(life.logged(COMPILED)), await life.expert_bytes()
     async with under_load(life) as (strikes, judged):
         try:
             yield strikes
@@ -52,6 +52,8 @@ async def disturbed(life: Life, findings: Findings) -> AsyncIterator[Strikes]:
             findings.figures["streams"] = counts(judged)  # all that is known where the part ends here
     wrong = await life.wrong_slots()
     findings.figures["streams"] = counts(judged)
+    taken_in = {source: now - before.get(source, 0) for source, now in (await life.expert_bytes()).items()}
+    findings.figures["bytes of experts by source"] = {source: taken for source, taken in taken_in.items() if taken}
     if meanwhile := life.logged(COMPILED)[compiled:]:
         names = Counter(re.findall(COMPILED, "\n".join(meanwhile)))
         findings.figures["kernels compiled meanwhile"] = dict(names)
@@ -230,6 +232,13 @@ async def fp8(life: Life, findings: Findings, trials: int) -> None:
     await kill(life, findings, trials)
     health = await life.daemon.health()
     findings.figures["model"] = f"{health['model']}, {life.setting.model}"
+
+
+async def checkpoint(life: Life, findings: Findings, trials: int) -> None:
+    """Kills of ranks that alone have some of the experts."""
+    await kill(life, findings, trials)
+    read = findings.figures["bytes of experts by source"].get("checkpoint", 0)
+    findings.bars.append(Bar("bytes of experts from the checkpoint", ">=", 1, read))
 
 
 async def leak(life: Life, findings: Findings, trials: int) -> None:

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
+
 from bench.changes import QUIET_S, Change, Kind, around
 from bench.clocks import clock_offset_s
 from bench.command import say
@@ -37,6 +39,7 @@ RUN_TIMEOUT_S = 120.0
 CALM_S = 5.0
 LOG_LINES = 40
 
+EXPERT_BYTES = "elastic_expert_load_bytes_total"
 VERIFY_TIMEOUT_S = 60.0
 WATCHED_TIMEOUT_S = 120.0
 """An event of the driver counts for a minute."""
@@ -152,6 +155,13 @@ class Life:
         """See `bench.gpu.broken_gpu.page_fault`."""
         simulated = self.setting.device == "cpu"
         return page_fault(gpu, self.daemon.control.runtime_dir if simulated else None)
+
+    async def expert_bytes(self) -> dict[str, int]:
+        """Of experts that ranks have taken in, by source: peer, host, checkpoint."""
+        async with self.daemon.control.async_client() as client:
+            text = (await client.get(f"{self.daemon.control.base_url}/metrics")).text
+        samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+        return {sample.labels["source"]: int(sample.value) for sample in samples if sample.name == EXPERT_BYTES}
 
     async def wrong_slots(self) -> int:
         """Expert slots that do not hold what they should, as the ranks say after a look at all of them."""

@@ -140,6 +140,16 @@ PARTS: Mapping[str, Part] = {
             flags=(*EAGER, "--survive-losses", "1", "--eplb-config", json.dumps(EPLB)),
         ),
         Part(
+            "checkpoint",
+            "SIGKILL of ranks that alone have some of the experts, with no copies in host memory",
+            "3 ranks at least",
+            f"{NO_STREAM}; kill to first token <= {drills.FIRST_TOKEN_BAR_S:g} s; experts come from the checkpoint",
+            drills.checkpoint,
+            trials=2,
+            trial_s={"cuda": 30.0, "cpu": 8.0},
+            flags=(*EAGER, "--survive-losses", "1", "--host-expert-copies", "off"),
+        ),
+        Part(
             "graphs",
             "as kill, without --enforce-eager; throughput beside that of part kill of the same variant",
             "run kill first",

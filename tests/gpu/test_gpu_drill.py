@@ -53,7 +53,7 @@ def test_parts_that_share_a_life(shared: tuple[Path, str], part: str) -> None:
     assert not found["trial"] and found["gpu"] and found["driver"]
 
 
-@pytest.mark.parametrize("part", ["eplb", "graphs"])
+@pytest.mark.parametrize("part", ["eplb", "checkpoint", "graphs"])
 def test_parts_with_a_life_of_their_own(tmp_path: Path, part: str) -> None:
     said = drill(tmp_path, "--part", part)
     found = result(tmp_path, part, said)

@@ -78,7 +78,7 @@ def test_flags_of_the_user_are_added() -> None:
     )
 
 
-def test_all_but_three_parts_share_a_life_and_all_are_listed() -> None:
+def test_most_parts_share_a_life_and_all_are_listed() -> None:
     setting = Setting()
     first = lives([part.wanted(setting) for part in PARTS.values()])[0]
     assert [part.name for part in first.parts] == ["kill", "hang", "rejoin", "scale", "nvml", "straggler", "leak"]
