@@ -124,6 +124,7 @@ SMALLEST = {
     "bench.straggler": ("--help",),
     "bench.control_plane": ("--help",),
     "bench.frontend_restart": ("--help",),
+    "bench.gpu.aborts": ("--help",),
 }
 """What each is run with. The documented arguments are parsed only."""
 

@@ -1,0 +1,313 @@
+"""What the end of a broken NCCL group costs those who survive it, by what they do meanwhile.
+
+    python -m bench.gpu.aborts [--members 4] [--trials 5] [--per-gpu 4] [--json FILE] [--device cpu]
+
+Processes compute in lockstep, as layers of experts do: an all-gather, a product, an all-to-all. One is killed; the
+others abort, make a group without it and go on. Policies, in turn:
+
+    beside  the next group is made at once, while the abort goes on in its thread, as the daemon does
+    after   the abort is waited for first
+    woken   as `after`; NCCL's service thread, which looks up every 500 ms, is woken meanwhile
+
+`wait` is what a client would have waited: the longest time without a step, from just before the kill to the end. No
+vLLM, no daemon. --device cpu tries the script itself, over gloo, and says nothing about NCCL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from torch.distributed import PrefixStore, Store, TCPStore
+
+from bench.command import check_json_path, positive, say, write_json
+from bench.gpu.nccl_wake import service_sockets, wake
+from bench.tables import figures_table
+from elastic_daemon.engine.gloo import GlooGroup
+from elastic_daemon.engine.leavable import never
+from elastic_daemon.errors import PeerLost
+from elastic_daemon.processes.launcher import CHILD_ENVIRONMENT
+
+POLICIES = ("beside", "after", "woken")
+LAYERS, ROWS, WIDTH = 8, 8, 256
+STEPS = 400
+"""After the new group has met: a second or two, which an abort that goes on has ended by then."""
+WARM_S = 1.0
+PATIENCE_S, ANSWER_S = 5.0, 60.0
+WAKE_EVERY_S = 0.01
+SPAWN = multiprocessing.get_context("spawn")
+
+
+class Group(Protocol):
+    def step(self) -> None:
+        """Raises PeerLost."""
+
+    def abort(self) -> None: ...
+
+    def ended(self, timeout_s: float) -> bool:
+        """Whether the abort is over within that time."""
+
+    def close(self) -> None: ...
+
+
+class Layers:
+    """What members compute in a step, over a process group."""
+
+    def __init__(self, group: Any, members: int, device: torch.device) -> None:
+        self._group, self._members = group, members
+        self._weights = torch.rand(WIDTH, WIDTH, device=device) / WIDTH
+        self._tokens = torch.rand(ROWS, WIDTH, device=device)
+
+    def step(self) -> torch.Tensor:
+        tokens = self._tokens
+        for _ in range(LAYERS):
+            gathered = tokens.new_zeros(self._members * ROWS, WIDTH)
+            self._group._allgather_base(gathered, tokens).wait()
+            mixed = gathered @ self._weights
+            received = torch.zeros_like(mixed)
+            splits = [ROWS] * self._members
+            self._group.alltoall_base(received, mixed, splits, splits).wait()
+            tokens = received.view(self._members, ROWS, WIDTH).sum(0)
+        return tokens
+
+
+class NcclLayers:
+    def __init__(self, store: Store, prefix: str, position: int, members: int, is_void: Callable[[], bool]) -> None:
+        from elastic_daemon.engine.nccl import NcclProcessGroup  # torch for CPUs has none
+
+        device = torch.device("cuda", 0)
+        self._group = NcclProcessGroup(PrefixStore(prefix, store), position, members, device, is_void)
+        self._layers = Layers(self._group, members, device)
+
+    def step(self) -> None:
+        self._layers.step()
+        self._group.synchronize()
+
+    def abort(self) -> None:
+        self._group.abort()
+
+    def ended(self, timeout_s: float) -> bool:
+        return self._group.ended.wait(timeout_s)
+
+    def close(self) -> None:
+        self._group.close()
+
+
+class GlooLayers:
+    def __init__(self, store: Store, prefix: str, position: int, members: int, is_void: Callable[[], bool]) -> None:
+        self._group = GlooGroup(store, prefix, position, members, is_void)
+        self._layers = Layers(self._group.host, members, torch.device("cpu"))
+
+    def step(self) -> None:
+        self._layers.step()
+
+    def abort(self) -> None:
+        self._group.abort()
+
+    def ended(self, timeout_s: float) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._group.close()
+
+
+@dataclass(frozen=True)
+class Survived:
+    """Of one survivor, in seconds since it was told: until its kernels had ended, its abort was over, its next group
+    had met and had done a step. `wait`: the longest time without a step."""
+
+    freed: float
+    ended: float
+    met: float
+    step: float
+    wait: float
+
+
+def member(orders: Connection, void: Any, port: int, device: str) -> None:
+    """A process of the group. Says when it is ready, has met, and has survived."""
+    make = NcclLayers if device == "cuda" else GlooLayers
+    if device == "cuda":
+        from elastic_daemon.engine.nccl import RANK_ENVIRONMENT
+
+        os.environ.update(RANK_ENVIRONMENT)
+        torch.ones(1, device="cuda")
+    store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=30))
+    orders.send("ready")
+    while (order := orders.recv()) is not None:
+        prefix, position, members, after, policy = order
+        before = service_sockets()
+        group: Group = make(store, prefix, position, members, void.is_set)
+        sockets = service_sockets() - before
+        orders.send("met")
+        told = run_until_void(group, void)
+        place: tuple[int, int] = orders.recv()  # of the next group: this position, so many members
+        orders.send(survive(group, told, policy, sockets, partial(make, store, after, *place, never)))
+
+
+def run_until_void(group: Group, void: Any) -> list[float]:
+    """Steps; another thread aborts. Returns when this was told, when kernels had ended, and when the last step had."""
+    told: list[float] = []
+
+    def listen() -> None:
+        void.wait()
+        told.append(time.monotonic())
+        group.abort()
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    last = time.monotonic()
+    try:
+        while True:
+            group.step()
+            last = time.monotonic()
+    except PeerLost:
+        freed = time.monotonic()
+    listener.join()
+    return [told[0], freed, last]
+
+
+def survive(
+    group: Group,
+    told: list[float],
+    policy: str,
+    sockets: frozenset[bytes],
+    connect: Callable[[], Group],
+) -> Survived:
+    ends: list[float] = []
+
+    def watch() -> None:
+        group.ended(PATIENCE_S)
+        ends.append(time.monotonic())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    if policy != "beside":
+        deadline = time.monotonic() + PATIENCE_S
+        while not group.ended(WAKE_EVERY_S) and time.monotonic() < deadline:
+            if policy == "woken":
+                wake(sockets)
+    group.close()
+    following = connect()
+    met = time.monotonic()
+    times = [told[2]]
+    for _ in range(STEPS):
+        following.step()
+        times.append(time.monotonic())
+    watcher.join()
+    following.abort()
+    following.close()
+    following.ended(PATIENCE_S)
+    wait = max(later - earlier for earlier, later in itertools.pairwise(times))
+    return Survived(told[1] - told[0], ends[0] - told[0], met - told[0], times[1] - told[0], wait)
+
+
+@dataclass
+class Process:
+    process: Any
+    orders: Connection
+    void: Any
+
+    def said(self) -> Any:
+        if not self.orders.poll(ANSWER_S):
+            raise TimeoutError(f"process {self.process.pid} has said nothing for {ANSWER_S:g} s")
+        return self.orders.recv()
+
+
+def start(port: int, device: str, gpu: int) -> Process:
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)  # for the one that is spawned now
+    ours, theirs = SPAWN.Pipe()
+    void = SPAWN.Event()
+    process = SPAWN.Process(target=member, args=(theirs, void, port, device), daemon=True)
+    process.start()
+    return Process(process, ours, void)
+
+
+def trial(number: int, policy: str, survivors: list[Process], victim: Process) -> list[Survived]:
+    """The victim is the last but one of the group, so that a survivor changes its position."""
+    group = [*survivors[:-1], victim, survivors[-1]]
+    for position, one in enumerate(group):
+        one.orders.send((f"{number}", position, len(group), f"{number}/after", policy))
+    for one in group:
+        assert one.said() == "met"
+    time.sleep(WARM_S)
+    os.kill(victim.process.pid, signal.SIGKILL)
+    victim.process.join()
+    for one in survivors:
+        one.void.set()
+    for position, one in enumerate(survivors):
+        one.orders.send((position, len(survivors)))
+    survived = [one.said() for one in survivors]
+    for one in survivors:
+        one.void.clear()
+    return survived
+
+
+def measure(options: argparse.Namespace) -> dict[str, list[Survived]]:
+    os.environ.update({**CHILD_ENVIRONMENT, "NCCL_MULTI_RANK_GPU_ENABLE": "1"})
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    gpus = [number // options.per_gpu for number in range(options.members)]
+    processes = [start(store.port, options.device, gpu) for gpu in gpus]
+    victim_gpu = gpus[-2]
+    found: dict[str, list[Survived]] = {policy: [] for policy in POLICIES}
+    try:
+        for one in processes:
+            one.said()
+        survivors, victim = [*processes[:-2], processes[-1]], processes[-2]
+        for number, policy in enumerate(POLICIES * options.trials):
+            processes.append(start(store.port, options.device, victim_gpu))
+            processes[-1].said()  # the next victim, before this one: a start would disturb the others
+            of_trial = trial(number, policy, survivors, victim)
+            found[policy] += of_trial
+            say(f"{policy}: {max(one.wait for one in of_trial):.3f} s without a step")
+            victim = processes[-1]
+    finally:
+        for one in processes:
+            one.process.kill()
+            one.process.join()
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu.aborts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--members", type=positive, default=4, help="3 at least (default: 4)")
+    parser.add_argument("--per-gpu", type=positive, default=4, help="that share a GPU (default: 4)")
+    parser.add_argument("--trials", type=positive, default=5, help="of each policy (default: 5)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures, too")
+    options = parser.parse_args()
+    check_json_path(parser, options.json)
+    if options.members < 3:
+        parser.error("--members: a group of two has no survivors who could meet")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device; --device cpu tries the script itself")
+    found = measure(options)
+    columns = tuple(Survived.__dataclass_fields__)
+    table = figures_table("ms since a survivor was told; median and worst", *columns)
+    for policy, survived in found.items():
+        rows = [[1000 * getattr(one, column) for one in survived] for column in columns]
+        table.add_row(policy, *(f"{statistics.median(row):.0f}, {max(row):.0f}" for row in rows))
+    Console().print(table)
+    write_json(options.json, {policy: [asdict(one) for one in survived] for policy, survived in found.items()})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
