@@ -317,7 +317,7 @@ async def own_daemon(
 
 def _start(runtime_dir: Path, log: Path, ranks: int | None, options: Sequence[str]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "elastic_daemon.cli", "serve", "--host", "127.0.0.1", "--port", "0"]
-    # Neither does it go on with what the host's own daemon remembers, nor is that to remember a drill.
+    # It does not go on with what the host's own daemon remembers, nor is that one to remember a drill.
     command += ["--runtime-dir", str(runtime_dir), "--state-dir", str(runtime_dir / "state")]
     if ranks is not None:
         command += ["--data-parallel-size", str(ranks)]
