@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +26,7 @@ from rich.text import Text
 from bench.asker import ROUTES, Answer, asking
 from bench.clocks import clock_offset_s
 from bench.command import check_json_path, say, to_the_end, write_json
+from bench.exposition import samples_of
 from bench.machine import Machine, load_average
 from bench.tables import figures_table
 from elastic_daemon.commands.operator_commands import make_console
@@ -144,7 +144,7 @@ async def _stream(daemon: Daemon, measured: Measured, streams: int, tokens: int,
                 victims[0].kill()
 
         since = max(event["id"] for event in await daemon.events())
-        offset = -clock_offset_s()
+        clock_s = clock_offset_s()
         async with asyncio.timeout(RUN_S):
             results = await run_streams(daemon.url, prompts_for(streams), tokens, token)
     measured.errors += [str(result.error) for result in results if result.error]
@@ -152,18 +152,13 @@ async def _stream(daemon: Daemon, measured: Measured, streams: int, tokens: int,
         done = [event["time"] for event in await daemon.events(since) if event["event"] == "recovery_done"]
         if not done:
             raise ElasticError("no recovery came to its end")
-        measured.recoveries.append((killed, max(done) - offset + AFTERMATH_S))
+        measured.recoveries.append((killed, max(done) + clock_s + AFTERMATH_S))
 
 
 async def _lag(daemon: Daemon) -> dict[float, float]:
     async with httpx.AsyncClient(base_url=daemon.url, timeout=30) as client:
         text = (await client.get("/metrics")).text
-    return {
-        float(sample.labels["le"]): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name == LAG
-    }
+    return {float(sample.labels["le"]): sample.value for sample in samples_of(text, LAG)}
 
 
 def render(measured: Measured, load: float) -> Group:

@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing
 import os
-import signal
 import statistics
 import sys
 import threading
@@ -30,13 +28,14 @@ from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from bench.command import check_json_path, positive, say, write_json
+from bench.gpu.members import Member, start
 from bench.gpu.nccl_wake import service_sockets, wake
 from bench.tables import figures_table
 from elastic_daemon.engine.gloo import GlooGroup
@@ -51,80 +50,62 @@ STEPS = 400
 WARM_S = 1.0
 PATIENCE_S, ANSWER_S = 5.0, 60.0
 WAKE_EVERY_S = 0.01
-SPAWN = multiprocessing.get_context("spawn")
 
 
-class Group(Protocol):
-    def step(self) -> None:
-        """Raises PeerLost."""
+class Group:
+    """Members who compute the layers of a step together. `connections`: theirs; `ended`: whether the abort of these is
+    over within so many seconds."""
 
-    def abort(self) -> None: ...
-
-    def ended(self, timeout_s: float) -> bool:
-        """Whether the abort is over within that time."""
-
-    def close(self) -> None: ...
-
-
-class Layers:
-    """What members compute in a step, over a process group."""
-
-    def __init__(self, group: Any, members: int, device: torch.device) -> None:
-        self._group, self._members = group, members
+    def __init__(
+        self,
+        connections: Any,
+        collectives: Any,
+        members: int,
+        device: torch.device,
+        synchronize: Callable[[], None],
+        ended: Callable[[float], bool],
+    ) -> None:
+        self.abort: Callable[[], object] = connections.abort
+        self.close: Callable[[], None] = connections.close
+        self.ended = ended
+        self._collectives, self._members, self._synchronize = collectives, members, synchronize
         self._weights = torch.rand(WIDTH, WIDTH, device=device) / WIDTH
         self._tokens = torch.rand(ROWS, WIDTH, device=device)
 
-    def step(self) -> torch.Tensor:
-        tokens = self._tokens
+    def step(self) -> None:
+        """Raises PeerLost."""
+        tokens, splits = self._tokens, [ROWS] * self._members
         for _ in range(LAYERS):
             gathered = tokens.new_zeros(self._members * ROWS, WIDTH)
-            self._group._allgather_base(gathered, tokens).wait()
+            self._collectives._allgather_base(gathered, tokens).wait()
             mixed = gathered @ self._weights
             received = torch.zeros_like(mixed)
-            splits = [ROWS] * self._members
-            self._group.alltoall_base(received, mixed, splits, splits).wait()
+            self._collectives.alltoall_base(received, mixed, splits, splits).wait()
             tokens = received.view(self._members, ROWS, WIDTH).sum(0)
-        return tokens
+        self._synchronize()
 
 
-class NcclLayers:
-    def __init__(self, store: Store, prefix: str, position: int, members: int, is_void: Callable[[], bool]) -> None:
-        from elastic_daemon.engine.nccl import NcclProcessGroup  # torch for CPUs has none
+def nccl_group(store: Store, prefix: str, position: int, members: int, is_void: Callable[[], bool]) -> Group:
+    from elastic_daemon.engine.nccl import NcclProcessGroup  # torch for CPUs has none
 
-        device = torch.device("cuda", 0)
-        self._group = NcclProcessGroup(PrefixStore(prefix, store), position, members, device, is_void)
-        self._layers = Layers(self._group, members, device)
-
-    def step(self) -> None:
-        self._layers.step()
-        self._group.synchronize()
-
-    def abort(self) -> None:
-        self._group.abort()
-
-    def ended(self, timeout_s: float) -> bool:
-        return self._group.ended.wait(timeout_s)
-
-    def close(self) -> None:
-        self._group.close()
+    device = torch.device("cuda", 0)
+    group = NcclProcessGroup(PrefixStore(prefix, store), position, members, device, is_void)
+    return Group(group, group, members, device, group.synchronize, group.ended.wait)
 
 
-class GlooLayers:
-    def __init__(self, store: Store, prefix: str, position: int, members: int, is_void: Callable[[], bool]) -> None:
-        self._group = GlooGroup(store, prefix, position, members, is_void)
-        self._layers = Layers(self._group.host, members, torch.device("cpu"))
+def gloo_group(store: Store, prefix: str, position: int, members: int, is_void: Callable[[], bool]) -> Group:
+    group = GlooGroup(store, prefix, position, members, is_void)
+    return Group(group, group.host, members, torch.device("cpu"), lambda: None, lambda _: True)
 
-    def step(self) -> None:
-        self._layers.step()
 
-    def abort(self) -> None:
-        self._group.abort()
+@dataclass(frozen=True)
+class Broken:
+    """Times of the monotonic clock: a survivor's last step before the kill, when it was told, and when its kernels had
+    ended."""
 
-    def ended(self, timeout_s: float) -> bool:
-        return True
-
-    def close(self) -> None:
-        self._group.close()
+    last: float
+    told: float
+    freed: float
 
 
 @dataclass(frozen=True)
@@ -141,7 +122,7 @@ class Survived:
 
 def member(orders: Connection, void: Any, port: int, device: str) -> None:
     """A process of the group. Says when it is ready, has met, and has survived."""
-    make = NcclLayers if device == "cuda" else GlooLayers
+    make = nccl_group if device == "cuda" else gloo_group
     if device == "cuda":
         from elastic_daemon.engine.nccl import RANK_ENVIRONMENT
 
@@ -152,16 +133,16 @@ def member(orders: Connection, void: Any, port: int, device: str) -> None:
     while (order := orders.recv()) is not None:
         prefix, position, members, after, policy = order
         before = service_sockets()
-        group: Group = make(store, prefix, position, members, void.is_set)
+        group = make(store, prefix, position, members, void.is_set)
         sockets = service_sockets() - before
         orders.send("met")
-        told = run_until_void(group, void)
+        broken = run_until_void(group, void)
         place: tuple[int, int] = orders.recv()  # of the next group: this position, so many members
-        orders.send(survive(group, told, policy, sockets, partial(make, store, after, *place, never)))
+        orders.send(survive(group, broken, policy, sockets, partial(make, store, after, *place, never)))
 
 
-def run_until_void(group: Group, void: Any) -> list[float]:
-    """Steps; another thread aborts. Returns when this was told, when kernels had ended, and when the last step had."""
+def run_until_void(group: Group, void: Any) -> Broken:
+    """Steps; another thread aborts."""
     told: list[float] = []
 
     def listen() -> None:
@@ -179,12 +160,12 @@ def run_until_void(group: Group, void: Any) -> list[float]:
     except PeerLost:
         freed = time.monotonic()
     listener.join()
-    return [told[0], freed, last]
+    return Broken(last, told[0], freed)
 
 
 def survive(
     group: Group,
-    told: list[float],
+    broken: Broken,
     policy: str,
     sockets: frozenset[bytes],
     connect: Callable[[], Group],
@@ -205,7 +186,7 @@ def survive(
     group.close()
     following = connect()
     met = time.monotonic()
-    times = [told[2]]
+    times = [broken.last]
     for _ in range(STEPS):
         following.step()
         times.append(time.monotonic())
@@ -214,45 +195,29 @@ def survive(
     following.close()
     following.ended(PATIENCE_S)
     wait = max(later - earlier for earlier, later in itertools.pairwise(times))
-    return Survived(told[1] - told[0], ends[0] - told[0], met - told[0], times[1] - told[0], wait)
+    freed, ended, met, step = (at - broken.told for at in (broken.freed, ends[0], met, times[1]))
+    return Survived(freed, ended, met, step, wait)
 
 
-@dataclass
-class Process:
-    process: Any
-    orders: Connection
-    void: Any
-
-    def said(self) -> Any:
-        if not self.orders.poll(ANSWER_S):
-            raise TimeoutError(f"process {self.process.pid} has said nothing for {ANSWER_S:g} s")
-        return self.orders.recv()
-
-
-def start(port: int, device: str, gpu: int) -> Process:
+def start_on(gpu: int, port: int, device: str) -> Member:
     os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)  # for the one that is spawned now
-    ours, theirs = SPAWN.Pipe()
-    void = SPAWN.Event()
-    process = SPAWN.Process(target=member, args=(theirs, void, port, device), daemon=True)
-    process.start()
-    return Process(process, ours, void)
+    return start(member, port, device)
 
 
-def trial(number: int, policy: str, survivors: list[Process], victim: Process) -> list[Survived]:
+def trial(number: int, policy: str, survivors: list[Member], victim: Member) -> list[Survived]:
     """The victim is the last but one of the group, so that a survivor changes its position."""
     group = [*survivors[:-1], victim, survivors[-1]]
     for position, one in enumerate(group):
         one.orders.send((f"{number}", position, len(group), f"{number}/after", policy))
     for one in group:
-        assert one.said() == "met"
+        assert one.said(ANSWER_S) == "met"
     time.sleep(WARM_S)
-    os.kill(victim.process.pid, signal.SIGKILL)
-    victim.process.join()
+    victim.kill()
     for one in survivors:
         one.void.set()
     for position, one in enumerate(survivors):
         one.orders.send((position, len(survivors)))
-    survived = [one.said() for one in survivors]
+    survived = [one.said(ANSWER_S) for one in survivors]
     for one in survivors:
         one.void.clear()
     return survived
@@ -262,24 +227,23 @@ def measure(options: argparse.Namespace) -> dict[str, list[Survived]]:
     os.environ.update({**CHILD_ENVIRONMENT, "NCCL_MULTI_RANK_GPU_ENABLE": "1"})
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     gpus = [number // options.per_gpu for number in range(options.members)]
-    processes = [start(store.port, options.device, gpu) for gpu in gpus]
+    processes = [start_on(gpu, store.port, options.device) for gpu in gpus]
     victim_gpu = gpus[-2]
     found: dict[str, list[Survived]] = {policy: [] for policy in POLICIES}
     try:
         for one in processes:
-            one.said()
+            one.said(ANSWER_S)
         survivors, victim = [*processes[:-2], processes[-1]], processes[-2]
         for number, policy in enumerate(POLICIES * options.trials):
-            processes.append(start(store.port, options.device, victim_gpu))
-            processes[-1].said()  # the next victim, before this one: a start would disturb the others
+            processes.append(start_on(victim_gpu, store.port, options.device))
+            processes[-1].said(ANSWER_S)  # the next victim, before this one: a start would disturb the others
             of_trial = trial(number, policy, survivors, victim)
             found[policy] += of_trial
             say(f"{policy}: {max(one.wait for one in of_trial):.3f} s without a step")
             victim = processes[-1]
     finally:
         for one in processes:
-            one.process.kill()
-            one.process.join()
+            one.kill()
     return found
 
 

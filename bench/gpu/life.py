@@ -16,12 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prometheus_client.parser import text_string_to_metric_families
-
 from bench.changes import QUIET_S, Change, Kind, around
 from bench.clocks import clock_offset_s
 from bench.command import say
 from bench.deployment import POLL_S, Deployment, Event, Feed, rejoined
+from bench.exposition import samples_of
 from bench.gpu.broken_gpu import page_fault
 from bench.gpu.tokens import Judged, token_change
 from bench.load import Load, Traffic, Window
@@ -160,8 +159,7 @@ class Life:
         """Of experts that ranks have taken in, by source: peer, host, checkpoint."""
         async with self.daemon.control.async_client() as client:
             text = (await client.get(f"{self.daemon.control.base_url}/metrics")).text
-        samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
-        return {sample.labels["source"]: int(sample.value) for sample in samples if sample.name == EXPERT_BYTES}
+        return {sample.labels["source"]: int(sample.value) for sample in samples_of(text, EXPERT_BYTES)}
 
     async def wrong_slots(self) -> int:
         """Expert slots that do not hold what they should, as the ranks say after a look at all of them."""

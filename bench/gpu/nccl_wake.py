@@ -7,10 +7,11 @@ It looks up every 500 ms whether its communicator was aborted, and `ncclCommAbor
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import socket
 from pathlib import Path
+
+from bench.footprint import link_targets
 
 NAME = re.compile(rb"@tmp/nccl-socket-\d+-[0-9a-f]+@*$")
 """As /proc/net/unix has it: abstract, with `@` for each zero byte, of which NCCL binds the ones at the end, too."""
@@ -18,10 +19,7 @@ NAME = re.compile(rb"@tmp/nccl-socket-\d+-[0-9a-f]+@*$")
 
 def service_sockets() -> frozenset[bytes]:
     """Addresses of those that this process has open."""
-    own = set()
-    for link in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):
-            own.add(os.readlink(link))
+    own = set(link_targets(Path("/proc/self/fd")))
     found = set()
     for line in Path("/proc/self/net/unix").read_bytes().splitlines()[1:]:
         fields = line.split(maxsplit=7)

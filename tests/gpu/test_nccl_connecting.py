@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -17,6 +15,7 @@ import pytest
 import torch
 from torch.distributed import PrefixStore, TCPStore
 
+from bench.gpu.members import Member, start
 from elastic_daemon.engine import nccl_meeting
 from elastic_daemon.engine.nccl_abort import NcclAbort
 from elastic_daemon.errors import PeerLost
@@ -29,7 +28,6 @@ from elastic_daemon.engine import nccl
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
-SPAWN = multiprocessing.get_context("spawn")
 ENVIRONMENT = {**nccl.RANK_ENVIRONMENT, "NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_CUMEM_ENABLE": "0"}
 SURVIVORS = 2
 BEFORE, MADE = "before it connects", "between the communicator and its first collectives"
@@ -64,7 +62,7 @@ def connect_all(orders: Connection, void: Any, port: int) -> None:
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=30))
     orders.send("ready")
     while (order := orders.recv()) is not None:
-        prefix, position, members, point = order
+        prefix, position, members, point, adds = order
         stop_at(point)
         began = time.monotonic()
         try:
@@ -73,44 +71,15 @@ def connect_all(orders: Connection, void: Any, port: int) -> None:
             orders.send({"met": False, "seconds": time.monotonic() - began})
             continue
         summed = torch.full((8,), float(position + 1), device=device)
-        try:
+        if adds:  # else one of the members may be stopped by now
             group.allreduce([summed]).wait()
             group.synchronize()
-        except PeerLost:
-            pass
         met = {"met": True, "seconds": time.monotonic() - began, "sum": summed[0].item()}
         group.close()
         orders.send(met)
     for abort in NcclAbort.running():
         abort.wait(5.0)
     orders.send([thread.name for thread in threading.enumerate()])
-
-
-@dataclass
-class Member:
-    process: Any
-    orders: Connection
-    void: Any
-
-    @property
-    def pid(self) -> int:
-        assert self.process.pid is not None
-        return int(self.process.pid)
-
-    def meet(self, prefix: str, position: int, members: int, point: str | float | None = None) -> None:
-        self.orders.send((prefix, position, members, point))
-
-    def said(self, within_s: float) -> Any:
-        assert self.orders.poll(within_s), f"{self.pid} has said nothing for {within_s} s"
-        return self.orders.recv()
-
-
-def start(port: int) -> Member:
-    ours, theirs = SPAWN.Pipe()
-    void = SPAWN.Event()
-    process = SPAWN.Process(target=connect_all, args=(theirs, void, port), daemon=True)
-    process.start()
-    return Member(process, ours, void)
 
 
 @pytest.fixture(scope="module")
@@ -120,15 +89,14 @@ def members() -> Iterator[list[Member]]:
     with pytest.MonkeyPatch.context() as patched:
         for name, value in ENVIRONMENT.items():
             patched.setenv(name, value)
-        started = [start(store.port) for _ in range(SURVIVORS + 2 * (2 + len(AT_S)))]
+        started = [start(connect_all, store.port) for _ in range(SURVIVORS + 2 * (2 + len(AT_S)))]
     try:
         for member in started:
             assert member.said(STARTED_S) == "ready"
         yield started
     finally:
         for member in started:
-            member.process.kill()
-            member.process.join()
+            member.kill()
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["a-later-member", "position-0"])
@@ -137,10 +105,9 @@ def test_survivors_leave_and_connect_without_it(members: list[Member], point: st
     survivors, victim = members[:SURVIVORS], members.pop()
     everyone = [victim, *survivors] if first else [*survivors, victim]
     for position, member in enumerate(everyone):
-        member.meet(f"{point}/{first}", position, len(everyone), point if member is victim else None)
+        member.orders.send((f"{point}/{first}", position, len(everyone), point if member is victim else None, False))
     _wait_until_stopped(victim)
-    victim.process.kill()
-    victim.process.join()
+    victim.kill()
     for survivor in survivors:
         survivor.void.set()
     left = [survivor.said(LEFT_S) for survivor in survivors]
@@ -148,7 +115,7 @@ def test_survivors_leave_and_connect_without_it(members: list[Member], point: st
     for survivor in survivors:
         survivor.void.clear()
     for position, survivor in enumerate(survivors):
-        survivor.meet(f"{point}/{first}/again", position, SURVIVORS)
+        survivor.orders.send((f"{point}/{first}/again", position, SURVIVORS, None, True))
     again = [survivor.said(MET_S) for survivor in survivors]
     print(f"{point}, first {first}: left {left}, again {again}")
     assert [said.get("sum") for said in again] == [3.0, 3.0]
