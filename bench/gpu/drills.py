@@ -18,6 +18,7 @@ from bench.gpu import driver
 from bench.gpu.life import Life, Strikes, under_load
 from bench.gpu.repeats import repeated
 from bench.gpu.results import Bar, Findings, ms
+from bench.gpu.resumed import EVERY, resumable, taken_up
 from bench.gpu.tokens import Judged
 from elastic_daemon.errors import ElasticError
 from watchdog.errors import NotRunning
@@ -33,6 +34,7 @@ REPEATED = 2
 """Streams that changed are asked for again, so many of a part."""
 LEAK_BAR_MIB = 64.0
 REST_S = 3.0
+SHOWN = 5
 REARRANGE_TIMEOUT_S = 60.0
 LOOK_S = 2.0
 
@@ -241,6 +243,21 @@ async def checkpoint(life: Life, findings: Findings, trials: int) -> None:
     findings.bars.append(Bar("bytes of experts from the checkpoint", ">=", 1, read))
 
 
+async def ties(life: Life, findings: Findings, _: int) -> None:
+    """How often a stream changes that is taken up elsewhere, without any fault."""
+    streams = [one for one in life.reference if resumable(one.sampling, life.setting.device)]
+    found = [
+        one for stream in streams for one in await taken_up(life, stream, range(EVERY, life.setting.tokens, EVERY))
+    ]
+    others = [one for one in found if one.position is not None]
+    places = sorted({(one.prompt, one.position, one.expected, one.actual) for one in others}, key=str)
+    findings.figures |= {"taken up": len(found), "with another token": len(others), "places": places}
+    findings.bars.append(Bar("streams taken up from their middle", ">=", 1, len(found)))
+    say(f"  {len(others)} of {len(found)} streams that were taken up from their middle have another token")
+    for one in others[:SHOWN]:
+        say(f"  {one}")
+
+
 async def leak(life: Life, findings: Findings, trials: int) -> None:
     unit = "GPU MiB" if driver.ask() is not None else "PSS MiB (no GPU)"
     gpus = {str(row["gpu"]) for row in (await life.daemon.health())["ranks"]}
@@ -254,6 +271,7 @@ async def leak(life: Life, findings: Findings, trials: int) -> None:
         memory.append(driver.memory_mib(gpus, life.pid))
         trial |= {"memory_mib": memory[-1], "lost": judged.lost + judged.refused, "changed": judged.changed}
         findings.trials.append(trial)
+        findings.problems += [str(change) for change in judged.changes]
         say(f"  SIGKILL of rank {rank}, and back: {unit} {memory[-1]:.0f}")
     findings.figures[unit] = [round(one, 1) for one in memory]
     findings.figures["growth MiB"] = {"in all": memory[-1] - memory[0], "after the first cycle": memory[-1] - memory[1]}

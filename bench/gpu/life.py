@@ -47,6 +47,7 @@ ALWAYS = ("--watchdog-flags=--max-exclusions 100",)
 """One rank after the other is lost here within minutes: the watchdog's breaker would stop that, as it should."""
 
 GPU_ENVIRONMENT = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 REFUSED_STATUS = "exit status 2 "
 
 

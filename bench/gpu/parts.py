@@ -121,6 +121,16 @@ PARTS: Mapping[str, Part] = {
             trial_s={"cuda": 80.0, "cpu": 1.0},
         ),
         Part(
+            "ties",
+            "no fault: each stream is taken up from its middle, which may change tokens that are about as likely",
+            "streams that are greedy, or seeded with runner V2",
+            "none: it says how often that is",
+            drills.ties,
+            trials=0,
+            trial_s={"cuda": 0.0, "cpu": 0.0},
+            rest_s=30.0,
+        ),
+        Part(
             "leak",
             "SIGKILL and rejoin, with memory by NVML at rest before, between and after",
             "2 ranks at least",

@@ -1,11 +1,12 @@
-"""A stream that changed, asked for again where nothing happens: batches of other sizes alone change some."""
+"""A stream that changed, asked for again where nothing happens: what changes it without any disturbance."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.gpu.life import Life
+from bench.gpu.resumed import EVERY, Resumed, resumable, taken_up
 from bench.gpu.tokens import TokenChange
 from elastic_daemon.drill.load import run_streams
 from elastic_daemon.drill.report import StreamResult
@@ -16,14 +17,21 @@ PER_RANK = (1, 2, 3, 4, 6)
 
 @dataclass(frozen=True)
 class Repeats:
-    """Of one request. `differ`: by number of copies at once, how many were not as in the undisturbed run."""
+    """Of one request. `differ`: by number of copies at once, how many were not as in the undisturbed run. `resumed`:
+    taken up from its middle."""
 
     prompt: str
     differ: dict[int, int]
+    resumed: Sequence[Resumed] = ()
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} of {copies}" for copies, count in self.differ.items())
-        return f"{self.prompt[:30]!r} again, undisturbed: {counts} differ"
+        said = f"{self.prompt[:30]!r} again, undisturbed: {counts} differ"
+        if self.resumed:
+            others = [one for one in self.resumed if one.position is not None]
+            said += f"; taken up from its middle: {len(others)} of {len(self.resumed)}"
+            said += f", {others[0]}" if others else ""
+        return said
 
 
 def compared(expected: StreamResult, runs: Sequence[Sequence[StreamResult]]) -> Repeats:
@@ -42,4 +50,7 @@ async def repeated(life: Life, change: TokenChange) -> Repeats:
         samplings = [expected.sampling] * copies
         prompts = [expected.prompt] * copies
         runs.append(await run_streams(life.daemon.url, prompts, life.setting.tokens, samplings=samplings))
-    return compared(expected, runs)
+    resumed = []
+    if resumable(expected.sampling, life.setting.device):
+        resumed = await taken_up(life, expected, range(EVERY, change.position + 1, EVERY))
+    return replace(compared(expected, runs), resumed=resumed)

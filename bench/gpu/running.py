@@ -19,7 +19,7 @@ from bench.command import say
 from bench.gpu import budget as budgets
 from bench.gpu import driver
 from bench.gpu.drills import strike_figures
-from bench.gpu.life import Life, Refused, Setting, lived, tail
+from bench.gpu.life import RUNNER_VARIABLE, Life, Refused, Setting, lived, tail
 from bench.gpu.parts import PARTS, START_S
 from bench.gpu.results import CUT, PASSED, REFUSED, Findings, file_of, ms, write
 from bench.machine import Machine
@@ -27,7 +27,6 @@ from elastic_daemon.commands.operator_commands import make_console
 from elastic_daemon.drill.daemon import Display
 from elastic_daemon.errors import DaemonUnreachable, ElasticError
 
-RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 RECORDED = (RUNNER_VARIABLE, "VLLM_BATCH_INVARIANT", "NCCL_MULTI_RANK_GPU_ENABLE", "VLLM_NCCL_SO_PATH")
 ERRORS = (ElasticError, DaemonUnreachable, TimeoutError, ValueError, KeyError, OSError, httpx.HTTPError)
 
