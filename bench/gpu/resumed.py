@@ -43,8 +43,8 @@ class Resumed:
 def resumable(sampling: Sampling, device: str) -> bool:
     """Whether a client can take a stream up as a rank does, with its tokens as the end of a prompt.
 
-    Not where tokens are counted or matched that a prompt does not have. What runner V2 draws follows from seed, position
-    and token; what V1 draws, from how often it has drawn for this request.
+    Not where tokens are counted or matched that a prompt does not have. What runner V2 draws follows from seed and
+    position; what V1 draws, from how often it has drawn for this request.
     """
     if sampling.kind == "greedy":
         return True
