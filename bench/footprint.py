@@ -46,7 +46,7 @@ class Process:
         """Raises OSError once it has ended."""
         home = PROC / str(pid)
         sizes = dict(re.findall(r"^(\w+):\s+(\d+) kB", (home / "smaps_rollup").read_text(), re.MULTILINE))
-        targets = list(link_targets(home / "fd"))
+        targets = list(_link_targets(home / "fd"))
         sockets = {int(found[1]) for target in targets if (found := re.fullmatch(r"socket:\[(\d+)\]", target))}
         title = (home / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         return cls(
@@ -71,7 +71,7 @@ def role_of(title: str) -> str:
     return "watchdog" if "watchdog" in title else ""
 
 
-def link_targets(folder: Path) -> Iterator[str]:
+def _link_targets(folder: Path) -> Iterator[str]:
     """Of the links in it, such as /proc/PID/fd."""
     for name in os.listdir(folder):
         with contextlib.suppress(OSError):

@@ -116,6 +116,7 @@ BENCHES = r"(\.venv/bin/)?python -m (bench(?:\.\w+)+)"
 SMALLEST = {
     "bench.placement": ("--trials", "1"),  # of two layers
     "bench.heartbeat_cost": ("--seconds", "0.02"),
+    "bench.gpu.draws": ("--streams", "1", "--tokens", "2", "--otherwise", "1"),
     "bench.gpu_drill": ("--list",),  # tests/e2e/test_gpu_drill.py holds one on CPU ranks
     "bench.recovery": ("--help",),  # tests/chaos/test_recovery_time.py runs it with --quick
     "bench.detection": ("--help",),  # minutes, as all below

@@ -7,7 +7,6 @@ others abort, make a group without it and go on. Policies, in turn:
 
     beside  the next group is made at once, while the abort goes on in its thread, as the daemon does
     after   the abort is waited for first
-    woken   as `after`; NCCL's service thread, which looks up every 500 ms, is woken meanwhile
 
 `wait` is what a client would have waited: the longest time without a step, from just before the kill to the end. No
 vLLM, no daemon. --device cpu tries the script itself, over gloo, and says nothing about NCCL.
@@ -36,20 +35,18 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from bench.command import check_json_path, positive, say, write_json
 from bench.gpu.members import Member, start
-from bench.gpu.nccl_wake import service_sockets, wake
 from bench.tables import figures_table
 from elastic_daemon.engine.gloo import GlooGroup
 from elastic_daemon.engine.leavable import never
 from elastic_daemon.errors import PeerLost
 from elastic_daemon.processes.launcher import CHILD_ENVIRONMENT
 
-POLICIES = ("beside", "after", "woken")
+POLICIES = ("beside", "after")
 LAYERS, ROWS, WIDTH = 8, 8, 256
-STEPS = 400
-"""After the new group has met: a second or two, which an abort that goes on has ended by then."""
+STEPS = 40
+"""After the new group has met. Four processes that share a GPU take 0.1 s for each; an abort has ended long before."""
 WARM_S = 1.0
 PATIENCE_S, ANSWER_S = 5.0, 60.0
-WAKE_EVERY_S = 0.01
 
 
 class Group:
@@ -132,13 +129,11 @@ def member(orders: Connection, void: Any, port: int, device: str) -> None:
     orders.send("ready")
     while (order := orders.recv()) is not None:
         prefix, position, members, after, policy = order
-        before = service_sockets()
         group = make(store, prefix, position, members, void.is_set)
-        sockets = service_sockets() - before
         orders.send("met")
         broken = run_until_void(group, void)
         place: tuple[int, int] = orders.recv()  # of the next group: this position, so many members
-        orders.send(survive(group, broken, policy, sockets, partial(make, store, after, *place, never)))
+        orders.send(survive(group, broken, policy, partial(make, store, after, *place, never)))
 
 
 def run_until_void(group: Group, void: Any) -> Broken:
@@ -163,13 +158,7 @@ def run_until_void(group: Group, void: Any) -> Broken:
     return Broken(last, told[0], freed)
 
 
-def survive(
-    group: Group,
-    broken: Broken,
-    policy: str,
-    sockets: frozenset[bytes],
-    connect: Callable[[], Group],
-) -> Survived:
+def survive(group: Group, broken: Broken, policy: str, connect: Callable[[], Group]) -> Survived:
     ends: list[float] = []
 
     def watch() -> None:
@@ -178,11 +167,8 @@ def survive(
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    if policy != "beside":
-        deadline = time.monotonic() + PATIENCE_S
-        while not group.ended(WAKE_EVERY_S) and time.monotonic() < deadline:
-            if policy == "woken":
-                wake(sockets)
+    if policy == "after":
+        group.ended(PATIENCE_S)
     group.close()
     following = connect()
     met = time.monotonic()

@@ -128,7 +128,7 @@ PARTS: Mapping[str, Part] = {
             drills.ties,
             trials=0,
             trial_s={"cuda": 0.0, "cpu": 0.0},
-            rest_s=30.0,
+            rest_s=75.0,
         ),
         Part(
             "leak",

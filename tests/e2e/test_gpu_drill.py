@@ -37,16 +37,16 @@ def unmet(result: dict[str, Any]) -> list[str]:
 
 def test_trial_run(tmp_path: Path) -> None:
     mixed = ("--sampling", "mixed")
-    said = run("--part", "kill,nvml,scale", "--out", str(tmp_path), "--variant", "small", *mixed, *SMALL)
-    results = [json.loads((tmp_path / f"{part}-small.json").read_text()) for part in ("kill", "nvml", "scale")]
-    assert [unmet(one) for one in results] == [[]] * 3, said.stderr[-4000:]
+    said = run("--part", "kill,nvml,scale,ties", "--out", str(tmp_path), "--variant", "small", *mixed, *SMALL)
+    results = [json.loads((tmp_path / f"{part}-small.json").read_text()) for part in ("kill", "nvml", "scale", "ties")]
+    assert [unmet(one) for one in results] == [[]] * 4, said.stderr[-4000:]
     assert all(one["trial"] and not one["gpu"] for one in results)
     assert {one["setting"]["sampling"] for one in results} == {"mixed"}
     assert all(one["cell"].endswith("mixed streams") for one in results)
     assert len(list(tmp_path.glob("*.log"))) == 1, "parts with the same flags share one daemon"
 
     report = run("--report", str(tmp_path))
-    assert report.stdout.count("**trial run on CPU**") == 3
+    assert report.stdout.count("**trial run on CPU**") == 4
     again = run("--part", "kill", "--out", str(tmp_path), "--variant", "small", *SMALL)
     assert again.returncode == 0 and "there is a result" in again.stderr
 

@@ -81,7 +81,16 @@ def test_flags_of_the_user_are_added() -> None:
 def test_most_parts_share_a_life_and_all_are_listed() -> None:
     setting = Setting()
     first = lives([part.wanted(setting) for part in PARTS.values()])[0]
-    assert [part.name for part in first.parts] == ["kill", "hang", "rejoin", "scale", "nvml", "straggler", "leak"]
+    assert [part.name for part in first.parts] == [
+        "kill",
+        "hang",
+        "rejoin",
+        "scale",
+        "nvml",
+        "straggler",
+        "ties",
+        "leak",
+    ]
     assert all(f"{name}: " in listing(setting) for name in PARTS)
 
 

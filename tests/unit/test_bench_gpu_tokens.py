@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from bench.gpu.life import RUNNER_VARIABLE
 from bench.gpu.repeats import compared
+from bench.gpu.resumed import Resumed, resumable, resumed
 from bench.gpu.tokens import Judged, token_change
 from elastic_daemon.drill.report import StreamResult
-from elastic_daemon.drill.sampling import PENALISED, Sampling, constrained, seeded
+from elastic_daemon.drill.sampling import GREEDY, PENALISED, Sampling, constrained, seeded
 from tests.unit.drill_stream import stream_of as stream
 
 
@@ -62,6 +64,42 @@ def test_a_request_asked_for_again_tells_where_it_differs() -> None:
     repeats = compared(expected, [[expected], [expected, other, failed], [other] * 5])
     assert repeats.differ == {1: 0, 3: 1, 5: 5}
     assert str(repeats) == f"{expected.prompt!r} again, undisturbed: 0 of 1, 1 of 3, 5 of 5 differ"
+
+
+def test_a_stream_taken_up_tells_its_first_other_token() -> None:
+    expected = stream(1, 2, 3, 4)
+    assert resumed(expected, 2, [3, 4, 9, 9]) == Resumed(expected.prompt, 2)
+    assert resumed(expected, 1, [2, 7, 4]) == Resumed(expected.prompt, 1, position=2, expected=3, actual=7)
+    assert resumed(expected, 1, [2]) == Resumed(expected.prompt, 1, position=2, expected=3, actual=None)
+
+
+def test_a_request_asked_for_again_tells_what_came_from_its_middle() -> None:
+    expected = stream(1, 2, 3, 4)
+    taken_up = [resumed(expected, 1, [2, 3, 4]), resumed(expected, 2, [7, 4])]
+    said = str(replace(compared(expected, [[expected]]), resumed=taken_up))
+    assert "0 of 1 differ; taken up from its middle: 1 of 2, " in said
+    assert said.endswith("taken up after 2 tokens: token 2 is 7, not 3")
+
+
+@pytest.mark.parametrize(
+    ("sampling", "device", "runner", "can"),
+    [
+        (GREEDY, "cpu", "0", True),
+        (seeded(1), "cuda", None, True),
+        (seeded(1), "cuda", "1", True),
+        (seeded(1), "cuda", "0", False),  # V1 draws by how often it has drawn
+        (seeded(1), "cpu", None, False),  # a CPU has V1 alone
+        (PENALISED, "cuda", None, False),
+        (constrained(2), "cuda", None, False),
+    ],
+)
+def test_what_a_client_can_take_up(
+    sampling: Sampling, device: str, runner: str | None, can: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(RUNNER_VARIABLE, raising=False)
+    if runner is not None:
+        monkeypatch.setenv(RUNNER_VARIABLE, runner)
+    assert resumable(sampling, device) is can
 
 
 def test_changes_are_counted_with_the_streams() -> None:
