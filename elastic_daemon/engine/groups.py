@@ -67,8 +67,19 @@ class Done:
         pass
 
 
+@dataclass(frozen=True)
 class RehearsalProcessGroup(PlannedProcessGroup):
-    """A group whose other members seem to do what this one does: a rank warms up alone, with the shapes to come."""
+    """A group whose other members seem to do what this one does: a rank warms up alone, with the shapes to come.
+
+    `missing`: so many of them, fewer than all, seem to have a token less.
+    """
+
+    missing: int = 0
+
+    def parts(self, counts: list[int]) -> list[int]:
+        """Tokens of each member. `counts`: if none were missing."""
+        fewer = {(self.position + 1 + number) % self.members for number in range(self.missing)}
+        return [count - (member in fewer) for member, count in enumerate(counts)]
 
     def _allgather_base(self, output: torch.Tensor, tensor: torch.Tensor) -> Done:
         output.view(self.members, *tensor.shape).copy_(tensor.expand(self.members, *tensor.shape))
@@ -109,7 +120,8 @@ class EpochCommunicator:
             return [own] * self.world_size
         counts = metadata.get_chunk_sizes_across_dp_rank()
         assert counts is not None and len(counts) == self.world_size
-        return counts
+        group = self._group.device_group
+        return group.parts(counts) if isinstance(group, RehearsalProcessGroup) else counts
 
     def all_gatherv(self, tensors: list[torch.Tensor], counts: list[int]) -> list[torch.Tensor]:
         """Concatenate every rank's rows. `tensors[i]` is [rows, ...]; `counts` are the rows of each rank, or zero."""
@@ -291,10 +303,11 @@ class EpochGroups:
         return groups
 
     @contextlib.contextmanager
-    def rehearsal(self, position: int, members: int) -> Iterator[None]:
-        """Let this rank run its model alone, as if the others of such a group did the same."""
+    def rehearsal(self, position: int, members: int, missing: int = 0) -> Iterator[None]:
+        """Let this rank run its model alone, as if the others of such a group did the same. `missing`: so many others
+        have a token less."""
         planned = PlannedProcessGroup(self.dp.world_size, self.dp.rank_in_group)
-        self._bind(RehearsalProcessGroup(members, position))
+        self._bind(RehearsalProcessGroup(members, position, missing))
         try:
             with skip_dp_coordination():
                 yield

@@ -36,7 +36,7 @@ from elastic_daemon.engine.graph_outputs import GraphOutputs
 from elastic_daemon.engine.groups import EpochConnections, EpochGroups
 from elastic_daemon.engine.heartbeat import Page
 from elastic_daemon.engine.plan import rank_plan
-from elastic_daemon.engine.rehearsal import group_sizes, tokens_per_rank
+from elastic_daemon.engine.rehearsal import group_sizes, step_tokens
 from elastic_daemon.engine.stream_counters import StreamCounters
 from elastic_daemon.placement import IntArray, Placement, initial
 
@@ -117,13 +117,17 @@ class ElasticWorker:
         started = time.monotonic()
         plan, runner = rank_plan(self.vllm_config), self.model_runner
         experts, layers = runner._moe_model.num_logical_experts, len(runner._moe_model.moe_layers)
+        chosen = runner._moe_model.moe_layers[0].moe_config.experts_per_token
         most = self.vllm_config.scheduler_config.max_num_batched_tokens
         sizes = group_sizes(len(plan.members), math.ceil(experts / plan.slots))
         for members in sizes:
-            with self.groups.rehearsal(min(plan.position, members - 1), members):
+            position = min(plan.position, members - 1)
+            with self.groups.rehearsal(position, members):
                 self.adopt_group(initial(experts, layers, range(members), plan.slots))
-                for count in tokens_per_rank(members, most):
-                    runner._dummy_run(count, skip_eplb=True)
+                for tokens in step_tokens(members, most, members * plan.slots, chosen):
+                    own = math.ceil(tokens / members)
+                    with self.groups.rehearsal(position, members, missing=own * members - tokens):
+                        runner._dummy_run(own, skip_eplb=True)
         self.adopt_group(runner._placed)
         log.info("groups_rehearsed", rank=plan.rank, sizes=sizes, seconds=round(time.monotonic() - started, 3))
 

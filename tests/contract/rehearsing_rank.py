@@ -1,6 +1,7 @@
 """A rank that vLLM builds on CPU, alone, and that rehearses the groups to come: `python -m ... MODEL SCRATCH_DIR`.
 
-Prints one JSON object: the steps as [members, tokens, expert slots of the group], and whether it is as it was before.
+Prints one JSON object: the steps as [members, tokens of all of them, expert slots of the group], and whether it is as
+it was before.
 """
 
 from __future__ import annotations
@@ -25,15 +26,21 @@ def main(model: str, scratch_dir: str) -> None:
     core = EngineCore(for_rank(deployment.config, plan), LocalExecutor, log_stats=False)
     executor: Any = core.model_executor
     worker = executor_worker(executor)
-    steps = []
-    stock_dummy_run = worker.model_runner._dummy_run
+    steps: list[list[int]] = []
+    communicator = worker.groups.ep.device_communicator
+    stock_dummy_run, stock_dispatch = worker.model_runner._dummy_run, communicator.dispatch
 
     def dummy_run(tokens: int, **rest: Any) -> Any:
         (state,) = worker.model_runner.eplb_state.model_states.values()
-        steps.append([worker.groups.ep.world_size, tokens, state.physical_to_logical_map.shape[1]])
+        steps.append([worker.groups.ep.world_size, 0, state.physical_to_logical_map.shape[1]])
         return stock_dummy_run(tokens, **rest)
 
-    worker.model_runner._dummy_run = dummy_run
+    def dispatch(*tensors: Any, **rest: Any) -> Any:
+        dispatched = stock_dispatch(*tensors, **rest)
+        steps[-1][1] = len(dispatched[0])
+        return dispatched
+
+    worker.model_runner._dummy_run, communicator.dispatch = dummy_run, dispatch
     before = _state(worker)
     worker.rehearse()
     print(json.dumps({"slots": deployment.slots, "steps": steps, "unchanged": _state(worker) == before}))
