@@ -105,6 +105,19 @@ EXPERTS = (
         attributes=("moe_config", "routed_experts"),
     ),
     ReliedOn(
+        f"{_MOE}.moe_align_block_size.moe_align_block_size",
+        "its numbers of rows are those that rehearsed steps are chosen by",
+        (
+            "topk_ids",
+            "block_size",
+            "num_experts",
+            "expert_map",
+            "pad_sorted_ids",
+            "ignore_invalid_experts",
+            "return_scatter_idx",
+        ),
+    ),
+    ReliedOn(
         f"{_MOE}.runner.moe_runner.MoERunner._set_moe_config", "the group size of an epoch", ("self", "new_moe_config")
     ),
     ReliedOn(
@@ -118,8 +131,9 @@ EXPERTS = (
     ),
     ReliedOn(
         f"{_MOE}.config.FusedMoEConfig",
-        "replaced with every epoch",
+        "replaced with every epoch; experts of a token decide which steps are rehearsed",
         attributes=(
+            "experts_per_token",
             "hidden_dim",
             "hidden_dim_unpadded",
             "intermediate_size_per_partition",
