@@ -124,7 +124,7 @@ PARTS: Mapping[str, Part] = {
             "ties",
             "no fault: each stream is taken up from its middle, which may change tokens that are about as likely",
             "streams that are greedy, or seeded with runner V2",
-            "none: it says how often that is",
+            "at least one stream is taken up; it says how often tokens differ",
             drills.ties,
             trials=0,
             trial_s={"cuda": 0.0, "cpu": 0.0},
