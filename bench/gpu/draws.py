@@ -126,6 +126,11 @@ def attention_with(powers: Callable[[int], torch.Tensor]) -> Callable[..., tuple
     return attention
 
 
+def powers_of(seed: int) -> Callable[[int], torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda keys: torch.rand(keys, generator=generator) * POWERS
+
+
 def load(exact: bool) -> Any:
     choice = {"dtype": torch.float64, "experts_implementation": "eager", "attn_implementation": "eager"}
     if not exact:
@@ -153,12 +158,7 @@ def drawn_otherwise(model: Any, placed: Placed, sampling: Sampling, times: int) 
     """All at once instead of one token after the other, each time with another rounding of attention."""
     found = []
     for seed in range(times):
-        generator = torch.Generator().manual_seed(seed)
-
-        def powers(keys: int, generator: torch.Generator = generator) -> torch.Tensor:
-            return torch.rand(keys, generator=generator) * POWERS
-
-        AttentionInterface.register(NAME, attention_with(powers))
+        AttentionInterface.register(NAME, attention_with(powers_of(seed)))
         logits = model(torch.tensor([placed.before])).logits[0, -1]
         found.append(draw(logits, sampling, len(placed.before) - 1))
     return found

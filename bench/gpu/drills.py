@@ -18,7 +18,7 @@ from bench.gpu import driver
 from bench.gpu.life import Life, Strikes, under_load
 from bench.gpu.repeats import repeated
 from bench.gpu.results import Bar, Findings, ms
-from bench.gpu.resumed import EVERY, resumable, taken_up
+from bench.gpu.resumed import changes_of, taken_up
 from bench.gpu.tokens import Judged
 from elastic_daemon.errors import ElasticError
 from watchdog.errors import NotRunning
@@ -245,12 +245,9 @@ async def checkpoint(life: Life, findings: Findings, trials: int) -> None:
 
 async def ties(life: Life, findings: Findings, _: int) -> None:
     """How often a stream changes that is taken up elsewhere, without any fault."""
-    streams = [one for one in life.reference if resumable(one.sampling, life.setting.device)]
-    found = [
-        one for stream in streams for one in await taken_up(life, stream, range(EVERY, life.setting.tokens, EVERY))
-    ]
-    others = [one for one in found if one.position is not None]
-    places = sorted({(one.prompt, one.position, one.expected, one.actual) for one in others}, key=str)
+    found = [one for stream in life.reference for one in await taken_up(life, stream, life.setting.tokens)]
+    others = changes_of(found)
+    places = sorted({str(one.change) for one in others})
     findings.figures |= {"taken up": len(found), "with another token": len(others), "places": places}
     findings.bars.append(Bar("streams taken up from their middle", ">=", 1, len(found)))
     say(f"  {len(others)} of {len(found)} streams that were taken up from their middle have another token")

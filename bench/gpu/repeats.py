@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from bench.gpu.life import Life
-from bench.gpu.resumed import EVERY, Resumed, resumable, taken_up
+from bench.gpu.resumed import Resumed, changes_of, taken_up
 from bench.gpu.tokens import TokenChange
 from elastic_daemon.drill.load import run_streams
 from elastic_daemon.drill.report import StreamResult
@@ -28,9 +28,9 @@ class Repeats:
         counts = ", ".join(f"{count} of {copies}" for copies, count in self.differ.items())
         said = f"{self.prompt[:30]!r} again, undisturbed: {counts} differ"
         if self.resumed:
-            others = [one for one in self.resumed if one.position is not None]
-            said += f"; taken up from its middle: {len(others)} of {len(self.resumed)}"
-            said += f", {others[0]}" if others else ""
+            changed = changes_of(self.resumed)
+            said += f"; taken up from its middle: {len(changed)} of {len(self.resumed)}"
+            said += f", {changed[0]}" if changed else ""
         return said
 
 
@@ -50,7 +50,4 @@ async def repeated(life: Life, change: TokenChange) -> Repeats:
         samplings = [expected.sampling] * copies
         prompts = [expected.prompt] * copies
         runs.append(await run_streams(life.daemon.url, prompts, life.setting.tokens, samplings=samplings))
-    resumed = []
-    if resumable(expected.sampling, life.setting.device):
-        resumed = await taken_up(life, expected, range(EVERY, change.position + 1, EVERY))
-    return replace(compared(expected, runs), resumed=resumed)
+    return replace(compared(expected, runs), resumed=await taken_up(life, expected, change.position + 1))

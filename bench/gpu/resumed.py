@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 import httpx
 
 from bench.gpu.life import RUNNER_VARIABLE, Life
+from bench.gpu.tokens import TokenChange, token_change
 from elastic_daemon.drill.load import run_streams
-from elastic_daemon.drill.report import StreamResult, first_difference
+from elastic_daemon.drill.report import StreamResult
 from elastic_daemon.drill.sampling import Sampling
 
 EVERY = 8
@@ -26,18 +27,17 @@ ANSWER_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True)
 class Resumed:
-    """A stream that was taken up after so many of its tokens. `position`: of the first token that is another one than
-    in the undisturbed stream, `actual` instead of `expected`; None where all are the same."""
+    """A stream that was taken up after so many of its tokens. `change`: from the undisturbed stream."""
 
-    prompt: str
     after: int
-    position: int | None = None
-    expected: int | None = None
-    actual: int | None = None
+    change: TokenChange | None
 
     def __str__(self) -> str:
-        told = "the same" if self.position is None else f"token {self.position} is {self.actual}, not {self.expected}"
-        return f"{self.prompt[:30]!r} taken up after {self.after} tokens: {told}"
+        return f"taken up after {self.after} tokens: {self.change or 'the same'}"
+
+
+def changes_of(found: Sequence[Resumed]) -> list[Resumed]:
+    return [one for one in found if one.change is not None]
 
 
 def resumable(sampling: Sampling, device: str) -> bool:
@@ -51,10 +51,12 @@ def resumable(sampling: Sampling, device: str) -> bool:
     return sampling.kind == "seeded" and device == "cuda" and os.environ.get(RUNNER_VARIABLE, "1") != "0"
 
 
-async def taken_up(life: Life, expected: StreamResult, points: Sequence[int]) -> list[Resumed]:
-    """`expected`: of `life`, whose ranks are all well. Taken up after so many tokens each, all at once; those that fail
-    are left out. Each has a salt of its own: else it would find the keys and values of the undisturbed stream."""
-    if not points:
+async def taken_up(life: Life, expected: StreamResult, until: int) -> list[Resumed]:
+    """`expected`: of `life`, whose ranks are all well. Taken up after every few of `until` tokens, all at once; none if
+    it is not resumable. Those that fail are left out. Each has a salt of its own: else it would find the keys and
+    values of the undisturbed stream."""
+    points = range(EVERY, until, EVERY)
+    if not points or not resumable(expected.sampling, life.setting.device):
         return []
     prompt = await _prompt_tokens(life.daemon.url, expected.prompt)
     samplings = [
@@ -68,7 +70,7 @@ async def taken_up(life: Life, expected: StreamResult, points: Sequence[int]) ->
         )
         for after in points
     ]
-    prompts, tokens = [expected.prompt] * len(points), len(expected.token_ids) - min(points)
+    prompts, tokens = [expected.prompt] * len(points), len(expected.token_ids) - EVERY
     streams = await run_streams(life.daemon.url, prompts, tokens, samplings=samplings)
     ended = zip(points, streams, strict=True)
     return [resumed(expected, after, stream.token_ids) for after, stream in ended if stream.error is None]
@@ -76,12 +78,8 @@ async def taken_up(life: Life, expected: StreamResult, points: Sequence[int]) ->
 
 def resumed(expected: StreamResult, after: int, tokens: Sequence[int]) -> Resumed:
     """What came of `expected`, taken up after so many tokens. `tokens`: those since then, and perhaps more."""
-    wanted = expected.token_ids[after:]
-    if tuple(tokens[: len(wanted)]) == wanted:
-        return Resumed(expected.prompt, after)
-    at = first_difference(wanted, tokens)
-    actual = tokens[at] if at < len(tokens) else None
-    return Resumed(expected.prompt, after, after + at, wanted[at], actual)
+    whole = (*expected.token_ids[:after], *tokens)[: len(expected.token_ids)]
+    return Resumed(after, token_change(expected, replace(expected, token_ids=whole, logprobs=())))
 
 
 async def _prompt_tokens(url: str, prompt: str) -> list[int]:

@@ -17,15 +17,14 @@ all above it."""
 ALIGNED = 16
 """Triton compiles a kernel anew for an argument that this divides."""
 
+GRAPH_TOKENS = 8
+"""A rank whose step is a CUDA graph has a multiple of so many tokens, as all others have then, or one of FEW."""
+FEW = (1, 2, 4)
+
 
 def group_sizes(members: int, fewest: int) -> tuple[int, ...]:
     """Sizes to rehearse, `members` first. `fewest`: members whose slots hold all experts."""
     return tuple(range(members, max(members - LOSSES, fewest, 1) - 1, -1))
-
-
-GRAPH_TOKENS = 8
-"""A rank whose step is a CUDA graph has a multiple of so many tokens, as all others have then, or one of FEW."""
-FEW = (1, 2, 4)
 
 
 def step_tokens(members: int, most: int, experts: int, chosen: int) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import pytest
 
 from bench.gpu.life import RUNNER_VARIABLE
 from bench.gpu.repeats import compared
-from bench.gpu.resumed import Resumed, resumable, resumed
+from bench.gpu.resumed import resumable, resumed
 from bench.gpu.tokens import Judged, token_change
 from elastic_daemon.drill.report import StreamResult
 from elastic_daemon.drill.sampling import GREEDY, PENALISED, Sampling, constrained, seeded
@@ -68,9 +68,11 @@ def test_a_request_asked_for_again_tells_where_it_differs() -> None:
 
 def test_a_stream_taken_up_tells_its_first_other_token() -> None:
     expected = stream(1, 2, 3, 4)
-    assert resumed(expected, 2, [3, 4, 9, 9]) == Resumed(expected.prompt, 2)
-    assert resumed(expected, 1, [2, 7, 4]) == Resumed(expected.prompt, 1, position=2, expected=3, actual=7)
-    assert resumed(expected, 1, [2]) == Resumed(expected.prompt, 1, position=2, expected=3, actual=None)
+    assert resumed(expected, 2, [3, 4, 9, 9]).change is None
+    for tokens, actual in (([2, 7, 4], 7), ([2], None)):
+        change = resumed(expected, 1, tokens).change
+        assert change is not None
+        assert (change.position, change.expected, change.actual) == (2, 3, actual)
 
 
 def test_a_request_asked_for_again_tells_what_came_from_its_middle() -> None:
@@ -78,7 +80,7 @@ def test_a_request_asked_for_again_tells_what_came_from_its_middle() -> None:
     taken_up = [resumed(expected, 1, [2, 3, 4]), resumed(expected, 2, [7, 4])]
     said = str(replace(compared(expected, [[expected]]), resumed=taken_up))
     assert "0 of 1 differ; taken up from its middle: 1 of 2, " in said
-    assert said.endswith("taken up after 2 tokens: token 2 is 7, not 3")
+    assert f"taken up after 2 tokens: {expected.prompt!r}: token 2 is 7, not 3" in said
 
 
 @pytest.mark.parametrize(
