@@ -16,11 +16,13 @@ from __future__ import annotations
 import argparse
 import math
 import struct
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from torch.nn import functional
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.moe import ExpertsInterface
@@ -164,6 +166,14 @@ def drawn_otherwise(model: Any, placed: Placed, sampling: Sampling, times: int) 
     return found
 
 
+def table_of(rounding: str, draws: Sequence[Placed]) -> Table:
+    """`draws`: the narrowest first."""
+    table = figures_table(f"{rounding}: the narrowest of {len(draws)} draws", "token", "drawn", "next", "distance")
+    for stream, at, _, one in draws[:SHOWN]:
+        table.add_row(f"stream {stream}", str(at), str(one.token), str(one.other), f"{one.distance:.1e}")
+    return table
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu.draws", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -176,16 +186,12 @@ def main() -> int:
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED_MODEL)
     prompts = [tokenizer(prompt)["input_ids"] for prompt in prompts_of(samplings)]
     for rounding in ("exact", NAME):
-        model = load(rounding == "exact")
-        draws: list[Placed] = []
+        model, draws = load(rounding == "exact"), []
         for stream, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
             draws += continued(model, stream, prompt, sampling, options.tokens)
             say(f"{rounding}: stream {stream}")
         draws.sort(key=lambda one: one.draw.distance)
-        table = figures_table(f"{rounding}: the narrowest of {len(draws)} draws", "token", "drawn", "next", "distance")
-        for stream, at, _, one in draws[:SHOWN]:
-            table.add_row(f"stream {stream}", str(at), str(one.token), str(one.other), f"{one.distance:.1e}")
-        Console().print(table)
+        Console().print(table_of(rounding, draws))
     narrowest = draws[0]
     again = drawn_otherwise(model, narrowest, samplings[narrowest.stream], options.otherwise)
     others = [one.token for one in again if one.token != narrowest.draw.token]
@@ -195,4 +201,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())
