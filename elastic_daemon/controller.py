@@ -1,7 +1,7 @@
 """The control core: hears events, decides, asks for actions.
 
 Pure: no I/O, no clock, no tasks. The shell around it sends every event with the time, carries out the actions in order,
-and sends a Tick no later than `next_deadline()`.
+and sends a Tick no later than `next_deadline()`, or says for how long it could not.
 
 Start-up and recovery share one path, and never more than one is under way:
 
@@ -18,7 +18,7 @@ from typing import assert_never
 
 from elastic_daemon import protocol as p
 from elastic_daemon.control.control_state import STEPPING, Frontend, Phase
-from elastic_daemon.control.deadlines import Wait
+from elastic_daemon.control.deadlines import OF_OTHERS, Wait
 from elastic_daemon.control.policy import Policy
 from elastic_daemon.control.recovery import Fault, Remedy
 from elastic_daemon.control.scaling_control import ScalingControl
@@ -51,6 +51,8 @@ class Controller(ScalingControl):
         match event:
             case p.Tick():
                 self._on_tick()
+            case p.Stalled():
+                self._on_stalled(event.seconds)
             case p.FrontendReady() | p.FrontendExited() | p.FrontendSynced():
                 self._on_frontend(event)
             case p.StopRequested() | p.DrainComplete() | p.ScaleOrder() | p.RankOrder() | p.AutomationSwitched():
@@ -85,8 +87,8 @@ class Controller(ScalingControl):
             self._deadlines.arm(Wait.JOIN, self._now + self._policy.join_delay_s)
         if self._phase is Phase.SERVING:
             self._wait_to_spread()
-            if self._shown is not self.status:  # more or fewer are wanted
-                self._publish()
+        if self._phase in STEPPING and self._shown is not self.status:  # more or fewer are wanted
+            self._publish()
 
     def next_deadline(self) -> float | None:
         """When the shell must send Tick at the latest. None: nothing that is waited for can be late."""
@@ -175,8 +177,12 @@ class Controller(ScalingControl):
             # One hung rank keeps all others waiting: silence alone does not say who is at fault. The next fence
             # does, since whoever is alive answers it.
             self._regroup_failed(ranks, f"not done within {policy.regroup_timeout_s:g} s")
+        if due(Wait.GRACE, now) and self._fault is not None:
+            # Before all that is about this epoch: it ends here.
+            self._on_lone_fault(self._fault)
         if due(Wait.SYNC, now):
-            self._record("frontend_not_in_step", epoch=self.epoch)
+            if self._frontend is Frontend.READY:
+                self._record("frontend_not_in_step", epoch=self.epoch)
             self._finish(None)
         if due(Wait.JOIN, now) and self._can_grow:
             self._enlist() if self._phase is Phase.UNAVAILABLE else self._quiesce()
@@ -192,8 +198,6 @@ class Controller(ScalingControl):
             self._departure_overdue()
         if due(Wait.OPERATION, now):
             self._operation_overdue()
-        if due(Wait.GRACE, now) and self._fault is not None:
-            self._on_lone_fault(self._fault)
         if due(Wait.HOLD, now):
             self._hold = False
             self._record("hold_over", reason=self._trouble)
@@ -203,6 +207,11 @@ class Controller(ScalingControl):
             self._emit(p.KillFrontend(f"not ready within {policy.frontend_start_timeout_s:g} s"))
         if due(Wait.FRONTEND_RESTART, now):
             self._start_frontend()
+
+    def _on_stalled(self, seconds: float) -> None:
+        """Nobody else was late in that time, as far as can be told."""
+        self._record("supervisor_stalled", seconds=round(seconds, 3), doing=self.describe())
+        self._deadlines.postpone(seconds, *OF_OTHERS)
 
     def _on_fault(self, event: p.RankFault, row: Rank) -> None:
         fault = Fault(self._now, row.rank, event.error)

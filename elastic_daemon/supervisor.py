@@ -22,6 +22,7 @@ from elastic_daemon import protocol as p
 from elastic_daemon.app import make_control_app
 from elastic_daemon.config import Settings
 from elastic_daemon.control.gpu_pool import GpuPool
+from elastic_daemon.control.pace import Pace
 from elastic_daemon.control.service_control import EXIT_START
 from elastic_daemon.controller import Controller
 from elastic_daemon.errors import ConfigError, ElasticError
@@ -179,6 +180,7 @@ class Supervisor:
         return ended
 
     async def _turn(self) -> None:
+        pace = Pace(time.monotonic())
         while not self._exit.done():
             self.service.turn(self._controller)
             deadline = self._controller.next_deadline() if self._controller is not None else None
@@ -188,8 +190,11 @@ class Supervisor:
             either: set[asyncio.Future[Any]] = {waker, self._exit}
             await asyncio.wait(either, timeout=delay, return_when=asyncio.FIRST_COMPLETED)
             waker.cancel()
-            if deadline is not None and time.monotonic() >= deadline:
-                self.tell(p.Tick())
+            now = time.monotonic()  # once: to stand still between here and the end must make nobody late
+            if (stalled_s := pace.stalled_s(now, delay)) > 0.0:
+                self.tell(p.Stalled(stalled_s), now)
+            if deadline is not None and now >= deadline:
+                self.tell(p.Tick(), now)
 
     def _hung_up(self, had_terminal: bool) -> None:
         """SIGHUP is an order to reload, and what a terminal that closes sends to whoever was started in it."""
@@ -215,11 +220,12 @@ class Supervisor:
         self.operations.close("the daemon stops")
         self.events.end()
 
-    def tell(self, event: p.Event) -> None:
+    def tell(self, event: p.Event, at: float | None = None) -> None:
+        """`at`: when this was so; None: it is so now."""
         if isinstance(event, p.FrontendReady):
             self._answering.close_public()
         if self._controller is not None and not self._exit.done():
-            self._carry_out(self._controller.handle(event, time.monotonic()))
+            self._carry_out(self._controller.handle(event, time.monotonic() if at is None else at))
             self._wake.set()
 
     def _adopt(self, settings: Settings, names: tuple[str, ...]) -> None:

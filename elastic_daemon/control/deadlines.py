@@ -31,6 +31,19 @@ class Wait(StrEnum):
     FRONTEND_RESTART = "the pause before restarting the front end"
 
 
+OF_OTHERS: Final = (
+    Wait.START,
+    Wait.RANK_START,
+    Wait.QUIESCE,
+    Wait.FENCE,
+    Wait.REGROUP,
+    Wait.SYNC,
+    Wait.GRACE,
+    Wait.SPREAD,
+    Wait.FRONTEND_START,
+)
+"""Those that judge others by their silence. The rest are pauses, and what people were promised."""
+
 NO_RANK: Final = -1  # for what is not a rank's
 
 
@@ -45,6 +58,10 @@ class Deadlines:
 
     def disarm(self, what: Wait, rank: int = NO_RANK) -> None:
         self._at.pop((what, rank), None)
+
+    def postpone(self, seconds: float, *whats: Wait) -> None:
+        """All deadlines of these kinds."""
+        self._at = {key: at + seconds * (key[0] in whats) for key, at in self._at.items()}
 
     def clear(self, *whats: Wait) -> None:
         """All deadlines of these kinds; of every kind when none is named."""

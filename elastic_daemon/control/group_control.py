@@ -111,10 +111,9 @@ class GroupControl(ServiceControl):
         self._publish()  # before any rank steps, so that the front end knows the epoch its output belongs to
         for row in self._ranks.members:
             self._emit(p.Resume(row.rank, self.epoch))
-        if self._frontend is Frontend.READY:
-            self._deadlines.arm(Wait.SYNC, self._now + self._policy.sync_timeout_s)
-        else:
-            self._finish(None)  # no front end, no requests
+        # No front end, no requests: over at once, though not in this step, which is about this epoch alone.
+        patience_s = self._policy.sync_timeout_s if self._frontend is Frontend.READY else 0.0
+        self._deadlines.arm(Wait.SYNC, self._now + patience_s)
 
     def _unavailable(self, why: NotEnoughSlots) -> None:
         """Ranks stay parked, and hold what they hold."""

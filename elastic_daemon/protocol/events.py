@@ -262,6 +262,13 @@ class Tick:
     """Time has passed. Deadlines expire on this event only."""
 
 
+@dataclass(frozen=True)
+class Stalled:
+    """The supervisor itself stood still for so long. It heard nobody, and may have left unsaid what it had decided."""
+
+    seconds: float
+
+
 RankEvent = (
     RankReady
     | RankExited
@@ -277,4 +284,4 @@ RankEvent = (
 FrontendEvent = FrontendReady | FrontendExited | FrontendSynced | FrontendMoved
 OperatorEvent = StopRequested | DrainComplete | ScaleOrder | RankOrder | AutomationSwitched
 WatchdogEvent = TelemetryVerdict | GpusSeen | GpuReleased
-Event = RankEvent | FrontendEvent | OperatorEvent | WatchdogEvent | Tick
+Event = RankEvent | FrontendEvent | OperatorEvent | WatchdogEvent | Tick | Stalled

@@ -36,6 +36,7 @@ LEVELS: Final[Mapping[str, Level]] = {
             "regroup_failed",
             "reload_failed",
             "spread_late",
+            "supervisor_stalled",
             "target_ignored",
             "verdict",
             "verdict_reconsidered",

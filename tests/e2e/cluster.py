@@ -47,14 +47,17 @@ class Stream:
 class Cluster:
     """One daemon. `with Cluster(...) as cluster:` starts it and leaves nothing behind."""
 
-    def __init__(self, runtime_dir: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, runtime_dir: Path, *arguments: str, env: dict[str, str] | None = None, stdout: int | None = None
+    ) -> None:
+        """`stdout`: a descriptor that it logs to; None: to the file `log_path`."""
         self.runtime_dir = runtime_dir
         self.log_path = runtime_dir.with_suffix(".log")
         self._log = self.log_path.open("w")
         own = ("--port", "0", "--runtime-dir", str(runtime_dir))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "elastic_daemon.cli", "serve", *arguments, *own],
-            stdout=self._log,
+            stdout=self._log if stdout is None else stdout,
             stderr=subprocess.STDOUT,
             env={**os.environ, "ELASTIC_LOG_FORMAT": "json", "ELASTIC_RESTORE": "off", **(env or {})},
         )
@@ -69,8 +72,11 @@ class Cluster:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         self.stop()
+        if error is not None:
+            loud = [line[:400] for line in self.log.splitlines() if re.search(r'"level": "(warning|error)"', line)]
+            error.add_note("\n".join(["warnings of the daemon, the last ones:", *loud[-12:]]))
 
     def stop(self) -> None:
         if self.process.poll() is None:

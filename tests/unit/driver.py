@@ -86,12 +86,14 @@ class Shell:
         return self.send(*(p.RankFenced(r, self.incarnation(r), epoch, self.column(r)) for r in ranks))
 
     def regrouped(self, *ranks: int, epoch: int | None = None, repair: float = 0.0) -> list[p.Action]:
+        """And what is due at once then: without a front end, the recovery is over."""
         epoch = self.controller.epoch if epoch is None else epoch
         seconds = {"group": 0.0, "repair": repair}
         for regroup in of(p.Regroup, self.actions):
             if regroup.epoch == epoch and regroup.rank in ranks:
                 self.columns[regroup.rank] = regroup.placement.columns[regroup.rank]
-        return self.send(*(p.RankRegrouped(r, self.incarnation(r), epoch, seconds) for r in ranks))
+        actions = self.send(*(p.RankRegrouped(r, self.incarnation(r), epoch, seconds) for r in ranks))
+        return actions + (self.tick() if self.controller.next_deadline() == self.now else [])
 
     def regroup_failed(self, rank: int) -> list[p.Action]:
         return self.send(p.RegroupFailed(rank, self.incarnation(rank), self.controller.epoch, "no route"))

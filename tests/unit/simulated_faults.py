@@ -1,4 +1,4 @@
-"""What goes wrong in a simulated world: deaths, hangs, failed collectives, verdicts, orders, and voices of the dead."""
+"""What goes wrong in a simulated world: deaths, hangs, stalls, failed collectives, verdicts, orders, zombies."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class Faults:
         self.world = world
         self.rng = rng = world.rng
         self.traps = {rng.choice(("StartRank", "Fence", "Regroup", "Resume")): rng.randint(1, 8) for _ in range(2)}
+        self.stalls_s: list[float] = []  # each of them after the controller's next decision
 
     def schedule(self) -> None:
         world = self.world
@@ -31,6 +32,10 @@ class Faults:
             close = at and self.rng.random() < 0.5
             at = min(at + self.rng.uniform(0.0, 0.08), HORIZON) if close else self.rng.uniform(0.1, HORIZON)
             world.later(at, self.rng.choice(kinds))
+        for _ in range(max(0, self.rng.randint(-3, 2))):
+            seconds = self.rng.uniform(0.5, 4.0)
+            strike = self.rng.choice((world.stand_still, self.stalls_s.append))
+            world.later(self.rng.uniform(0.0, HORIZON), strike, seconds)
         if world.unlisted:
             world.later(self.rng.uniform(0.0, HORIZON), self.gpus_change)
         if self.rng.random() < 0.05:
@@ -40,6 +45,11 @@ class Faults:
         if self.rng.random() < 0.02:
             for _ in range(8):
                 world.later(self.rng.uniform(0.0, HORIZON), world.serving.frontend_dies)
+
+    def stall_between(self) -> None:
+        """Between a decision and what it leads to."""
+        if self.stalls_s:
+            self.world.stand_still(self.stalls_s.pop())
 
     def spring_trap(self, name: str, process: Process) -> None:
         """Dies or hangs at a step chosen in advance."""

@@ -2,6 +2,7 @@
 
 `run(seed)` plays one random schedule of faults and checks the invariants after each event. A rank may answer promptly,
 late, twice or never, may die or hang at any step, and old processes may go on talking; its death may be reported late.
+The machine may stand still, also between a decision of the controller and what it leads to.
 In some worlds a rank or a request is poison: no step with it succeeds, and nobody dies of it.
 The world keeps books of its own about who is dead, parked or regrouped, and never asks the controller for them.
 """
@@ -77,6 +78,7 @@ class World(Books):
         self.sequence = 0
         self.background = 0  # queued, but not worth waiting for: steps
         self.serving = Serving(self)
+        self.stalled_s = 0.0  # the controller has not been told of it yet
         self.said: list[Any] = []  # what ranks said so far: material for zombies
 
     def play(self) -> None:
@@ -86,13 +88,18 @@ class World(Books):
         self.carry_out(self.controller.start(0.0))
         lag = 0.0
         while self.exit is None and not self.quiet():
+            if self.stalled_s:
+                stalled_s, self.stalled_s = self.stalled_s, 0.0
+                self.tell(p.Stalled(stalled_s))
+                continue
             deadline = self.controller.next_deadline()
             if deadline is not None and (not self.queue or deadline + lag <= self.queue[0][0]):
                 self.now = max(self.now, deadline + lag)
                 self.tell(p.Tick())
                 lag = self.rng.choice((0.0, 0.0, 0.05))
             else:
-                self.now, _, call, arguments = heapq.heappop(self.queue)
+                at, _, call, arguments = heapq.heappop(self.queue)
+                self.now = max(self.now, at)  # it was due while the machine stood still
                 call(*arguments)
             assert self.now < HORIZON + SETTLE, f"never settles: {self.controller.describe()}"
         self.check_end()
@@ -125,6 +132,11 @@ class World(Books):
         self.sequence += 1
         heapq.heappush(self.queue, (self.now + delay, self.sequence, call, arguments))
 
+    def stand_still(self, seconds: float) -> None:
+        self.trace.append((self.now, f"all stands still for {seconds:.3f} s"))
+        self.now += seconds
+        self.stalled_s += seconds
+
     def soon(self) -> float:
         return self.rng.uniform(0.001, 0.03)
 
@@ -139,7 +151,9 @@ class World(Books):
         self.trace.append((self.now, event))
         lost, epoch = self.lost_members(), self.epoch
         self.note(event, true)
-        self.carry_out(self.controller.handle(event, self.now))
+        actions = self.controller.handle(event, self.now)
+        self.faults.stall_between()
+        self.carry_out(actions)
         if self.exit is None and len(self.lost_members(epoch)) > len(lost):
             assert self.epoch > epoch, "lost a member, and stays in its epoch"
 

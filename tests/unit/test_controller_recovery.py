@@ -92,6 +92,28 @@ def test_a_member_that_does_not_park_is_killed_and_not_waited_for() -> None:
     assert shell.exited(2) == [], "known to be gone"
 
 
+def test_nobody_is_late_while_the_supervisor_stands_still() -> None:
+    """It may not even have sent the fences. Who stays silent afterwards still gets 3 s in all."""
+    shell = Shell().serve()
+    shell.exited(1)
+    actions = shell.send(p.Stalled(60.0), p.Tick(), after=60.5)
+    assert not of(p.KillRank, actions)
+    [stalled] = [event for event in of(p.RecordEvent, actions) if event.name == "supervisor_stalled"]
+    assert stalled.fields["seconds"] == 60.0
+    assert "ranks to park: 0, 2, 3" in str(stalled.fields["doing"])
+    shell.fenced(0, 3)
+    assert of(p.KillRank, shell.tick()) == [p.KillRank(2, 3, "not parked 3 s after it was fenced")]
+    assert shell.now == 63.0
+
+
+def test_what_people_were_promised_does_not_wait_for_the_supervisor() -> None:
+    shell = too_few()
+    deadline = shell.controller.next_deadline()
+    assert shell.controller.phase is Phase.UNAVAILABLE and deadline is not None
+    shell.send(p.Stalled(20.0), after=20.0)
+    assert shell.controller.next_deadline() == deadline, "the end of holding requests"
+
+
 def test_a_further_death_gives_nobody_more_time_to_park() -> None:
     shell = Shell().serve()
     shell.exited(1)

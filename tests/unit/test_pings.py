@@ -115,9 +115,9 @@ class Turning(Supervisor):
         self._controller = cast(Controller, Controlled())
         self._turned = turn
 
-    def tell(self, event: p.Event) -> None:
-        assert isinstance(event, p.Tick)
-        self._turned()
+    def tell(self, event: p.Event, at: float | None = None) -> None:
+        if isinstance(event, p.Tick):
+            self._turned()
 
 
 @asynccontextmanager

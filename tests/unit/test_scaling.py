@@ -364,6 +364,17 @@ def test_a_stop_ends_it(target: int) -> None:
     assert exit_.code == 0
 
 
+def test_a_stop_that_undoes_it_while_the_group_changes_is_shown() -> None:
+    shell = Shell(SCALING).serve()
+    shell.scale(3)
+    shell.quiesces = False
+    shell.moved()
+    assert shell.controller.phase is Phase.QUIESCING
+    assert published(shell.actions).status is Status.OK
+    shell.send(p.StopRequested(5.0))
+    assert published(shell.actions).status is shell.controller.status is Status.DEGRADED
+
+
 @given(st.frozensets(st.integers(0, 30)), st.integers(0, 10))
 def test_lowest_free(taken: frozenset[int], count: int) -> None:
     new = lowest_free(taken, count)

@@ -38,7 +38,7 @@ class Heard(Supervisor):
         self._frontend.introduce(11, "response of 11")
         self._frontend.introduce(12, "response of 12")
 
-    def tell(self, event: p.Event) -> None:
+    def tell(self, event: p.Event, at: float | None = None) -> None:
         self.told.put_nowait(event)
 
     def publish(self, snapshot: p.Snapshot) -> None:
