@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import pytest
 
@@ -28,14 +29,19 @@ LEARN_S = 1.0
 """What a judge sees of healthy ranks before one is stopped."""
 
 
-@pytest.fixture(scope="module")
-def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, Judging]]:
+@contextlib.contextmanager
+def start_in(directory: Path) -> Iterator[tuple[Cluster, Judging]]:
     """A daemon that nobody else judges, and what was seen of its start."""
-    directory = tmp_path_factory.mktemp("hb", numbered=True) / "run"
     with Judging(directory) as start:
         cluster = Cluster(directory, "--shutdown-timeout", "1", env={"ELASTIC_WATCHDOG": "off"})
         with cluster:
             yield cluster, start
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, Judging]]:
+    with start_in(tmp_path_factory.mktemp("hb", numbered=True) / "run") as both:
+        yield both
 
 
 @pytest.fixture
@@ -89,13 +95,19 @@ def load(cluster: Cluster) -> Iterator[None]:
         assert_served(streams, 25)
 
 
-def test_start_is_told_and_nobody_is_accused(watched: tuple[Cluster, Judging]) -> None:
+def test_start_is_told_and_nobody_is_accused(watched: tuple[Cluster, Judging], tmp_path: Path) -> None:
     cluster, start = watched
     pages = at_rest(cluster, 4)
     assert {page.rank: page.pid for page in pages} == {rank: cluster.pid(rank) for rank in range(4)}
     assert {page.epoch for page in pages} == {cluster.health()["epoch"]}
-    assert {Phase.LOADING, Phase.COMPILING, Phase.IDLE} <= start.phases()
+    assert {Phase.LOADING, Phase.IDLE} <= start.phases()
     assert not start.accused()
+    phases = start.phases()
+    for attempt in range(3):  # on CPU it is short, and a busy machine may let nobody look in time
+        if Phase.COMPILING not in phases:
+            with start_in(tmp_path / str(attempt)) as (_, again):
+                phases = again.phases()
+    assert Phase.COMPILING in phases
 
 
 def test_idle_ranks_beat_and_stand_still(cluster: Cluster) -> None:
