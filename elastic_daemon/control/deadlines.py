@@ -61,7 +61,7 @@ class Deadlines:
 
     def postpone(self, seconds: float, *whats: Wait) -> None:
         """All deadlines of these kinds."""
-        self._at = {key: at + seconds * (key[0] in whats) for key, at in self._at.items()}
+        self._at = {key: at + seconds if key[0] in whats else at for key, at in self._at.items()}
 
     def clear(self, *whats: Wait) -> None:
         """All deadlines of these kinds; of every kind when none is named."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -64,7 +64,7 @@ class Log:
 @pytest.mark.timeout(300)
 def test_a_supervisor_that_stood_still_between_a_decision_and_the_fence_gives_nobody_up(tmp_path: Path) -> None:
     """It logs the death of a rank before it fences the others, and for longer than they have to answer, it cannot."""
-    log = Log(tmp_path / "run.read")
+    log = Log(tmp_path / "run.log")  # where the cluster looks
     try:
         with Cluster(tmp_path / "run", stdout=log.writing) as cluster:
             reference = run_streams(cluster)
@@ -72,7 +72,7 @@ def test_a_supervisor_that_stood_still_between_a_decision_and_the_fence_gives_no
             def kill_unheard() -> None:
                 victim = cluster.pid(1)
                 with log.unread():
-                    os.kill(victim, 9)
+                    os.kill(victim, signal.SIGKILL)
                     time.sleep(FENCE_TIMEOUT_S + 1)
 
             assert_same(run_streams(cluster, during=kill_unheard), reference)
@@ -82,4 +82,3 @@ def test_a_supervisor_that_stood_still_between_a_decision_and_the_fence_gives_no
             assert "ranks to park: 0, 2, 3" in stalled["doing"]
     finally:
         log.close()
-        shutil.copy(tmp_path / "run.read", tmp_path / "run.log")

@@ -107,6 +107,7 @@ def test_start_is_told_and_nobody_is_accused(watched: tuple[Cluster, Judging], t
         if Phase.COMPILING not in phases:
             with start_in(tmp_path / str(attempt)) as (_, again):
                 phases = again.phases()
+                assert not again.accused()
     assert Phase.COMPILING in phases
 
 

@@ -116,6 +116,7 @@ class Turning(Supervisor):
         self._turned = turn
 
     def tell(self, event: p.Event, at: float | None = None) -> None:
+        assert isinstance(event, p.Tick | p.Stalled)
         if isinstance(event, p.Tick):
             self._turned()
 
